@@ -1,0 +1,69 @@
+"""Options and fixtures shared by all tests."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir", type=Path, default=GOLDEN_DIR, help="folder with the reference fixtures (default: tests/golden)"
+    )
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One fixture file: its metadata and its tensors, named `sd.*` (weights), `in.*`, `mid.*`, `out.*`."""
+
+    meta: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors whose name starts with `prefix.`, without that prefix."""
+        return {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+
+@pytest.fixture(scope="session")
+def golden_dir(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.getoption("--golden-dir")
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir: Path):
+    """`golden("name")` loads `name.safetensors`; a fixture that the folder lacks skips the test."""
+
+    def load(name: str) -> Golden:
+        path = golden_dir / f"{name}.safetensors"
+        if not path.exists():
+            pytest.skip(f"{path.name} is not in {golden_dir}")
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+            return Golden(meta, {name: file.get_tensor(name) for name in file.keys()})
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_json(golden_dir: Path):
+    """`golden_json("name")` reads `name.json`; a fixture that the folder lacks skips the test."""
+
+    def load(name: str) -> Any:
+        path = golden_dir / f"{name}.json"
+        if not path.exists():
+            pytest.skip(f"{path.name} is not in {golden_dir}")
+        return json.loads(path.read_text())
+
+    return load
