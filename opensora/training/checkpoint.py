@@ -1,0 +1,48 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is one file, `step-00001000.pt`, written under a temporary name, flushed to disk and renamed, so that a
+process killed at any moment leaves the previous one as the newest. It is read with `weights_only=True`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.errors import OpenSoraError
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes `state` as the checkpoint of `step` and removes all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        OpenSoraError: the file is not a checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise OpenSoraError(
+            f"{path} cannot be read as a checkpoint ({reason}); delete it to resume from the one before"
+        ) from error
