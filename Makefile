@@ -1,0 +1,77 @@
+# Every target sets up what it needs on a machine that has only Python (3.11 or newer) and pip.
+#
+#   make video PROMPT="a small red ball rolls left over the grass"     writes outputs/video.mp4
+#   make test                                                          the test suite
+#   make check                                                         lint, format, types, floors
+#
+# ARGS="..." is handed on: make video PROMPT="..." ARGS="--seed 7 --format gif", make test ARGS="-k flow".
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a small red ball rolls left over the grass
+OUTPUT ?= outputs/video.mp4
+ARGS ?=
+# The shell reads them from the environment, so quotes in a prompt stay quotes.
+export PROMPT OUTPUT
+
+.PHONY: help video test check format clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+video: $(VENV)/.installed-run ## turn PROMPT into outputs/video.mp4 with the bundled model
+	@mkdir -p "$$(dirname "$$OUTPUT")"
+	@$(BIN)/opensora generate "$$PROMPT" --output "$$OUTPUT" $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests that need neither an accelerator nor long
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not multi and not browser" $(ARGS)
+
+check: $(VENV)/.installed-dev ## lint, format, types and floors
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.installed-dev ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the environment and caches, keep outputs
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only after a complete installation, so an interrupted one starts again.
+$(VENV)/.installed-run: pyproject.toml | $(VENV)/.created
+	@$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+	@$(call install,.[dev])
+	@touch $(VENV)/.installed-run $@
+
+# Some distributions ship Python without venv: virtualenv, borrowed through pip, does the same.
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11 or newer, or say PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed, say PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Creating $(VENV)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || \
+	  { borrowed="$$(mktemp -d)"; $(PYTHON) -m pip install --quiet --target "$$borrowed" virtualenv && \
+	    PYTHONPATH="$$borrowed" $(PYTHON) -m virtualenv --quiet --clear $(VENV); rm -rf "$$borrowed"; }
+	@$(BIN)/python -m pip --version >/dev/null
+	@touch $@
+
+# uv installs in seconds what takes pip a minute; where it cannot, pip does it. uv does not read pip's setting for local
+# wheels, so that one is handed over.
+define install
+echo "Installing $(1) (once; about a minute)"; \
+{ $(BIN)/python -m pip install --quiet uv && \
+  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --editable '$(1)'; } || \
+{ echo "uv could not; trying pip"; $(BIN)/python -m pip install --quiet --editable '$(1)'; }
+endef
