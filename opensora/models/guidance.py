@@ -1,0 +1,283 @@
+"""Which latent channels classifier-free guidance touches, and by which rule.
+
+The network is evaluated with the text (``cond``) and without it (``uncond``). A *guider* of diffusers turns the two
+into one guided prediction; :class:`ChannelGuidance` lets it do so on the chosen latent channels only. The other latent
+channels keep the conditional prediction, and so do the variance channels of a learned-variance network, which no
+guider ever sees. The first Open-Sora sampler guided 3 of 4 latent channels; its rectified-flow samplers guide all.
+
+Letters: B batch, C latent channels, T frames, H rows, W columns, s guidance scale.
+Default rule (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598, with s = 1 + w): ``uncond + s * (cond - uncond)``.
+"""
+
+import enum
+import inspect
+import logging
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import torch
+
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+
+CfgChannels: TypeAlias = int | Sequence[int] | Literal["all"] | None
+"""The first k latent channels, these channels, or all of them (``None`` and ``"all"`` mean the same)."""
+
+
+class NotGiven(enum.Enum):
+    """Type of :data:`NOT_GIVEN`; ``None`` cannot say "not given" because it already says "all channels"."""
+
+    NOT_GIVEN = enum.auto()
+
+
+NOT_GIVEN: Final = NotGiven.NOT_GIVEN
+
+
+def merge_cfg_channel_alias(
+    cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
+    cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
+    *,
+    default: CfgChannels = None,
+) -> CfgChannels:
+    """Return the one of ``cfg_channels`` and its older spelling ``cfg_channel`` that was given, else ``default``.
+
+    Raises:
+        OpenSoraError: both were given, even with equal values.
+    """
+    if cfg_channels is not NOT_GIVEN and cfg_channel is not NOT_GIVEN:
+        raise OpenSoraError(
+            f"got cfg_channels={cfg_channels!r} and its alias cfg_channel={cfg_channel!r}; "
+            "they are one option: give cfg_channels only"
+        )
+    if cfg_channels is not NOT_GIVEN:
+        return cfg_channels
+    return default if cfg_channel is NOT_GIVEN else cfg_channel
+
+
+def resolve_cfg_channels(cfg_channels: CfgChannels, latent_channels: int) -> tuple[int, ...]:
+    """Turn ``cfg_channels`` into ascending channel indices.
+
+    Args:
+        cfg_channels: an int k for the first k latent channels, a sequence of distinct indices in
+            [0, ``latent_channels``), or ``None`` / ``"all"`` for every latent channel.
+        latent_channels: C, the number of latent channels (without variance channels).
+
+    Returns:
+        The guided channels, ascending, at least one.
+
+    Raises:
+        OpenSoraError: no channel, an index or count outside the latent, a duplicate, or another type.
+    """
+    if latent_channels < 1:
+        raise OpenSoraError(f"got {latent_channels} latent channels; a latent has at least 1")
+    if cfg_channels is None or (isinstance(cfg_channels, str) and cfg_channels == "all"):
+        return tuple(range(latent_channels))
+    expected = (
+        f"expected a count from 1 to {latent_channels}, distinct indices from 0 to {latent_channels - 1}, or 'all'"
+    )
+    if isinstance(cfg_channels, str | bytes | bool) or not isinstance(cfg_channels, int | Sequence):
+        raise OpenSoraError(f"got cfg_channels={cfg_channels!r}; {expected}")
+    if isinstance(cfg_channels, int):
+        if not 1 <= cfg_channels <= latent_channels:
+            raise OpenSoraError(
+                f"got cfg_channels={cfg_channels} for a latent of {latent_channels} channels; {expected}"
+            )
+        return tuple(range(cfg_channels))
+    indices = [_channel_index(value, expected) for value in cfg_channels]
+    if not indices:
+        raise OpenSoraError(
+            f"got cfg_channels=[], which guides nothing; {expected} (for no guidance: guidance_scale=1)"
+        )
+    outside = [index for index in indices if not 0 <= index < latent_channels]
+    if outside:
+        raise OpenSoraError(f"got channel {outside[0]} in cfg_channels={list(cfg_channels)}; {expected}")
+    if len(set(indices)) != len(indices):
+        raise OpenSoraError(f"got a channel twice in cfg_channels={list(cfg_channels)}; {expected}")
+    return tuple(sorted(indices))
+
+
+def default_guider(
+    guidance_scale: float, *, guidance_rescale: float = 0.0, start: float = 0.0, stop: float = 1.0
+) -> "ClassifierFreeGuidance":
+    """Build plain classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``.
+
+    Args:
+        guidance_scale: s >= 0; 1 is the conditional prediction (the unconditional branch is then not needed), 0 the
+            unconditional one.
+        guidance_rescale: 0 to 1, how far the guided prediction's standard deviation is brought back to that of the
+            conditional one (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.4).
+        start: fraction of the steps before which guidance is off.
+        stop: fraction of the steps from which guidance is off again.
+
+    Raises:
+        OpenSoraError: a negative or non-finite scale, or a fraction outside its range.
+    """
+    check_guidance_scale(guidance_scale)
+    if not 0.0 <= guidance_rescale <= 1.0:
+        raise OpenSoraError(f"got guidance_rescale={guidance_rescale}; expected a number from 0 to 1")
+    if not (0.0 <= start < 1.0 and start <= stop <= 1.0):
+        raise OpenSoraError(
+            f"got a guidance interval from {start} to {stop}; expected 0 <= start < 1, start <= stop <= 1"
+        )
+    with _without_experimental_notice():
+        from diffusers.guiders import ClassifierFreeGuidance
+
+        return ClassifierFreeGuidance(
+            guidance_scale=float(guidance_scale), guidance_rescale=guidance_rescale, start=start, stop=stop
+        )
+
+
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Raise :class:`OpenSoraError` unless ``guidance_scale`` is a finite number >= 0."""
+    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not is_number or not math.isfinite(guidance_scale) or guidance_scale < 0:
+        raise OpenSoraError(f"got guidance_scale={guidance_scale!r}; expected a finite number >= 0 (1 = no guidance)")
+
+
+class ChannelGuidance:
+    """A diffusers guider restricted to some latent channels; call it once per step, in order.
+
+    Any guider whose rule needs nothing but the conditional and the unconditional prediction works:
+    ``ClassifierFreeGuidance``, ``AdaptiveProjectedGuidance``, ``ClassifierFreeZeroStarGuidance`` and their relatives.
+    The guider sees the guided channels alone, so norms, projections and standard deviations are taken over them.
+
+    Whenever a guider is off (disabled, scale 1, or outside its start/stop interval) the result is the conditional
+    prediction, bit for bit, and the unconditional branch need not be computed; ask :meth:`needs_uncond`.
+
+    Args:
+        guider: instance of a ``diffusers.guiders`` class; ``None`` means no guidance at all.
+        cfg_channels: see :func:`resolve_cfg_channels`.
+        latent_channels: C, the number of latent channels.
+
+    Raises:
+        OpenSoraError: channels outside the latent, a negative scale, or a guider that needs further network passes.
+    """
+
+    def __init__(self, guider: "BaseGuidance | None", cfg_channels: CfgChannels, latent_channels: int) -> None:
+        self.latent_channels = latent_channels
+        self.channels = resolve_cfg_channels(cfg_channels, latent_channels)
+        if guider is not None:
+            _check_guider(guider)
+        self.guider = guider
+
+    def needs_uncond(self, *, step: int, num_inference_steps: int, timestep: torch.Tensor | float) -> bool:
+        """Whether this step uses the unconditional prediction; if not, a caller can spare that half of the batch."""
+        if self.guider is None:
+            return False
+        self._enter_step(step, num_inference_steps, timestep)
+        return self.guider.num_conditions > 1
+
+    def __call__(
+        self,
+        cond: torch.Tensor,
+        uncond: torch.Tensor | None = None,
+        *,
+        step: int,
+        num_inference_steps: int,
+        timestep: torch.Tensor | float,
+    ) -> torch.Tensor:
+        """Combine the two predictions of one step.
+
+        Args:
+            cond: (B, C, T, H, W) or, with variance channels behind the latent ones, (B, 2C, T, H, W).
+            uncond: same shape; may be ``None`` when :meth:`needs_uncond` is false.
+            step: index of the step, from 0; step 0 also clears what a guider remembers from an earlier run.
+            num_inference_steps: number of steps of this run.
+            timestep: the timestep the network saw.
+
+        Returns:
+            Shape and dtype of ``cond``: guided on the chosen channels, equal to ``cond`` everywhere else.
+
+        Raises:
+            OpenSoraError: wrong number of channels, differing shapes, or a missing ``uncond``.
+        """
+        allowed = (self.latent_channels, 2 * self.latent_channels)
+        if cond.ndim < 2 or cond.shape[1] not in allowed:
+            raise OpenSoraError(
+                f"got a prediction of shape {tuple(cond.shape)}; for {self.latent_channels} latent channels its second "
+                f"axis must be {allowed[0]}, or {allowed[1]} with learned variance"
+            )
+        if not self.needs_uncond(step=step, num_inference_steps=num_inference_steps, timestep=timestep):
+            return cond
+        assert self.guider is not None
+        if uncond is None:
+            raise OpenSoraError(
+                f"step {step} is guided by {type(self.guider).__name__} but got no unconditional prediction; "
+                "pass uncond, or ask needs_uncond() first"
+            )
+        if uncond.shape != cond.shape:
+            raise OpenSoraError(
+                f"got a conditional prediction of shape {tuple(cond.shape)} and an unconditional one of "
+                f"{tuple(uncond.shape)}; they must be equal"
+            )
+        # Slices, not an index tensor: nothing has to be copied to the accelerator.
+        guided = self.guider.forward(self._take(cond), self._take(uncond)).pred
+        result = cond.clone()
+        for position, channel in enumerate(self.channels):
+            result[:, channel] = guided[:, position]
+        return result
+
+    def _take(self, prediction: torch.Tensor) -> torch.Tensor:
+        if self.channels == tuple(range(len(self.channels))):
+            return prediction[:, : len(self.channels)]
+        return torch.stack([prediction[:, channel] for channel in self.channels], dim=1)
+
+    def _enter_step(self, step: int, num_inference_steps: int, timestep: torch.Tensor | float) -> None:
+        assert self.guider is not None
+        # diffusers types the timestep as a tensor; its guiders only keep it.
+        self.guider.set_state(step, num_inference_steps, torch.as_tensor(timestep))
+        if step == 0:
+            # Guiders with momentum start a fresh average here; without it one run would leak into the next.
+            self.guider.prepare_inputs({})  # pyright: ignore[reportArgumentType]
+
+
+def _channel_index(value: Any, expected: str) -> int:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise OpenSoraError(f"got {value!r} as a channel in cfg_channels; {expected}")
+
+
+def _check_guider(guider: "BaseGuidance") -> None:
+    from diffusers.guiders import BaseGuidance
+
+    name = type(guider).__name__
+    if not isinstance(guider, BaseGuidance):
+        raise OpenSoraError(
+            f"got {name} as guider; expected an instance of a diffusers.guiders class, e.g. ClassifierFreeGuidance(6.0)"
+        )
+    # A guider that changes the network itself (skipped layers, perturbed attention) would silently act as plain
+    # guidance here, because this class only ever hands it two finished predictions.
+    takes_two = list(inspect.signature(type(guider).forward).parameters) == ["self", "pred_cond", "pred_uncond"]
+    if not takes_two or type(guider).prepare_models is not BaseGuidance.prepare_models:
+        raise OpenSoraError(
+            f"got {name}, which needs further passes through a changed network; expected a guider that combines the "
+            "conditional and the unconditional prediction, e.g. ClassifierFreeGuidance or AdaptiveProjectedGuidance"
+        )
+    for attribute in ("guidance_scale", "adaptive_projected_guidance_scale"):
+        if hasattr(guider, attribute):
+            check_guidance_scale(getattr(guider, attribute))
+    for scale in getattr(guider, "guidance_scales", ()):
+        check_guidance_scale(scale)
+
+
+@contextmanager
+def _without_experimental_notice() -> Iterator[None]:
+    """Drop diffusers' notice that guiders are experimental, and only that one, while we build a guider ourselves."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "experimental feature" not in record.getMessage()
+
+    logger = logging.getLogger("diffusers.guiders.guider_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
