@@ -1,0 +1,325 @@
+"""Settings: dataclasses that can be written to a JSON file, read back, and changed from the command line.
+
+Strict in both directions. A key that the dataclass does not have is an `OpenSoraError` naming the nearest one; a value
+of another type than the annotation says is an `OpenSoraError` naming both. Nothing is converted silently except what
+loses nothing: an int where a float is expected, a list where a tuple is, text where a `Path` is. Understood
+annotations: `bool`, `int`, `float`, `str`, `None`, `Path`, `Literal`, enums, `list`, `tuple`, `dict` with text keys,
+`Any`, nested dataclasses, and unions of these. In a union of several dataclasses the key `"type"` holds the class name.
+"""
+
+import dataclasses
+import difflib
+import enum
+import json
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from opensora.errors import OpenSoraError
+
+T = TypeVar("T")
+
+TYPE_KEY = "type"
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean X?"` when a known name lies near, otherwise the list of what is known."""
+    names = list(known)
+    lowered = {candidate.lower(): candidate for candidate in names}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {lowered[near[0]]}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def to_dict(settings: Any) -> Any:
+    """What `json.dump` can write: dataclasses as objects, tuples as lists, paths and enums as their values.
+
+    A dataclass inside another carries its class name under `"type"` where the field's annotation leaves a choice.
+    """
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        hints = typing.get_type_hints(type(settings))
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            plain[field.name] = to_dict(value)
+            if len(_dataclasses_in(hints[field.name])) > 1 and dataclasses.is_dataclass(value):
+                plain[field.name] = {TYPE_KEY: type(value).__name__, **plain[field.name]}
+        return plain
+    if isinstance(settings, dict):
+        return {str(key): to_dict(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [to_dict(value) for value in settings]
+    if isinstance(settings, enum.Enum):
+        return settings.value
+    if isinstance(settings, Path):
+        return settings.as_posix()
+    return settings
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds `cls` from what `to_dict` made.
+
+    Args:
+        cls: a dataclass.
+        data: a dictionary; missing keys take the field's default.
+        where: what to call the place in error messages, such as a file name.
+
+    Raises:
+        OpenSoraError: an unknown key (names the nearest), a missing one, or a value of the wrong type.
+    """
+    return _build(cls, data, "", f" in {where}" if where else "")
+
+
+def save_settings(settings: Any, path: str | Path) -> None:
+    """Writes a dataclass as JSON, under a temporary name first so that no half file is ever seen."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_settings(cls: type[T], path: str | Path) -> T:
+    """Reads a dataclass from a JSON file.
+
+    Raises:
+        OpenSoraError: no such file, not JSON, or not this dataclass.
+    """
+    return from_dict(cls, read_json(path), where=str(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OpenSoraError: no such file, or not JSON (names the line).
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OpenSoraError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenSoraError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise OpenSoraError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from None
+
+
+def apply_overrides(settings: T, overrides: Sequence[str]) -> T:
+    """A copy of a dataclass with fields changed by texts such as `training.lr=3e-4`.
+
+    The value is read as the field's annotation asks: `true`, `3`, `3e-4`, `none`, a bare word, `1,2,2` or `[1, 2, 2]`,
+    a JSON object for a nested dataclass or a dictionary. `name.type=Class` chooses among the dataclasses of a union,
+    starting from its defaults.
+
+    Raises:
+        OpenSoraError: no `=`, an unknown key (names the nearest) or a value of the wrong type.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise OpenSoraError(f"override {override!r} must look like key=value, for example training.lr=3e-4")
+        settings = _override(settings, key.strip().split("."), text.strip(), key.strip())
+    return settings
+
+
+def _override(settings: Any, path: list[str], text: str, full_key: str) -> Any:
+    if isinstance(settings, dict):
+        head, *rest = path
+        if rest and head not in settings:
+            raise OpenSoraError(f"unknown setting {full_key}{nearest_name(head, settings)}")
+        return {**settings, head: _override(settings[head], rest, text, full_key) if rest else _json_or_text(text)}
+    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
+        raise OpenSoraError(
+            f"setting {full_key} does not exist: {'.'.join(full_key.split('.')[: -len(path)])} is a value"
+        )
+    head, *rest = path
+    hints = typing.get_type_hints(type(settings))
+    names = [field.name for field in dataclasses.fields(settings) if field.init]
+    if head not in names:
+        raise OpenSoraError(f"unknown setting {full_key}{nearest_name(head, names)}")
+    current = getattr(settings, head)
+    if rest == [TYPE_KEY] and _dataclasses_in(hints[head]):
+        changed = _build_union(hints[head], typing.get_args(hints[head]), {TYPE_KEY: text}, ".".join(path[:1]), "")
+    elif rest:
+        changed = _override(current, rest, text, full_key)
+    else:
+        changed = _build_from_text(hints[head], text, full_key)
+    return dataclasses.replace(settings, **{head: changed})
+
+
+def _build_from_text(annotation: Any, text: str, key: str) -> Any:
+    """Reads command-line text: JSON where it is JSON, `a,b` as a list, `none`, otherwise the text itself."""
+    candidates: list[Any] = []
+    value = _json_or_text(text)
+    candidates.append(value)
+    if text.lower() in ("none", "null"):
+        candidates.append(None)
+    if text.lower() in ("true", "false"):
+        candidates.append(text.lower() == "true")
+    if not isinstance(value, str):
+        candidates.append(text)  # a text field may hold "12"
+    if (isinstance(value, str) and "," in text) or not text:
+        candidates.append([_json_or_text(part.strip()) for part in text.split(",") if part.strip()])
+    if not isinstance(value, (list, dict)):
+        candidates.append([value])
+    for candidate in candidates:
+        try:
+            return _build(annotation, candidate, key, "")
+        except OpenSoraError:
+            continue
+    # Say it about the reading that fits the field best: a list for a sequence, otherwise the plain value.
+    is_sequence = typing.get_origin(annotation) in (list, tuple)
+    return _build(annotation, candidates[-1] if is_sequence else value, key, "")
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(text)  # JSON does not know "1." or "inf"
+    except ValueError:
+        return text
+
+
+def _build(annotation: Any, value: Any, key: str, place: str) -> Any:
+    """Checks `value` against an annotation and builds it; `key` and `place` are for the message."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is typing.Annotated:
+        return _build(arguments[0], value, key, place)
+    if origin in (Union, types.UnionType):
+        return _build_union(annotation, arguments, value, key, place)
+    if origin is Literal:
+        for choice in arguments:
+            if value == choice and type(value) is type(choice):
+                return value
+        hint = nearest_name(str(value), [str(choice) for choice in arguments])
+        raise OpenSoraError(
+            f"{key}{place} is {value!r}, expected one of {', '.join(map(str, arguments))}{_only_near(hint)}"
+        )
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _build_dataclass(annotation, value, key, place)
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        for member in annotation:
+            if value == member.value:
+                return member
+        raise OpenSoraError(f"{key}{place} is {value!r}, expected one of {', '.join(str(m.value) for m in annotation)}")
+    if origin in (list, tuple, Sequence) or annotation in (list, tuple):
+        return _build_sequence(annotation, origin or annotation, arguments, value, key, place)
+    if origin is dict or annotation is dict:
+        if not isinstance(value, dict):
+            raise _mistyped(annotation, value, key, place)
+        inner = arguments[1] if len(arguments) == 2 else Any
+        return {name: _build(inner, item, f"{key}.{name}", place) for name, item in value.items()}
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if annotation is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if annotation in (None, type(None)):
+        if value is None:
+            return None
+    elif (
+        isinstance(annotation, type)
+        and isinstance(value, annotation)
+        and not (isinstance(value, bool) and annotation is not bool)
+    ):
+        return value
+    raise _mistyped(annotation, value, key, place)
+
+
+def _build_union(annotation: Any, members: tuple[Any, ...], value: Any, key: str, place: str) -> Any:
+    choices = _dataclasses_in(annotation)
+    if isinstance(value, dict) and choices:
+        if len(choices) == 1:
+            return _build(choices[0], value, key, place)
+        by_name = {choice.__name__: choice for choice in choices}
+        if TYPE_KEY not in value:
+            raise OpenSoraError(f"{key}{place} needs a key {TYPE_KEY!r} naming one of {', '.join(by_name)}")
+        name = value[TYPE_KEY]
+        if name not in by_name:
+            raise OpenSoraError(f"{key}.{TYPE_KEY}{place} is {name!r}, expected one of {', '.join(by_name)}")
+        rest = {item: content for item, content in value.items() if item != TYPE_KEY}
+        return _build(by_name[name], rest, key, place)
+    # An exact match first, so that `int | float` keeps 3 an int and `str | Path` keeps text as text.
+    for member in members:
+        if isinstance(member, type) and type(value) is member:
+            return value
+    for member in members:
+        try:
+            return _build(member, value, key, place)
+        except OpenSoraError:
+            continue
+    raise _mistyped(annotation, value, key, place)
+
+
+def _build_dataclass(cls: type, value: Any, key: str, place: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise _mistyped(cls, value, key, place)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    prefix = f"{key}." if key else ""
+    given = {name: content for name, content in value.items() if name != TYPE_KEY or TYPE_KEY in fields}
+    if TYPE_KEY in value and TYPE_KEY not in fields and value[TYPE_KEY] != cls.__name__:
+        raise OpenSoraError(f"{prefix}{TYPE_KEY}{place} is {value[TYPE_KEY]!r}, expected {cls.__name__}")
+    for name in given:
+        if name not in fields:
+            raise OpenSoraError(f"unknown setting {prefix}{name}{place}{nearest_name(name, fields)}")
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in given and not has_default:
+            raise OpenSoraError(f"setting {prefix}{name}{place} is missing ({_name_of(hints[name])})")
+    return cls(**{name: _build(hints[name], content, prefix + name, place) for name, content in given.items()})
+
+
+def _build_sequence(
+    annotation: Any, kind: Any, arguments: tuple[Any, ...], value: Any, key: str, place: str
+) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _mistyped(annotation, value, key, place)
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise OpenSoraError(
+                f"{key}{place} has {len(value)} entries, expected {len(arguments)}: {_name_of(annotation)}"
+            )
+        inner = list(arguments)
+    else:
+        inner = [arguments[0] if arguments else Any] * len(value)
+    built = [
+        _build(kind_, item, f"{key}[{i}]", place) for i, (kind_, item) in enumerate(zip(inner, value, strict=True))
+    ]
+    return tuple(built) if kind is tuple else built
+
+
+def _dataclasses_in(annotation: Any) -> list[type]:
+    """The dataclasses among the members of a union (or the annotation itself)."""
+    members = (
+        typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    )
+    return [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+
+
+def _mistyped(annotation: Any, value: Any, key: str, place: str) -> OpenSoraError:
+    return OpenSoraError(f"{key or 'the value'}{place} is {value!r}, expected {_name_of(annotation)}")
+
+
+def _name_of(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_name_of(member) for member in typing.get_args(annotation))
+    if annotation in (None, type(None)):
+        return "none"
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+def _only_near(hint: str) -> str:
+    return hint if hint.startswith("; did") else ""
