@@ -159,6 +159,7 @@ def sample_specs(
 
 
 def draw_thing(rng: random.Random, world: World, triple: tuple[str, str, str]) -> Thing:
+    """An object with the given shape, colour and motion; everything else at random."""
     shape, colour, motion = triple
     size, speed = rng.choice(world.sizes), rng.choice(world.speeds)
     x, y, phase = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.randrange(4) / 4
@@ -256,7 +257,7 @@ def distance(shape: str, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     # A five-pointed star is what lies inside at least four of five half planes: the second largest distance.
     largest = second = torch.full_like(u, -math.inf)
     for i in range(5):
-        angle = math.pi / 2 + 2 * math.pi * i / 5  # the first edge lies below, so one point stands up
+        angle = 2 * math.pi * i / 5 - math.pi / 2  # the first edge faces up, so one point stands up
         plane = math.cos(angle) * u + math.sin(angle) * v
         largest, second = torch.maximum(largest, plane), torch.maximum(second, torch.minimum(largest, plane))
     return second.sub_(REACH[shape] * math.cos(2 * math.pi / 5) * radius)
