@@ -1,0 +1,54 @@
+"""What an encoder predicts: a diagonal Gaussian over latents of any rank, with the terms its training needs.
+
+Letters: mu mean, s2 variance, z latent, all (B, C, ...).
+"""
+
+import math
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class Posterior:
+    """A Gaussian per latent value.
+
+    Args:
+        mean: mu, (B, C, ...).
+        logvar: log s2, same shape; held within [-30, 20] so that neither its exponential nor its inverse overflows.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "Posterior":
+        """Splits a network's output (B, 2C, ...) into mean and log-variance."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, same shape as the mean."""
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self) -> Tensor:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+        """mu + s * noise, with standard normal `noise` of the mean's shape, drawn from `generator` unless given."""
+        if noise is None:
+            noise = randn_tensor(self.mean.shape, generator, self.mean.device, self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """Divergence from the standard normal, 0.5 * sum(mu^2 + s2 - 1 - log s2), in nats: (B,)."""
+        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.flatten(1).sum(dim=1)
+
+    def nll(self, z: Tensor) -> Tensor:
+        """Negative log-likelihood of `z` under this Gaussian, summed over all but the batch, in nats: (B,)."""
+        terms = math.log(2.0 * math.pi) + self.logvar + (z - self.mean).square() * torch.exp(-self.logvar)
+        return 0.5 * terms.flatten(1).sum(dim=1)

@@ -1,0 +1,486 @@
+"""Videos to latents and back: a 2D autoencoder frame by frame, optionally one over time, and a latent space.
+
+    video --pixel unshuffle, AutoencoderKL--> frame latents --factor--> [temporal autoencoder, in chunks of M frames]
+          --(z - shift) / scale--> normalised latents
+
+With a temporal autoencoder a clip is cut into chunks of M = `micro_frame_size` frames that know nothing of each other
+(the last may be shorter); that is part of what the latents mean and of the published models. Micro batches, in
+contrast, only bound the memory of the 2D part and never change a result. Parameter names are the published ones
+(`spatial_vae.module.*`, `temporal_vae.*`, `scale`, `shift`).
+
+Letters: B batch, T frames, H, W height and width in pixels, C channels of a frame latent, Z channels of a video
+latent, N latent frames, h, w latent height and width, p spatial patch size.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.folded import FoldedTemporalAutoencoder
+from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.autoencoders.temporal import TemporalAutoencoder
+
+TemporalPart = TemporalAutoencoder | FoldedTemporalAutoencoder
+TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
+    "causal3d": TemporalAutoencoder,
+    "folded": FoldedTemporalAutoencoder,
+}
+
+_SD_AUTOENCODER = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+# Open-Sora 1.0 and 1.1: the Stable Diffusion autoencoder alone.
+SD_VAE: dict[str, Any] = {
+    "spatial": _SD_AUTOENCODER,
+    "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Diffusion 1.x autoencoder"},
+    "micro_frame_size": None,
+    "micro_batch_size": 4,
+}
+
+# Open-Sora 1.2. Its 2D part is the SDXL autoencoder, whose own factor is 0.13025; the temporal part, shift and scale
+# were trained on its latents times 0.18215, so 0.18215 is right for these weights.
+OPENSORA_VAE_1_2: dict[str, Any] = {
+    "spatial": _SD_AUTOENCODER,
+    "temporal": {
+        "type": "causal3d",
+        "in_channels": 4,
+        "latent_channels": 4,
+        "filters": 128,
+        "num_res_blocks": 4,
+        "channel_multipliers": [1, 2, 2, 4],
+        "temporal_downsample": [False, True, True],
+        "num_groups": 32,
+    },
+    "latent_space": {
+        "scaling_factor": 0.18215,
+        "shift": [-0.10, 0.34, 0.27, 0.98],
+        "scale": [3.85, 2.32, 2.33, 3.06],
+        "trained_with": "OpenSora-VAE-v1.2 (temporal autoencoder trained on SDXL frame latents times 0.18215)",
+    },
+    "micro_frame_size": 17,
+    "micro_batch_size": 4,
+}
+
+
+class FrameAutoencoder(nn.Module):
+    """diffusers' AutoencoderKL applied to every frame of a video by itself.
+
+    Args:
+        config: keywords of AutoencoderKL; block types and channels at both ends are derived where left out.
+        patch_size: p; frames go through a pixel unshuffle by p first and the inverse last.
+
+    Raises:
+        OpenSoraError: for a keyword that AutoencoderKL lacks or channels that do not fit p.
+    """
+
+    def __init__(self, config: Mapping[str, Any], patch_size: int = 1) -> None:
+        super().__init__()
+        known = [name for name in inspect.signature(AutoencoderKL.__init__).parameters if name != "self"]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise OpenSoraError(f"spatial: unknown option {', '.join(unknown)}; AutoencoderKL takes {', '.join(known)}")
+        pixel_channels = 3 * patch_size * patch_size
+        values = {"in_channels": pixel_channels, "out_channels": pixel_channels, "latent_channels": 4, **config}
+        for end in ("in_channels", "out_channels"):
+            if values[end] != pixel_channels:
+                raise OpenSoraError(
+                    f"spatial: {end} is {values[end]}, but RGB in patches of {patch_size} px has {pixel_channels}; "
+                    "leave it out or change spatial_patch_size"
+                )
+        levels = len(values.setdefault("block_out_channels", (64,)))
+        values.setdefault("down_block_types", ("DownEncoderBlock2D",) * levels)
+        values.setdefault("up_block_types", ("UpDecoderBlock2D",) * levels)
+        self.module = AutoencoderKL(**values)
+        self.patch_size = patch_size
+        self.latent_channels: int = values["latent_channels"]
+        self.spatial_factor = patch_size * 2 ** (levels - 1)
+
+    def encode(self, video: Tensor, micro_batch_size: int | None) -> Posterior:
+        """Video (B, 3, T, H, W) -> posterior with mean and log-variance (B, C, T, h, w)."""
+        batch = video.shape[0]
+        means, logvars = [], []
+        for frames in _micro_batches(video, micro_batch_size):
+            predicted = self.module.encode(F.pixel_unshuffle(frames, self.patch_size)).latent_dist  # type: ignore
+            means.append(predicted.mean)
+            logvars.append(predicted.logvar)
+        return Posterior(_to_clips(means, batch), _to_clips(logvars, batch))
+
+    def decode(self, frame_latents: Tensor, micro_batch_size: int | None) -> Tensor:
+        """Frame latents (B, C, T, h, w) -> video (B, 3, T, H, W)."""
+        frames = [
+            F.pixel_shuffle(self.module.decode(latents).sample, self.patch_size)  # type: ignore
+            for latents in _micro_batches(frame_latents, micro_batch_size)
+        ]
+        return _to_clips(frames, frame_latents.shape[0])
+
+
+def _micro_batches(clips: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """(B, C, T, h, w) -> batches (at most `size`, C, h, w) of the frames, clip after clip."""
+    frames = clips.transpose(1, 2).flatten(0, 1)
+    return frames.split(frames.shape[0] if size is None else size)
+
+
+def _to_clips(frames: list[Tensor], batch: int) -> Tensor:
+    """Inverse of `_micro_batches`."""
+    return torch.cat(frames).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class VideoAutoencoder(ModelMixin, ConfigMixin):
+    """The autoencoder of a video diffusion model: `encode` to normalised latents, `decode` back to pixels.
+
+    Args:
+        spatial: keywords of diffusers' AutoencoderKL.
+        temporal: None, or `{"type": "causal3d" | "folded", ...}` with the keywords of that autoencoder over time.
+        latent_space: fields of `LatentSpace`.
+        spatial_patch_size: p, edge of the pixel patches folded into channels before the 2D autoencoder.
+        micro_frame_size: M, frames of a chunk for the temporal part; None for the whole clip at once.
+        micro_batch_size: frames that go through the 2D part at once; None for all.
+
+    Raises:
+        OpenSoraError: for options that do not exist or do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    temporal_vae: TemporalPart | None
+    scale: Tensor
+    shift: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        spatial: dict[str, Any],
+        temporal: dict[str, Any] | None = None,
+        latent_space: dict[str, Any] | None = None,
+        spatial_patch_size: int = 1,
+        micro_frame_size: int | None = 17,
+        micro_batch_size: int | None = 4,
+    ) -> None:
+        super().__init__()
+        for name, value in (("micro_frame_size", micro_frame_size), ("micro_batch_size", micro_batch_size)):
+            if value is not None and value < 1:
+                raise OpenSoraError(f"{name} is {value}, but it must be 1 or more, or None for everything at once")
+        self.spatial_vae = FrameAutoencoder(spatial, spatial_patch_size)
+        self.temporal_vae = None if temporal is None else _build_temporal(temporal)
+        if self.temporal_vae is not None and self.temporal_vae.in_channels != self.spatial_vae.latent_channels:
+            raise OpenSoraError(
+                f"temporal: in_channels is {self.temporal_vae.in_channels}, but the 2D autoencoder's latents have "
+                f"{self.spatial_vae.latent_channels} channels"
+            )
+        self.micro_frame_size = micro_frame_size
+        self.micro_batch_size = micro_batch_size
+        declared = LatentSpace.from_dict(latent_space or {})
+        if "scaling_factor" in spatial:
+            own = replace(declared.declared_by_weights, scaling_factor=spatial["scaling_factor"], convention="multiply")
+            declared.declared_by_weights.check_same(own, here="latent_space", there="the spatial options")
+        self._latent_space = declared
+        shift, scale = declared.declared_by_weights.statistics(self.latent_channels)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_load_state_dict_pre_hook(_complete_statistics)
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_space())
+
+    # ---- shapes
+
+    @property
+    def latent_channels(self) -> int:
+        """Z, channels of the latents."""
+        return self.spatial_vae.latent_channels if self.temporal_vae is None else self.temporal_vae.latent_channels
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell along height and width."""
+        return self.spatial_vae.spatial_factor
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame; 1 without a temporal part."""
+        return 1 if self.temporal_vae is None else self.temporal_vae.temporal_factor
+
+    def latent_frames(self, num_frames: int) -> int:
+        """N for a clip of `num_frames` frames, chunk by chunk: 17 -> 5, 18 -> 6, 34 -> 10 in Open-Sora 1.2."""
+        if num_frames < 1:
+            raise OpenSoraError(f"{num_frames} frames given, but a video needs at least 1")
+        if self.temporal_vae is None:
+            return num_frames
+        return sum(self.temporal_vae.latent_frames(chunk) for chunk in self._chunks(num_frames))
+
+    def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(T, H, W) in frames and pixels -> (N, h, w).
+
+        Raises:
+            OpenSoraError: for a size that does not divide into latent cells; the nearest that do are named.
+        """
+        num_frames, height, width = size
+        factor = self.spatial_factor
+        for name, value in (("height", height), ("width", width)):
+            if value < factor or value % factor:
+                below, above = value // factor * factor, -(-max(value, 1) // factor) * factor
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise OpenSoraError(f"{name} {value} px given, but it must be a multiple of {factor}; use {nearest}")
+        return self.latent_frames(num_frames), height // factor, width // factor
+
+    def _chunks(self, num_frames: int) -> list[int]:
+        """Frames of each chunk of a clip."""
+        size = self.micro_frame_size or num_frames
+        return [min(size, num_frames - start) for start in range(0, num_frames, size)]
+
+    # ---- the whole way
+
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        frame_noise: Tensor | None = None,
+        latent_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, Z, N, h, w), float32.
+
+        Args:
+            video: pixels.
+            sample: draw from both posteriors; otherwise their modes are taken and the result is deterministic.
+            generator: source of the noise, first for the frames, then for the latents; one per clip if a list.
+            frame_noise: standard normal (B, C, T, h, w) in place of drawn noise.
+            latent_noise: standard normal (B, Z, N, h, w) in place of drawn noise; with a temporal part only.
+
+        Raises:
+            OpenSoraError: for an impossible size, or noise for an encoding that is not sampled.
+        """
+        if not sample and not (generator is None and frame_noise is None and latent_noise is None):
+            raise OpenSoraError("noise or a generator given for a deterministic encoding; pass sample=True as well")
+        if latent_noise is not None and self.temporal_vae is None:
+            raise OpenSoraError("latent_noise given, but this autoencoder has no temporal part; use frame_noise alone")
+        frame_latents = _draw(self.encode_frames(video), sample, generator, frame_noise)
+        if self.temporal_vae is None:
+            latents = self.latent_space.scale_frames(frame_latents)
+        else:
+            latents = _draw(self.encode_time(frame_latents), sample, generator, latent_noise)
+        return self.latent_space.normalise(latents)
+
+    def decode(self, latents: Tensor, num_frames: int) -> Tensor:
+        """Normalised latents (B, Z, N, h, w) -> video (B, 3, num_frames, H, W), nominally in [-1, 1], float32.
+
+        Raises:
+            OpenSoraError: if the latents are not those of a clip of `num_frames` frames.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
+            raise OpenSoraError(
+                f"latents of shape {tuple(latents.shape)} given, expected (B, {self.latent_channels}, N, h, w)"
+            )
+        latents = self.latent_space.denormalise(latents.float())
+        if self.temporal_vae is not None:
+            frame_latents = self.decode_time(latents, num_frames)
+        else:
+            self._check_latent_frames(latents, num_frames)
+            frame_latents = self.latent_space.unscale_frames(latents)
+        return self.decode_frames(frame_latents)
+
+    def forward(self, video: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Reconstruction (B, 3, T, H, W) of a video of that shape."""
+        return self.decode(self.encode(video, sample=sample, generator=generator), video.shape[2])
+
+    # ---- its parts, for training
+
+    def encode_frames(self, video: Tensor) -> Posterior:
+        """Posterior of the 2D autoencoder, float32 (B, C, T, h, w), before the scaling factor."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise OpenSoraError(f"video of shape {tuple(video.shape)} given, expected (B, 3, T, H, W)")
+        self.latent_size((video.shape[2], video.shape[3], video.shape[4]))
+        posterior = self.spatial_vae.encode(video.to(self.dtype), self.micro_batch_size)
+        return Posterior(posterior.mean.float(), posterior.logvar.float())
+
+    def decode_frames(self, frame_latents: Tensor) -> Tensor:
+        """Frame latents (B, C, T, h, w), before the scaling factor -> video (B, 3, T, H, W), float32."""
+        return self.spatial_vae.decode(frame_latents.to(self.dtype), self.micro_batch_size).float()
+
+    def encode_time(self, frame_latents: Tensor) -> Posterior:
+        """Posterior of the temporal autoencoder, float32 (B, Z, N, h, w), before shift and scale.
+
+        Args:
+            frame_latents: (B, C, T, h, w), before the scaling factor, which is applied here.
+        """
+        temporal = self._require_temporal()
+        scaled = self.latent_space.scale_frames(frame_latents.float()).to(self.dtype)
+        posteriors = [temporal.encode(chunk) for chunk in scaled.split(self._chunks(scaled.shape[2]), dim=2)]
+        mean = torch.cat([posterior.mean for posterior in posteriors], dim=2)
+        return Posterior(mean.float(), torch.cat([posterior.logvar for posterior in posteriors], dim=2).float())
+
+    def decode_time(self, latents: Tensor, num_frames: int) -> Tensor:
+        """Video latents (B, Z, N, h, w) without shift and scale -> frame latents (B, C, T, h, w) before the factor."""
+        temporal = self._require_temporal()
+        self._check_latent_frames(latents, num_frames)
+        lengths = self._chunks(num_frames)
+        chunks = latents.to(self.dtype).split([temporal.latent_frames(length) for length in lengths], dim=2)
+        frames = [temporal.decode(chunk, length) for chunk, length in zip(chunks, lengths, strict=True)]
+        return self.latent_space.unscale_frames(torch.cat(frames, dim=2).float())
+
+    def _require_temporal(self) -> TemporalPart:
+        if self.temporal_vae is None:
+            raise OpenSoraError("this autoencoder has no temporal part; use encode_frames and decode_frames")
+        return self.temporal_vae
+
+    def _check_latent_frames(self, latents: Tensor, num_frames: int) -> None:
+        expected = self.latent_frames(num_frames)
+        if latents.shape[2] != expected:
+            raise OpenSoraError(
+                f"{latents.shape[2]} latent frames given for a video of {num_frames} frames, which has {expected}"
+            )
+
+    # ---- latent space
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The declaration in force; `latent_space.overridden` tells whether a user put it there."""
+        return self._latent_space
+
+    def set_latent_space(self, latent_space: LatentSpace) -> None:
+        """Declares what these weights' latents stand for, after training them: in the config and in the buffers."""
+        shift, scale = latent_space.declared_by_weights.statistics(self.latent_channels, self.shift.device)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
+        self._latent_space = latent_space
+        self.register_to_config(latent_space=latent_space.to_dict())
+
+    def override_latent_space(self, latent_space: LatentSpace) -> None:
+        """Uses another declaration than the checkpoint's; the config and every output remember both."""
+        latent_space.statistics(self.latent_channels)
+        self._latent_space = latent_space.overriding(self._latent_space)
+        self.register_to_config(latent_space=self._latent_space.to_dict())
+
+    def check_latent_space(self) -> None:
+        """Refuses weights whose `shift` and `scale` are not those of the declared latent space.
+
+        Raises:
+            OpenSoraError: naming both values and the two ways out.
+        """
+        if self.shift.is_meta or self.scale.is_meta:
+            return
+        declared = self._latent_space.declared_by_weights
+        shift, scale = declared.statistics(self.latent_channels, self.shift.device)
+        if not (_same_but_for_rounding(self.shift, shift) and _same_but_for_rounding(self.scale, scale)):
+            found = replace(
+                declared, shift=tuple(self.shift.flatten().tolist()), scale=tuple(self.scale.flatten().tolist())
+            )
+            declared.check_same(found, here="the configuration", there="the weights")
+
+    @torch.no_grad()
+    def measure_latent_space(self, videos: Iterable[Tensor], trained_with: str) -> LatentSpace:
+        """Sets shift and scale to mean and standard deviation per channel over `videos`; factor stays.
+
+        Args:
+            videos: batches (B, 3, T, H, W) in [-1, 1].
+            trained_with: what they are and for which weights, for whoever reads the config.
+        """
+        count = 0
+        total = torch.zeros(self.latent_channels, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for video in videos:
+            latents = self.latent_space.denormalise(self.encode(video)).transpose(0, 1).flatten(1).cpu().double()
+            count += latents.shape[1]
+            total += latents.sum(dim=1)
+            squares += latents.square().sum(dim=1)
+        if count < 2:
+            raise OpenSoraError(f"{count} latent positions given, but a mean and a deviation need at least 2")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        measured = replace(
+            self.latent_space.declared_by_weights,
+            shift=tuple(mean.tolist()),
+            scale=tuple(std.tolist()),
+            trained_with=trained_with,
+        )
+        self.set_latent_space(measured)
+        return measured
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        override_latent_space: LatentSpace | Mapping[str, Any] | None = None,
+        **loading: Any,
+    ) -> Self:
+        """Loads a folder as diffusers does, and holds its latent space against the one in the weights.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            override_latent_space: used instead of the folder's, and recorded as such.
+            **loading: diffusers' own options (`subfolder`, `torch_dtype`, ...).
+
+        Raises:
+            OpenSoraError: if configuration and weights declare different latent spaces and no override is given, or
+                for a configuration field among the options.
+        """
+        fields = sorted({"latent_space", "spatial", "temporal", "spatial_patch_size"} & set(loading))
+        if fields:
+            raise OpenSoraError(
+                f"{', '.join(fields)} given, but the folder's own configuration belongs to its weights; "
+                "keep it, or pass override_latent_space=... to replace the latent space"
+            )
+        model = super().from_pretrained(pretrained_model_name_or_path, **loading)
+        if override_latent_space is not None:
+            wanted = override_latent_space
+            model.override_latent_space(wanted if isinstance(wanted, LatentSpace) else LatentSpace.from_dict(wanted))
+        else:
+            model.check_latent_space()
+        return model
+
+
+def _build_temporal(config: Mapping[str, Any]) -> TemporalPart:
+    options = dict(config)
+    kind = options.pop("type", None)
+    if kind not in TEMPORAL_TYPES:
+        raise OpenSoraError(f"temporal: type {kind!r} given; known are {', '.join(TEMPORAL_TYPES)}")
+    known = [name for name in inspect.signature(TEMPORAL_TYPES[kind].__init__).parameters if name != "self"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise OpenSoraError(f"temporal: unknown option {', '.join(unknown)}; {kind} takes {', '.join(known)}")
+    return TEMPORAL_TYPES[kind](**options)
+
+
+def _draw(
+    posterior: Posterior,
+    sample: bool,
+    generator: torch.Generator | list[torch.Generator] | None,
+    noise: Tensor | None,
+) -> Tensor:
+    if not sample:
+        return posterior.mode()
+    if noise is None:  # all of it at once, so that micro batches and chunks do not change what is drawn
+        noise = randn_tensor(tuple(posterior.mean.shape), generator, posterior.mean.device, posterior.mean.dtype)
+    if noise.shape != posterior.mean.shape:
+        raise OpenSoraError(f"noise of shape {tuple(noise.shape)} given for latents of {tuple(posterior.mean.shape)}")
+    return posterior.sample(noise=noise)
+
+
+def _complete_statistics(module: VideoAutoencoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Published files may hold one shift and scale for all channels, or none: the declared ones then stand."""
+    for name in ("shift", "scale"):
+        own: Tensor = getattr(module, name)
+        value = state_dict.get(prefix + name, own)
+        state_dict[prefix + name] = value.expand(own.shape) if value.ndim == 0 else value
+
+
+def _same_but_for_rounding(found: Tensor, declared: Tensor) -> bool:
+    """Whether `found` is `declared`, maybe stored in half precision at some time."""
+    found, declared = found.float(), declared.float()
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return any(torch.equal(found, declared.to(kind).float()) for kind in kinds)
