@@ -1,0 +1,156 @@
+"""Videos written and read back: pixels, timing, metadata, odd sizes, interruptions and broken files."""
+
+import numpy as np
+import pytest
+import torch
+
+from opensora.errors import OpenSoraError
+from opensora.media import write
+from opensora.media.read import read_metadata, read_video
+from opensora.media.write import check_writable, write_video
+
+METADATA = {"prompt": 'a ball – 一个红球 "quoted"\nsecond line', "seed": 2**40, "nested": {"list": [1, 2.5, None]}}
+
+
+def clip(num_frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
+    """A red square that walks over smooth green and blue ramps."""
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    frames[..., 1] = np.linspace(30, 200, width).astype(np.uint8)
+    frames[..., 2] = np.linspace(30, 200, height).astype(np.uint8)[:, None]
+    for index in range(num_frames):
+        frames[index, 8:24, 2 * index : 2 * index + 16] = (220, 30, 30)
+    return frames
+
+
+@pytest.mark.parametrize(("suffix", "mean_error"), [("mp4", 4), ("gif", 6), ("webp", 4), ("png", 0)])
+def test_round_trip(tmp_path, suffix, mean_error):
+    path = write_video(tmp_path / f"a.{suffix}", clip(), 8, METADATA)
+    frames, fps = read_video(path)
+    assert frames.shape == clip().shape and frames.dtype == np.uint8
+    assert np.abs(frames.astype(int) - clip()).mean() <= mean_error
+    assert fps == pytest.approx(8, rel=0.02)
+    assert read_metadata(path) == METADATA
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_colours_are_not_shifted(tmp_path):
+    for colour in [(220, 30, 30), (30, 200, 60), (40, 60, 220), (250, 250, 250), (0, 0, 0)]:
+        frames = np.full((3, 32, 32, 3), colour, np.uint8)
+        back, _ = read_video(write_video(tmp_path / "a.mp4", frames, 8))
+        assert np.abs(back.astype(int) - frames).max() <= 3, colour
+
+
+@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("size", [(1, 16, 16), (3, 17, 23), (5, 16, 31), (2, 31, 16)])
+def test_odd_sizes_and_single_frames_come_back_whole(tmp_path, suffix, size):
+    video = clip(*size)
+    frames, _ = read_video(write_video(tmp_path / f"a.{suffix}", video, 8))
+    assert frames.shape == video.shape
+    assert np.abs(frames.astype(int) - video).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", write.FORMATS)
+def test_the_same_frames_make_the_same_bytes(tmp_path, suffix):
+    one = write_video(tmp_path / f"a.{suffix}", clip(), 8, METADATA)
+    two = write_video(tmp_path / f"b.{suffix}", clip(), 8, METADATA)
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("fps", [7.5, 24, 29.97, 30000 / 1001])
+def test_frame_rates(tmp_path, fps):
+    _, found = read_video(write_video(tmp_path / "a.mp4", clip(), fps))
+    assert found == pytest.approx(fps, rel=1e-4)
+
+
+def test_gif_times_do_not_drift():
+    durations = write._durations_ms(800, 8, step_ms=10)
+    assert sum(durations) == 100_000 and set(durations) == {120, 130}
+
+
+def test_a_float_video_is_scaled_and_clamped(tmp_path):
+    video = torch.linspace(-1.2, 1.2, 3 * 2 * 8 * 8).reshape(3, 2, 8, 8)
+    frames, _ = read_video(write_video(tmp_path / "a.png", video, 8))
+    assert frames.shape == (2, 8, 8, 3)
+    expected = (video.clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 3, 0)
+    assert np.abs(frames - expected.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        np.zeros((2, 8, 8), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((2, 8, 8, 3), np.int64),
+        np.full((3, 2, 8, 8), np.nan, np.float32),
+    ],
+)
+def test_impossible_videos(tmp_path, video):
+    with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
+        write_video(tmp_path / "a.mp4", video, 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_impossible_fps(tmp_path, fps):
+    with pytest.raises(OpenSoraError, match="fps"):
+        write_video(tmp_path / "a.mp4", clip(), fps)
+
+
+def test_formats():
+    assert write.format_of("a.MP4") == "mp4"
+    assert write.format_of("a", "gif") == "gif"
+    for path, kind in [("a.avi", None), ("a", None), ("a.mp4", "gif"), ("a.mp4", "avi")]:
+        with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
+            write.format_of(path, kind)
+
+
+@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, suffix, error, monkeypatch):
+    path = write_video(tmp_path / f"a.{suffix}", clip(), 8)
+    before = path.read_bytes()
+
+    def half(temporary, *_):
+        temporary.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(write, f"_write_{suffix}", half)
+    with pytest.raises((KeyboardInterrupt, OpenSoraError)):
+        write_video(path, clip(), 8)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in [tmp_path, tmp_path / "file" / "a.mp4", "/proc/nowhere/a.mp4"]:
+        with pytest.raises(OpenSoraError, match=r"^output [^\n]*$"):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "folder" / "a.mp4")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_files_without_metadata(tmp_path):
+    for suffix in write.FORMATS:
+        with pytest.raises(OpenSoraError, match="does not say how it was made"):
+            read_metadata(write_video(tmp_path / f"a.{suffix}", clip(), 8))
+
+
+@pytest.mark.parametrize("suffix", write.FORMATS)
+def test_broken_files(tmp_path, suffix):
+    good = write_video(
+        tmp_path / f"good.{suffix}", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8), 8
+    )
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    text = tmp_path / f"text.{suffix}"
+    text.write_text("not a video")
+    empty = tmp_path / f"empty.{suffix}"
+    empty.write_bytes(b"")
+    for path in [cut, text, empty, tmp_path / f"missing.{suffix}", tmp_path]:
+        with pytest.raises(OpenSoraError, match=r"^[^\n]*$") as caught:
+            read_video(path)
+        assert str(path) in str(caught.value)
+    for path in [text, empty, tmp_path / f"missing.{suffix}"]:
+        with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
+            read_metadata(path)
