@@ -68,9 +68,10 @@ class Optimizer:
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
-        }
+        groups = [g for g in groups if g["params"]]
+        self.parts: dict[str, torch.optim.Optimizer] = {}
+        if groups:
+            self.parts["adamw"] = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         if self.matrix_views:
             self.parts["muon"] = torch.optim.Muon(
                 self.matrix_views, lr=config.muon_lr, momentum=0.95, nesterov=True, weight_decay=config.weight_decay

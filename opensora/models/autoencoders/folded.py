@@ -11,8 +11,9 @@ h, w latent height and width, r temporal factor, D width of the network.
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+
+from opensora.models.autoencoders.posterior import Posterior
 
 
 class CausalMixer(nn.Module):
@@ -68,7 +69,7 @@ class FoldedTemporalAutoencoder(nn.Module):
         """N for a clip of `num_frames` frames: ceil(T / r)."""
         return -(-num_frames // self.temporal_factor)
 
-    def encode(self, frame_latents: Tensor) -> DiagonalGaussianDistribution:
+    def encode(self, frame_latents: Tensor) -> Posterior:
         """Posterior of the video latent.
 
         Args:
@@ -87,7 +88,7 @@ class FoldedTemporalAutoencoder(nn.Module):
         hidden_states = self.encoder_in(folded)
         for block in self.encoder_blocks:
             hidden_states = block(hidden_states)
-        return DiagonalGaussianDistribution(self.encoder_out(hidden_states))
+        return Posterior.from_moments(self.encoder_out(hidden_states))
 
     def decode(self, latents: Tensor, num_frames: int) -> Tensor:
         """Frame latents (B, C, num_frames, h, w) of video latents (B, Z, N, h, w)."""

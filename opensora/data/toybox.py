@@ -1,0 +1,126 @@
+"""Clips of the toybox world as training data: rendered on demand, or encoded once into captioned latents."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.toybox.captions import caption
+from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
+
+
+@dataclass(frozen=True)
+class ToyboxClips:
+    """A stream of clips.
+
+    Attributes:
+        world: what may appear in them.
+        num_frames, height, width: T, H, W.
+        fps: frames a second that the clips are meant to be played at.
+    """
+
+    world: World = EASY_WORLD
+    num_frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: int = 8
+
+    def specs(self, n: int, generator: torch.Generator, split: Literal["train", "held_out"] = "train") -> list[ClipSpec]:
+        """`n` clip descriptions drawn with `generator`."""
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        return sample_specs(n, seed, self.world, split)
+
+    def render(
+        self, n: int, generator: torch.Generator, device: str = "cpu", split: Literal["train", "held_out"] = "train"
+    ) -> tuple[Tensor, Tensor]:
+        """Video (n, 3, T, H, W) in [-1, 1] and object mask (n, 1, T, H, W) in [0, 1]."""
+        specs = self.specs(n, generator, split)
+        return render(specs, self.num_frames, self.height, self.width, device)
+
+
+@dataclass(frozen=True)
+class CaptionedBatch:
+    """Latents (B, C, T, h, w), object mask (B, 1, T, h, w) in {0, 1}, and one caption each."""
+
+    latents: Tensor
+    object_mask: Tensor
+    captions: list[str]
+
+
+class CaptionedLatents:
+    """Clips encoded once; each draw words them anew.
+
+    Args:
+        specs: N clip descriptions.
+        latents: (N, C, T, h, w), normalised, half precision.
+        object_mask: (N, 1, T, h, w) uint8, 1 where an object touches the latent cell.
+    """
+
+    def __init__(self, specs: list[ClipSpec], latents: Tensor, object_mask: Tensor) -> None:
+        self.specs, self.latents, self.object_mask = specs, latents, object_mask
+
+    def sample(self, n: int, generator: torch.Generator) -> CaptionedBatch:
+        """`n` clips with repetition, freshly captioned, all drawn with `generator`."""
+        rows = torch.randint(len(self.specs), (n,), generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        captions = [caption(self.specs[row], rng) for row in rows.tolist()]
+        return CaptionedBatch(self.latents[rows].float(), self.object_mask[rows].float(), captions)
+
+    @classmethod
+    def load_or_encode(
+        cls, cache: Path, clips: ToyboxClips, autoencoder: VideoAutoencoder, n: int, device: str
+    ) -> "CaptionedLatents":
+        """The first `n` training clips of seed 0; encoded once into `cache`, with what they depend on.
+
+        A cache made with other clips or another autoencoder is made again.
+        """
+        specs = sample_specs(n, 0, clips.world, "train")
+        made_from = json.dumps({"clips": asdict(clips), "n": n, "autoencoder": fingerprint(autoencoder)})
+        path = cache / "latents.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("made_from") == made_from:
+                    return cls(specs, file.get_tensor("latents"), file.get_tensor("object_mask"))
+        latents, object_mask = encode_clips(specs, clips, autoencoder, device)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"latents": latents, "object_mask": object_mask}, partial, {"made_from": made_from})
+        partial.replace(path)
+        return cls(specs, latents, object_mask)
+
+
+@torch.no_grad()
+def encode_clips(
+    specs: list[ClipSpec], clips: ToyboxClips, autoencoder: VideoAutoencoder, device: str, batch_size: int = 50
+) -> tuple[Tensor, Tensor]:
+    """Normalised latents (the posterior's mean, float16) and object masks (uint8) of rendered clips, on the CPU."""
+    latents, masks = [], []
+    for start in range(0, len(specs), batch_size):
+        part = specs[start : start + batch_size]
+        video, mask = render(part, clips.num_frames, clips.height, clips.width, device)
+        with torch.autocast(device, torch.bfloat16):
+            encoded = autoencoder.encode(video)
+        latents.append(encoded.half().cpu())
+        masks.append(latent_cells(mask, autoencoder).cpu())
+    return torch.cat(latents), torch.cat(masks)
+
+
+def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
+    """Latent cells that an object covers to more than a tenth at some time; (B, 1, T, h, w) uint8."""
+    time, space = autoencoder.temporal_factor, autoencoder.spatial_factor
+    cells = F.avg_pool3d(mask, (1, space, space))
+    cells = F.pad(cells, (0, 0, 0, 0, -cells.shape[2] % time, 0))
+    return (F.max_pool3d(cells, (time, 1, 1)) > 0.1).to(torch.uint8)
+
+
+def fingerprint(autoencoder: VideoAutoencoder) -> float:
+    """A number that differs between differently trained autoencoders."""
+    return float(sum(p.double().abs().sum() for p in autoencoder.parameters()))

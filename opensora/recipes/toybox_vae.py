@@ -1,0 +1,71 @@
+"""The bundled video autoencoder, in three stages sized for one CPU core: about 25 minutes in all.
+
+Run them in this order; each looks for the stage before in `runs/`, where `opensora train NAME` puts it.
+"""
+
+from pathlib import Path
+
+from opensora.training.config import LoopConfig, Recipe
+from opensora.training.optimizer import OptimizerConfig
+from opensora.training.vae_objective import VAEObjectiveConfig
+
+RUNS = Path("runs")
+
+AUTOENCODER = {
+    "spatial": {
+        "in_channels": 12,
+        "out_channels": 12,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [32, 64, 96],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+    },
+    "spatial_patch_size": 2,
+    "micro_batch_size": 68,
+    "temporal": {
+        "type": "folded",
+        "in_channels": 4,
+        "latent_channels": 4,
+        "dim": 256,
+        "encoder_depth": 2,
+        "decoder_depth": 3,
+        "temporal_factor": 4,
+    },
+}
+
+
+def toybox_vae_frames() -> Recipe:
+    """Stage 1 of the autoencoder: single frames."""
+    objective = VAEObjectiveConfig(stage="frames", autoencoder=AUTOENCODER, batch_size=8, frames_per_clip=4)
+    optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), decay=0.5)
+    return Recipe("toybox_vae_frames", objective, LoopConfig(steps=1800, preview_every=200, optimizer=optimizer))
+
+
+def toybox_vae_latents() -> Recipe:
+    """Stage 2 of the autoencoder: time, on the latents of stage 1."""
+    objective = VAEObjectiveConfig(
+        stage="latents",
+        init_from=RUNS / "toybox_vae_frames" / "model",
+        batch_size=16,
+        object_weight=10.0,
+        kl_weight=1e-3,
+        num_clips=2000,
+    )
+    optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), decay=0.5)
+    return Recipe("toybox_vae_latents", objective, LoopConfig(steps=800, preview_every=200, optimizer=optimizer))
+
+
+def toybox_vae_pixels() -> Recipe:
+    """Stage 3 of the autoencoder: time and the spatial decoder together, on pixels."""
+    objective = VAEObjectiveConfig(
+        stage="pixels",
+        init_from=RUNS / "toybox_vae_latents" / "model",
+        batch_size=8,
+        frames_per_clip=4,
+        kl_weight=1e-3,
+        num_clips=1000,
+    )
+    optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-4, betas=(0.9, 0.99), decay=0.5)
+    return Recipe("toybox_vae_pixels", objective, LoopConfig(steps=800, preview_every=200, optimizer=optimizer))

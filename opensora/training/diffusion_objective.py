@@ -1,0 +1,178 @@
+"""Training a diffusion transformer, and with it a small text encoder, on captioned latents.
+
+`prepare` draws everything random: which clips, how they are worded, noise, time, which captions are dropped. `loss`
+corrupts the latents, asks the transformer, and compares. Two objectives share all of this and differ in the diffusion:
+rectified flow (Liu et al., 2022) and discrete-time Gaussian diffusion with learned variances (Nichol & Dhariwal, 2021).
+
+Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from opensora import flow, gaussian
+from opensora.data.toybox import CaptionedLatents, ToyboxClips
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
+from opensora.models.stdit3 import STDiT3
+from opensora.pipeline import OpenSoraPipeline
+from opensora.toybox.captions import build_tokenizer
+from opensora.training.objective import Draw, Objective
+
+
+@dataclass(frozen=True)
+class DiffusionObjectiveConfig:
+    """Which transformer learns to undo which corruption of which clips.
+
+    Attributes:
+        diffusion: "flow" (rectified flow) or "iddpm" (epsilon prediction, learned-range variance).
+        autoencoder: folder of the autoencoder whose latents are learnt.
+        clips: where clips come from.
+        num_clips: clips encoded once, before the first step.
+        transformer: configuration of the STDiT3, for training from scratch.
+        text_encoder: configuration of the T5 encoder, for training from scratch.
+        init_from: exported pipeline folder to start from instead.
+        batch_size: B, clips a step.
+        drop_text: share of captions replaced by the null text, for classifier-free guidance.
+        object_weight: extra weight of errors on latent cells that an object touches.
+        defaults: generation defaults recorded in the exported pipeline.
+    """
+
+    diffusion: Literal["flow", "iddpm"]
+    autoencoder: Path
+    clips: ToyboxClips = field(default_factory=ToyboxClips)
+    num_clips: int = 40_000
+    transformer: dict[str, Any] | None = None
+    text_encoder: dict[str, Any] | None = None
+    init_from: Path | None = None
+    batch_size: int = 32
+    drop_text: float = 0.1
+    object_weight: float = 5.0
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, device: str) -> "DiffusionObjective":
+        return {"flow": FlowObjective, "iddpm": GaussianObjective}[self.diffusion](self, device)
+
+
+@dataclass
+class Batch:
+    """One step's data, on the device."""
+
+    latents: Tensor  # (B, C, T, h, w) clean
+    object_mask: Tensor  # (B, 1, T, h, w), 1 where an object is
+    noise: Tensor  # like latents
+    tokens: Tensor  # (B, L) token ids
+    text_mask: Tensor  # (B, L), 1 = token
+    drop_text: Tensor  # (B,) bool
+
+
+class DiffusionObjective(Objective):
+    """What both kinds of diffusion share."""
+
+    scheduler: RectifiedFlowScheduler | IDDPMScheduler
+
+    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
+        self.config, self.device = config, device
+        if not config.autoencoder.exists():
+            raise OpenSoraError(f"no autoencoder in {config.autoencoder}; train it first, or set objective.autoencoder")
+        self.autoencoder = VideoAutoencoder.from_pretrained(config.autoencoder).to(device).eval().requires_grad_(False)
+        self.tokenizer = build_tokenizer()
+        self.transformer, self.text_encoder = self.load_networks()
+        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
+        self.not_matrices = {n for n, _ in self.module.named_parameters() if not is_hidden_matrix(n)}
+        self.latents: CaptionedLatents | None = None
+
+    def load_networks(self) -> tuple[STDiT3, T5EncoderModel]:
+        config = self.config
+        if config.init_from is not None:
+            if not config.init_from.exists():
+                raise OpenSoraError(f"no model to start from in {config.init_from}; train it, or set objective.init_from")
+            transformer = STDiT3.from_pretrained(config.init_from / "transformer", torch_dtype=torch.float32)
+            text_encoder = T5EncoderModel.from_pretrained(config.init_from / "text_encoder", dtype=torch.float32)
+            return transformer.train(), text_encoder.train()
+        if config.transformer is None or config.text_encoder is None:
+            raise OpenSoraError("objective.transformer and objective.text_encoder are needed without objective.init_from")
+        torch.manual_seed(0)
+        text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
+        return STDiT3(**config.transformer), T5EncoderModel(text_config)
+
+    def set_up(self, cache: Path) -> None:
+        config = self.config
+        self.latents = CaptionedLatents.load_or_encode(
+            cache, config.clips, self.autoencoder, config.num_clips, self.device
+        )
+
+    def prepare(self, draw: Draw) -> Batch:
+        assert self.latents is not None, "set_up first"
+        size, device = self.config.batch_size, self.device
+        clips = self.latents.sample(size, draw.generator("clips"))
+        text = self.tokenizer(clips.captions, padding=True, truncation=True, return_tensors="pt")
+        noise = torch.randn(clips.latents.shape, generator=draw.generator("noise"))
+        drop_text = torch.rand(size, generator=draw.generator("drop")) < self.config.drop_text
+        return Batch(
+            latents=clips.latents.to(device),
+            object_mask=clips.object_mask.to(device),
+            noise=noise.to(device),
+            tokens=text["input_ids"].to(device),
+            text_mask=text["attention_mask"].to(device),
+            drop_text=drop_text.to(device),
+        )
+
+    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
+        text_states = self.text_encoder(batch.tokens, attention_mask=batch.text_mask).last_hidden_state
+        clips = self.config.clips
+        return self.transformer(
+            noisy,
+            timestep,
+            text_states,
+            batch.text_mask,
+            drop_text=batch.drop_text,
+            fps=float(clips.fps),
+            height=float(clips.height),
+            width=float(clips.width),
+        ).sample.float()
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Loss weight of every latent cell, 1 on average; (B, 1, T, h, w)."""
+        weights = 1 + self.config.object_weight * batch.object_mask
+        return weights / weights.mean()
+
+    def export(self, folder: Path) -> None:
+        OpenSoraPipeline(
+            transformer=self.transformer,
+            scheduler=self.scheduler,
+            autoencoder=self.autoencoder,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            **self.config.defaults,
+        ).save_pretrained(folder)
+
+
+class FlowObjective(DiffusionObjective):
+    """Rectified flow: the velocity from noise to data at logit-normal times."""
+
+    scheduler = RectifiedFlowScheduler()
+
+    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        t = flow.sample_logit_normal(len(batch.latents), generator=draw.generator("t")).to(self.device)
+        noisy = flow.interpolate(batch.latents, batch.noise, t)
+        prediction = self.predict(noisy, 1000 * t, batch)[:, : batch.latents.shape[1]]
+        error = (prediction - flow.velocity_target(batch.latents, batch.noise)).square()
+        return {
+            "velocity": (error * self.weights(batch)).flatten(1).mean(dim=1),
+            "_mse": error.flatten(1).mean(dim=1),
+        }
+
+
+def is_hidden_matrix(name: str) -> bool:
+    """Whether a parameter of transformer or text encoder is a matrix between two hidden layers."""
+    in_block = "_blocks." in name or ".block." in name
+    return in_block and name.endswith(".weight") and "norm" not in name and "relative_attention_bias" not in name
