@@ -19,6 +19,7 @@ def rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
 
 def plain(red: float, green: float, blue: float) -> Painter:
     """One colour everywhere."""
+
     def paint(x: Tensor, y: Tensor) -> Tensor:
         return rgb(red, green, blue, x) + 0 * (x + y)
 
@@ -27,6 +28,7 @@ def plain(red: float, green: float, blue: float) -> Painter:
 
 def gradient(top: tuple[float, float, float], bottom: tuple[float, float, float]) -> Painter:
     """From one colour at the top edge to another at the bottom edge."""
+
     def paint(x: Tensor, y: Tensor) -> Tensor:
         share = (y / 64 + 0.5).clamp(0, 1) + 0 * x
         return rgb(*top, x) + (rgb(*bottom, x) - rgb(*top, x)) * share

@@ -8,7 +8,7 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from opensora.toybox.world import ClipSpec, Thing
+from opensora.toybox.world import EASY_WORLD, ClipSpec, Thing, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -141,17 +141,17 @@ def vocabulary() -> tuple[str, ...]:
 VOCABULARY = vocabulary()
 
 
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that the toy models have never seen, each once, in order."""
-    known = set(VOCABULARY)
+def unknown_words(prompt: str, world: World = EASY_WORLD) -> list[str]:
+    """The words of a prompt that a model of this world has never seen, each once, in order."""
+    missing = {word for shape in SHAPE_WORDS if shape not in world.shapes for word in SHAPE_WORDS[shape]}
+    known = set(VOCABULARY) - missing
     return list(dict.fromkeys(word for word in words_of(prompt) if word not in known))
 
 
-def describe_vocabulary() -> str:
-    """One line that tells a user what can be asked for."""
-    sizes, colours = ", ".join(SIZE_WORDS), ", ".join(COLOUR_WORDS)
-    shapes = ", ".join(SHAPE_WORDS)
-    places = "; ".join(options[0] for options in PLACES.values())
+def describe_vocabulary(world: World = EASY_WORLD) -> str:
+    """One line that tells a user what a model of this world can be asked for."""
+    sizes, colours, shapes = ", ".join(world.sizes), ", ".join(world.colours), ", ".join(world.shapes)
+    places = "; ".join(PLACES[name][0] for name in world.backgrounds)
     return (
         f"one object ({sizes}; {colours}; {shapes}) that stands still, moves left, right, up or down, bounces, moves "
         f"in a circle, spins, grows or shrinks, slowly or quickly, in one place ({places})"
