@@ -229,8 +229,8 @@ class ChannelGuidance:
 
     def _enter_step(self, step: int, num_inference_steps: int, timestep: torch.Tensor | float) -> None:
         assert self.guider is not None
-        # diffusers types the timestep as a tensor; its guiders only keep it.
-        self.guider.set_state(step, num_inference_steps, torch.as_tensor(timestep))
+        # Typed as an integer tensor, but a guider only stores it.
+        self.guider.set_state(step, num_inference_steps, torch.as_tensor(timestep))  # pyright: ignore[reportArgumentType]
         if step == 0:
             # Guiders with momentum start a fresh average here; without it one run would leak into the next.
             self.guider.prepare_inputs({})  # pyright: ignore[reportArgumentType]
