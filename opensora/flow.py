@@ -1,0 +1,197 @@
+"""Rectified flow in pure functions: a straight line from data to noise, and the velocity that walks it back.
+
+The convention is Open-Sora's: t = 0 is data and t = 1 pure noise, x_t = (1 - t) x + t e, and the network predicts the
+velocity *towards the data*, v = x - e, so a step from t down to s adds (t - s) v. Larger and longer videos stay
+recognisable under more noise; the time shift spends more of the steps (and of training) near t = 1 for them.
+
+Letters: x clean latents, e standard normal noise, t time in [0, 1], v velocity, r shift ratio, B batch, T frames.
+Papers: Liu et al. 2022, https://arxiv.org/abs/2209.03003 (flow); Esser et al. 2024, https://arxiv.org/abs/2403.03206
+(logit-normal times, section 3.1; resolution-dependent shift, equation 23).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from opensora.errors import OpenSoraError
+
+# --- the path and its velocity ----------------------------------------------------------------------------------------
+
+
+def interpolate(clean: Tensor, noise: Tensor, t: Tensor | float, frame_mask: Tensor | None = None) -> Tensor:
+    """Noisy latents x_t = (1 - t) x + t e.
+
+    Args:
+        clean: x, (B, C, T, H, W).
+        noise: e, same shape.
+        t: in [0, 1], a number or (B,).
+        frame_mask: (B, T) bool; frames where it is False are given, that is, returned clean.
+
+    Returns:
+        Shape and dtype of ``clean``.
+    """
+    t = _per_sample(t, clean)
+    noisy = (1 - t) * clean + t * noise
+    return noisy if frame_mask is None else torch.where(_per_frame(frame_mask, clean), noisy, clean)
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the network learns to predict, v = x - e: the negative of dx_t/dt, constant along the path."""
+    return clean - noise
+
+
+def euler_step(sample: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:
+    """Walk from time ``t`` to the earlier time ``t_next`` along the velocity: x_s = x_t + (t - s) v.
+
+    Args:
+        sample: x_t, (B, C, T, H, W).
+        velocity: v, same shape.
+        t: in [0, 1], a number or (B,).
+        t_next: s <= t, likewise; 0 at the last step.
+    """
+    return sample + (_per_sample(t, sample) - _per_sample(t_next, sample)) * velocity
+
+
+def masked_mse(prediction: Tensor, target: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of every sample over its generated frames.
+
+    Args:
+        prediction: (B, C, T, H, W), or (B, 2C, T, H, W) of a network with variance channels, which are ignored.
+        target: (B, C, T, H, W).
+        frame_mask: (B, T) bool; frames where it is False are left out of the mean.
+
+    Returns:
+        (B,); 0 for a sample without any generated frame, which has nothing to learn from.
+    """
+    error = (prediction[:, : target.shape[1]] - target).square()
+    if frame_mask is None:
+        return error.flatten(1).mean(dim=1)
+    per_frame = error.mean(dim=(1, 3, 4))
+    weight = frame_mask.to(per_frame.dtype)
+    return (per_frame * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+# --- the time shift ---------------------------------------------------------------------------------------------------
+
+
+def time_shift(t: Tensor, ratio: float) -> Tensor:
+    """Move times towards noise (r > 1) or data (r < 1): t' = r t / (1 + (r - 1) t), Esser et al. equation 23.
+
+    0 and 1 stay where they are, exactly; the shift by 1/r undoes the shift by r.
+
+    Args:
+        t: any shape, in [0, 1].
+        ratio: r > 0.
+
+    Raises:
+        OpenSoraError: r is not a positive finite number.
+    """
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise OpenSoraError(f"got a time shift ratio of {ratio}; expected a positive finite number")
+    # The denominator is written as a sum of two non-negative terms, so that t = 1 gives r / r = 1 without rounding.
+    return ratio * t / (ratio * t + (1 - t))
+
+
+def time_shift_ratio(
+    height: float, width: float, shift_frames: int, *, scale: float = 1.0, base_size: int = 512
+) -> float:
+    """Shift ratio r = scale * sqrt(height * width) / base_size * sqrt(shift_frames), 1 for one 512x512 image.
+
+    Args:
+        height: of the video, pixels.
+        width: of the video, pixels.
+        shift_frames: frame count of the latent as :func:`latent_frames` (Open-Sora 1.2) or
+            :func:`frames_after_first` (1.3) gives it.
+        scale: a further factor of the user's choice.
+        base_size: side in pixels of the square image that is not shifted.
+
+    Raises:
+        OpenSoraError: a size, frame count, scale or base that is not positive.
+    """
+    given = {"height": height, "width": width, "frames": shift_frames, "scale": scale, "base_size": base_size}
+    for name, value in given.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise OpenSoraError(f"got {name}={value} for the time shift; expected a positive number")
+    return scale * math.sqrt(height * width) / base_size * math.sqrt(shift_frames)
+
+
+def latent_frames(num_frames: int, temporal_factor: int, micro_frame_size: int | None = None) -> int:
+    """Frames of the latent of a chunked causal autoencoder, the count that the shift of Open-Sora 1.2 is made for.
+
+    Every chunk of ``micro_frame_size`` frames is padded to a multiple of ``temporal_factor`` by itself: 17 frames at
+    factor 4 become 5. One frame becomes one latent frame.
+
+    Args:
+        num_frames: of the video, >= 1.
+        temporal_factor: video frames to one latent frame, >= 1.
+        micro_frame_size: frames to a chunk; ``None`` encodes the video in one piece.
+    """
+    _check_frames(num_frames, temporal_factor)
+    if micro_frame_size is None:
+        return -(-num_frames // temporal_factor)
+    if micro_frame_size < 1:
+        raise OpenSoraError(f"got micro_frame_size={micro_frame_size}; expected at least 1 frame, or None")
+    whole_chunks, rest = divmod(num_frames, micro_frame_size)
+    return whole_chunks * -(-micro_frame_size // temporal_factor) + -(-rest // temporal_factor)
+
+
+def frames_after_first(num_frames: int, temporal_factor: int) -> int:
+    """Latent frames without the first, at least 1: the count that the shift of Open-Sora 1.3 is made for."""
+    _check_frames(num_frames, temporal_factor)
+    return max(1, (num_frames - 1) // temporal_factor)
+
+
+# --- times to train on ------------------------------------------------------------------------------------------------
+
+
+def sample_uniform(
+    batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniform times in [0, 1), (B,) float32."""
+    return torch.rand(batch_size, generator=generator, device=device)
+
+
+def sample_discrete(
+    batch_size: int,
+    num_train_timesteps: int = 1000,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform times among 0, 1/N, .. (N-1)/N, (B,) float32."""
+    steps = torch.randint(num_train_timesteps, (batch_size,), generator=generator, device=device)
+    return steps.float() / num_train_timesteps
+
+
+def sample_logit_normal(
+    batch_size: int,
+    *,
+    loc: float = 0.0,
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Times t = sigmoid(loc + scale * n) with n standard normal, (B,) float32: most of them near the middle."""
+    if not scale > 0:
+        raise OpenSoraError(f"got scale={scale} for the logit-normal times; expected a positive number")
+    return torch.sigmoid(loc + scale * torch.randn(batch_size, generator=generator, device=device))
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _per_sample(t: Tensor | float, like: Tensor) -> Tensor:
+    """(B,) or a number -> (B or 1, 1, 1, ...) of the dtype and device of ``like``."""
+    t = torch.as_tensor(t, device=like.device).to(like.dtype)
+    return t.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _per_frame(frame_mask: Tensor, like: Tensor) -> Tensor:
+    """(B, T) -> (B, 1, T, 1, 1) bool on the device of ``like``."""
+    return frame_mask.to(device=like.device, dtype=torch.bool)[:, None, :, None, None]
+
+
+def _check_frames(num_frames: int, temporal_factor: int) -> None:
+    if num_frames < 1 or temporal_factor < 1:
+        raise OpenSoraError(f"got {num_frames} frames and a temporal factor of {temporal_factor}; both are at least 1")
