@@ -1,0 +1,328 @@
+"""The rectified-flow sampler of Open-Sora 1.2 and later: Euler steps from noise to data, as a diffusers scheduler.
+
+A thin class over :mod:`opensora.flow`. There, time runs over [0, 1]; here it is the timestep the networks were trained
+on, 0..``num_train_timesteps``, with ``num_train_timesteps`` = pure noise. Sampling visits (1 - i/n) of the way for
+i = 0..n-1, time-shifted if the model was trained so, and the last step goes to 0.
+
+Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
+to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until time falls to that fraction, is noised
+to it once, and is generated from there::
+
+    for timestep in scheduler.timesteps:
+        latents, frame_mask = scheduler.activate_frames(latents, timestep, frame_strength)
+        prediction = network(latents, timestep, frame_mask=frame_mask)
+        latents = scheduler.step(prediction, timestep, latents, frame_mask=frame_mask).prev_sample
+
+Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``, n steps.
+"""
+
+from typing import Literal, overload
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from opensora import flow
+from opensora.errors import OpenSoraError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Euler sampling of a rectified flow, with the training-time facts that sampling must agree with.
+
+    Args:
+        num_train_timesteps: N, the timestep of pure noise.
+        use_discrete_timesteps: round timesteps to whole numbers before the shift.
+        use_timestep_transform: shift times by size and length of the video; ``set_timesteps`` then needs both.
+        transform_scale: factor on the shift ratio, in sampling and in training alike.
+        transform_base_size: side in pixels of the square image that is not shifted.
+        transform_frames: ``"latent"`` counts the autoencoder's latent frames (Open-Sora 1.2), ``"after_first"`` those
+            after the first, and applies ``transform_scale`` to videos only (1.3).
+        temporal_factor: video frames to one latent frame of the autoencoder; 1 for one that works frame by frame.
+        micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
+        sample_method: how training draws its times, ``"uniform"`` or ``"logit-normal"``.
+        sample_loc: mean of the logit of the logit-normal times.
+        sample_scale: standard deviation of the logit of the logit-normal times.
+
+    Raises:
+        OpenSoraError: an unknown name or a number out of range.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        use_discrete_timesteps: bool = False,
+        use_timestep_transform: bool = False,
+        transform_scale: float = 1.0,
+        transform_base_size: int = 512,
+        transform_frames: Literal["latent", "after_first"] = "latent",
+        temporal_factor: int = 4,
+        micro_frame_size: int | None = 17,
+        sample_method: Literal["uniform", "logit-normal"] = "uniform",
+        sample_loc: float = 0.0,
+        sample_scale: float = 1.0,
+    ) -> None:
+        if num_train_timesteps < 1:
+            raise OpenSoraError(f"got num_train_timesteps={num_train_timesteps}; expected at least 1")
+        if transform_frames not in ("latent", "after_first"):
+            raise OpenSoraError(f"got transform_frames={transform_frames!r}; expected 'latent' or 'after_first'")
+        if sample_method not in ("uniform", "logit-normal"):
+            raise OpenSoraError(f"got sample_method={sample_method!r}; expected 'uniform' or 'logit-normal'")
+        self.num_train_timesteps = num_train_timesteps
+        self.use_discrete_timesteps = use_discrete_timesteps
+        self.use_timestep_transform = use_timestep_transform
+        self.transform_scale = transform_scale
+        self.transform_base_size = transform_base_size
+        self.transform_frames = transform_frames
+        self.temporal_factor = temporal_factor
+        self.micro_frame_size = micro_frame_size
+        self.sample_method = sample_method
+        self.sample_loc = sample_loc
+        self.sample_scale = sample_scale
+        self.num_inference_steps: int | None = None
+        # As in every diffusers scheduler there is something to iterate before set_timesteps: the training grid.
+        self._schedule(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), device=None)
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    # --- the schedule -------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        *,
+        height: float | None = None,
+        width: float | None = None,
+        num_frames: int | None = None,
+    ) -> None:
+        """Lay out the steps of one run in ``timesteps``, (n,) float32, descending from N.
+
+        Args:
+            num_inference_steps: n >= 1.
+            device: where ``timesteps`` goes; ``None`` is the CPU.
+            height: of the video in pixels; the sizes matter only under ``use_timestep_transform``.
+            width: of the video in pixels.
+            num_frames: of the video (not of the latent).
+
+        Raises:
+            OpenSoraError: fewer than one step, more whole timesteps than there are, or a missing or impossible size.
+        """
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise OpenSoraError(
+                f"got num_inference_steps={num_inference_steps!r}; expected a whole number of at least 1"
+            )
+        steps, grid = num_inference_steps, self.num_train_timesteps
+        timesteps = torch.tensor([(1.0 - i / steps) * grid for i in range(steps)], dtype=torch.float64)
+        if self.use_discrete_timesteps:
+            if steps > grid:
+                raise OpenSoraError(f"got num_inference_steps={steps}; a discrete schedule has at most {grid}")
+            timesteps = timesteps.round()
+        timesteps = self._shift(timesteps / grid, height, width, num_frames) * grid
+        self.num_inference_steps = steps
+        self._schedule(timesteps, device)
+
+    def time_shift_ratio(self, height: float, width: float, num_frames: int) -> float:
+        """Shift ratio of a video of this size (pixels, video frames), for sampling and for training alike."""
+        scale, factor = self.transform_scale, self.temporal_factor
+        if self.transform_frames == "latent":
+            frames = flow.latent_frames(num_frames, factor, self.micro_frame_size)
+        else:
+            frames = flow.frames_after_first(num_frames, factor)
+            scale = scale if num_frames > 1 else 1.0
+        return flow.time_shift_ratio(height, width, frames, scale=scale, base_size=self.transform_base_size)
+
+    def draw_timesteps(
+        self,
+        batch_size: int,
+        *,
+        height: float | None = None,
+        width: float | None = None,
+        num_frames: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Timesteps to train on, (B,) float32 in [0, N], drawn and shifted as the configuration says.
+
+        Args:
+            batch_size: B.
+            height: of the videos in pixels; the sizes matter only under ``use_timestep_transform``.
+            width: of the videos in pixels.
+            num_frames: of the videos (not of the latents).
+            generator: source of the random numbers.
+            device: of the result, and of ``generator``.
+
+        Raises:
+            OpenSoraError: a missing or impossible size.
+        """
+        if self.use_discrete_timesteps:
+            t = flow.sample_discrete(batch_size, self.num_train_timesteps, generator=generator, device=device)
+        elif self.sample_method == "uniform":
+            t = flow.sample_uniform(batch_size, generator=generator, device=device)
+        else:
+            t = flow.sample_logit_normal(
+                batch_size, loc=self.sample_loc, scale=self.sample_scale, generator=generator, device=device
+            )
+        return self._shift(t, height, width, num_frames) * self.num_train_timesteps
+
+    def _shift(
+        self, t: torch.Tensor, height: float | None, width: float | None, num_frames: int | None
+    ) -> torch.Tensor:
+        if not self.use_timestep_transform:
+            return t
+        if height is None or width is None or num_frames is None:
+            raise OpenSoraError(
+                f"got height={height}, width={width}, num_frames={num_frames}; this scheduler shifts its timesteps "
+                "by the size of the video and needs all three, in pixels and video frames"
+            )
+        return flow.time_shift(t, self.time_shift_ratio(height, width, num_frames))
+
+    def _schedule(self, timesteps: torch.Tensor, device: torch.device | str | None) -> None:
+        """Cast the float64 table once; look-ups use the same float32 values the caller iterates over."""
+        self.timesteps = timesteps.to(dtype=torch.float32).to(device=device)
+        self._values: list[float] = timesteps.to(torch.float32).tolist()
+
+    def _index(self, timestep: torch.Tensor | float) -> int:
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise OpenSoraError(f"got {timestep.numel()} timesteps; a step moves the whole batch at one timestep")
+        value = float(timestep)
+        try:
+            return self._values.index(value)
+        except ValueError:
+            near = min(self._values, key=lambda known: abs(known - value))
+            raise OpenSoraError(
+                f"got timestep {value}, which is not in this schedule of {len(self._values)} (nearest: {near}); "
+                "iterate over scheduler.timesteps, and call set_timesteps before"
+            ) from None
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """Return ``sample``: the network takes it as it is."""
+        return sample
+
+    def activate_frames(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        frame_strength: torch.Tensor,
+        *,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Before the network is called: say which frames are generated at this step, and noise those that just began.
+
+        Args:
+            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            timestep: an entry of ``timesteps``.
+            frame_strength: (B, T) in [0, 1], the same throughout a run; see the module text. A bool mask is the special
+                case of frames that are generated entirely or not at all.
+            generator: source of ``noise``; a list holds one per sample.
+            noise: standard normal noise like ``sample``. It is drawn at every step, needed or not, so that a run's
+                random numbers do not depend on the strengths.
+
+        Returns:
+            The sample with the frames that begin at this step noised to ``timestep``, and ``frame_mask``, (B, T) bool,
+            True for the frames that are being generated: input of the network and of :meth:`step`.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
+        """
+        if frame_strength.shape != (sample.shape[0], sample.shape[2]):
+            raise OpenSoraError(
+                f"got a frame_strength of shape {tuple(frame_strength.shape)} for latents of {tuple(sample.shape)}; "
+                f"expected (batch, frames) = {(sample.shape[0], sample.shape[2])}"
+            )
+        index = self._index(timestep)
+        if noise is None:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        strength = frame_strength.to(device=sample.device, dtype=torch.float32)
+        reached = strength * self.num_train_timesteps
+        active = reached >= self._values[index]
+        # Nothing precedes the first step: the frames that count as noise already are those of full strength.
+        before = strength == 1 if index == 0 else reached >= self._values[index - 1]
+        noised = self.add_noise(sample, noise, self._values[index])
+        return torch.where((active & ~before)[:, None, :, None, None], noised, sample), active
+
+    @overload
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        *,
+        frame_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        return_dict: Literal[True] = True,
+    ) -> SchedulerOutput: ...
+
+    @overload
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        *,
+        frame_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        return_dict: Literal[False],
+    ) -> tuple[torch.Tensor]: ...
+
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        *,
+        frame_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Walk from ``timestep`` to the next one, or to 0 from the last.
+
+        Args:
+            prediction: guided velocity, (B, C, T, H, W); of (B, 2C, T, H, W) the first C channels are used.
+            timestep: an entry of ``timesteps``.
+            sample: latents at ``timestep``, (B, C, T, H, W).
+            frame_mask: (B, T) bool; frames where it is False are returned as they came.
+            generator: not used, Euler steps of a flow draw nothing; here for the interface all schedulers share.
+            noise: not used, likewise.
+            return_dict: ``False`` returns a tuple of one.
+
+        Returns:
+            ``.prev_sample`` of the shape and dtype of ``sample``.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, or the number of channels is neither C nor 2C.
+        """
+        channels = sample.shape[1]
+        if prediction.shape[1] not in (channels, 2 * channels):
+            raise OpenSoraError(
+                f"got a prediction of {prediction.shape[1]} channels for latents of {channels}; expected {channels}, "
+                f"or {2 * channels} with variance channels"
+            )
+        index = self._index(timestep)
+        t = self._values[index] / self.num_train_timesteps
+        is_last = index + 1 == len(self._values)
+        t_next = 0.0 if is_last else self._values[index + 1] / self.num_train_timesteps
+        stepped = flow.euler_step(sample, prediction[:, :channels].to(sample.dtype), t, t_next)
+        if frame_mask is not None:
+            generated = frame_mask.to(device=sample.device, dtype=torch.bool)[:, None, :, None, None]
+            stepped = torch.where(generated, stepped, sample)
+        return SchedulerOutput(prev_sample=stepped) if return_dict else (stepped,)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Noise clean latents, (B, C, T, H, W), to ``timesteps`` in [0, N], a number or (B,)."""
+        return flow.interpolate(original_samples, noise, timesteps / self.num_train_timesteps)
