@@ -25,7 +25,7 @@ from opensora.models.guidance import (
     resolve_cfg_channels,
 )
 
-MIDDLE = {"step": 3, "num_inference_steps": 10, "timestep": 500.0}
+MIDDLE: dict[str, Any] = {"step": 3, "num_inference_steps": 10, "timestep": 500.0}
 
 
 def predictions(batch: int = 2, channels: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
