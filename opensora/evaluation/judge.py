@@ -110,7 +110,7 @@ class Judge(ModelMixin, ConfigMixin):
         """
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < 2:
             raise OpenSoraError(
-                f"the judge got shape {tuple(video.shape)}; pass (batch, 3, frames, height, width) with 2 or more frames"
+                f"the judge got shape {tuple(video.shape)}; pass (batch, 3, frames, height, width) T >= 2"
             )
         video = self.resize(video)
         count = min(self.config["frames_seen"], video.shape[2])
@@ -134,6 +134,6 @@ def load_judge(folder: Path = WEIGHTS, device: str | torch.device = "cpu") -> Ju
         OpenSoraError: `folder` holds no judge.
     """
     if not (folder / "config.json").exists():
-        raise OpenSoraError(f"no judge in {folder}; train one with `opensora train toybox-judge`")
+        raise OpenSoraError(f"no judge in {folder}; train one with `opensora train toybox_judge`")
     judge = Judge.from_pretrained(folder, torch_dtype=torch.float32)
     return judge.to(device).eval()

@@ -123,7 +123,7 @@ def toybox_judge() -> Recipe:
     """The judge that comes with the package."""
     optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), warmup_steps=20, decay=0.5)
     return Recipe(
-        name="toybox-judge",
+        name="toybox_judge",
         objective=JudgeObjectiveConfig(),
         loop=LoopConfig(steps=2000, ema_decay=0.99, optimizer=optimizer),
     )

@@ -1,0 +1,159 @@
+"""`opensora evaluate`: how well a model does what it is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.evaluation.judge import Judge
+
+
+@dataclass(frozen=True)
+class EvaluateToybox:
+    """Generate held-out toy prompts, let the judge read the clips, print the share that is right."""
+
+    model: str = "toybox"
+    """Name or folder of the model."""
+    num_prompts: int = 500
+    """How many held-out prompts; 0 generates none and judges real clips and reconstructions alone."""
+    seed: int = 0
+    """Chooses prompts and noise."""
+    batch_size: int = 20
+    """Clips generated at a time."""
+    output: Path | None = None
+    """JSON file of the results, kept up to date; an existing one is gone on with."""
+    contact_sheet: Path | None = None
+    """PNG file: the first 12 prompts as rows of 9 frames."""
+    gates: bool = True
+    """Also read real clips and the autoencoder's reconstructions."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    def run(self) -> None:
+        import opensora
+        from opensora.evaluation import toybox
+        from opensora.evaluation.judge import load_judge
+
+        check_count("--num-prompts", self.num_prompts, least=0)
+        check_count("--batch-size", self.batch_size)
+        judge = load_judge(device=self.device)
+        pipeline = opensora.load_pipeline(self.model, device=self.device)
+        samples = toybox.held_out_samples(self.num_prompts, self.seed)
+        results = toybox.Results(toybox.describe(pipeline, self.model, self.seed), samples)
+        if self.output is not None:
+            results.resume(self.output)
+        with Progress("generating") as progress:
+            toybox.evaluate(pipeline, judge, results, self.output, self.batch_size, progress.update)
+        if self.gates:
+            size = toybox.clip_size(pipeline)
+            read_gates(judge, pipeline.autoencoder, size, self.seed, 500, results.gates)
+            if self.output is not None:
+                results.save(self.output)
+        columns = {f"{self.model}, {len(results.read)} clips": results.accuracy()} if results.read else {}
+        print_table(columns | results.gates)
+        if self.output is not None:
+            print(f"results: {self.output}")
+        if self.contact_sheet is not None:
+            chosen = toybox.held_out_samples(12, self.seed)
+            clips = toybox.generate(pipeline, chosen)
+            toybox.contact_sheet([(s.prompt, clip) for s, clip in zip(chosen, clips, strict=True)], self.contact_sheet)
+            print(f"contact sheet: {self.contact_sheet}")
+
+
+@dataclass(frozen=True)
+class EvaluateToyboxVae:
+    """Let the judge read held-out clips before and after an autoencoder: the gate to training on its latents."""
+
+    autoencoder: Path
+    """Folder of the autoencoder."""
+    num_clips: int = 500
+    """How many held-out clips."""
+    seed: int = 0
+    """Chooses the clips."""
+    num_frames: int = 17
+    """Frames of a clip."""
+    height: int = 64
+    """Height and width of a clip in pixels."""
+    width: int = 64
+    """Width of a clip in pixels."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    def run(self) -> None:
+        from opensora.evaluation.judge import load_judge
+        from opensora.models.autoencoders.video import VideoAutoencoder
+
+        check_count("--num-clips", self.num_clips)
+        if not (self.autoencoder / "config.json").exists():
+            raise OpenSoraError(f"no autoencoder in {self.autoencoder}; give the folder that holds its config.json")
+        judge = load_judge(device=self.device)
+        autoencoder = VideoAutoencoder.from_pretrained(self.autoencoder).to(self.device).eval()
+        size = (self.num_frames, self.height, self.width)
+        print_table(read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
+
+
+Evaluate = (
+    Annotated[EvaluateToybox, tyro.conf.subcommand("toybox")]
+    | Annotated[EvaluateToyboxVae, tyro.conf.subcommand("toybox-vae")]
+)
+"""What `opensora evaluate` can do; every member has `run()`."""
+
+
+class Progress:
+    """A progress bar that is told (done, in all)."""
+
+    def __init__(self, what: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+        self.task = self.bar.add_task(what, total=None)
+
+    def update(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+
+def check_count(option: str, value: int, least: int = 1) -> None:
+    """Raises `OpenSoraError` for a number below `least`."""
+    if value < least:
+        raise OpenSoraError(f"{option} is {value}; give {least} or more")
+
+
+def read_gates(
+    judge: "Judge",
+    autoencoder: Any,
+    size: tuple[int, int, int],
+    seed: int,
+    num_clips: int,
+    gates: dict[str, dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Adds to `gates` what the judge reads of real clips and of the autoencoder's reconstructions of them."""
+    from opensora.evaluation import toybox
+
+    gates[f"real, {num_clips} clips"] = toybox.real_accuracy(judge, num_clips, seed, size=size)
+    gates[f"autoencoder, {num_clips} clips"] = toybox.reconstruction_accuracy(
+        autoencoder, judge, num_clips, seed, size=size
+    )
+    return gates
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    """Prints shares as percentages: a row per attribute, a column per evaluation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("read right, %", *columns)
+    for name in next(iter(columns.values()), {}):
+        table.add_row(name, *(f"{100 * column[name]:.1f}" for column in columns.values()))
+    Console().print(table)

@@ -1,0 +1,291 @@
+"""How well a model draws what it is told: held-out toy prompts, generated, read by the judge, counted.
+
+Every prompt is a (shape, colour, motion) that no model was trained on. Sample i of a seed always has the same prompt
+and the same noise, whatever the batch size and whatever was made before it, so an evaluation that was stopped goes on
+where it stopped. Two gates belong to it: the judge on real clips (does the judge read well?) and on the autoencoder's
+reconstructions (does the autoencoder keep what has to be read?).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opensora.distributed.seeding import generator
+from opensora.errors import OpenSoraError
+from opensora.evaluation.judge import Judge
+from opensora.toybox.captions import plain_caption
+from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+Progress = Callable[[int, int], None]
+
+
+class Autoencoder(Protocol):
+    """What reconstructs: `VideoAutoencoder` or anything like it."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, num_frames: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt to generate.
+
+    Attributes:
+        id: the same for the same seed and place, for ever; names the sample in a results file.
+        prompt: what the model is told.
+        wanted: attribute -> label that the judge should read.
+    """
+
+    id: str
+    prompt: str
+    wanted: dict[str, str]
+
+    def noise(self) -> torch.Generator:
+        """This sample's own source of noise."""
+        return generator("evaluate toybox", self.id)
+
+
+@dataclass
+class Results:
+    """What an evaluation found; the content of its results file.
+
+    Attributes:
+        settings: what was evaluated, and how; a run resumes only on equal settings.
+        read: sample id -> attribute -> label the judge read.
+        samples: the samples, in order.
+        gates: name of a gate -> attribute -> share read right.
+    """
+
+    settings: dict[str, Any]
+    samples: list[Sample]
+    read: dict[str, dict[str, str]] = field(default_factory=dict)
+    gates: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def accuracy(self) -> dict[str, float]:
+        """Share of the samples read so far that are right: per attribute, and "all" for every attribute at once."""
+        done = [sample for sample in self.samples if sample.id in self.read]
+        return share_right([s.wanted for s in done], [self.read[s.id] for s in done])
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all."""
+        rows = [
+            {"id": s.id, "prompt": s.prompt, "wanted": s.wanted, "read": self.read[s.id]}
+            for s in self.samples
+            if s.id in self.read
+        ]
+        content = {"settings": self.settings, "accuracy": self.accuracy(), "gates": self.gates, "samples": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)  # noqa: PTH105  (atomic, unlike a second write)
+
+    def resume(self, path: Path) -> None:
+        """Takes over the samples that `path` already holds.
+
+        Raises:
+            OpenSoraError: `path` is not a results file, or one of other settings.
+        """
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            settings = content["settings"]
+            read = {row["id"]: row["read"] for row in content["samples"]}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
+        for name in sorted(self.settings.keys() | settings.keys()):
+            mine, theirs = self.settings.get(name), settings.get(name)
+            if mine != theirs:
+                raise OpenSoraError(
+                    f"{path} was made with {name} = {theirs!r}, this run has {mine!r}; choose another --output"
+                )
+        self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
+
+
+def held_out_samples(n: int, seed: int = 0, world: World = EASY_WORLD) -> list[Sample]:
+    """The first `n` held-out prompts of a seed, plainly worded."""
+    return [
+        Sample(f"held_out-{seed}-{i:05d}", plain_caption(spec), label_words(spec))
+        for i, spec in enumerate(sample_specs(n, seed, world, "held_out"))
+    ]
+
+
+def label_words(spec: ClipSpec) -> dict[str, str]:
+    """Attribute -> this clip's label."""
+    return {name: getattr(spec, name) for name in ATTRIBUTES}
+
+
+def share_right(wanted: list[dict[str, str]], read: list[dict[str, str]]) -> dict[str, float]:
+    """Share of clips read as wanted, per attribute and for "all" attributes at once; empty without clips."""
+    if not wanted:
+        return {}
+    hits = [{name: w[name] == r[name] for name in ATTRIBUTES} for w, r in zip(wanted, read, strict=True)]
+    shares = {name: sum(hit[name] for hit in hits) / len(hits) for name in ATTRIBUTES}
+    return shares | {"all": sum(all(hit.values()) for hit in hits) / len(hits)}
+
+
+@torch.no_grad()
+def real_accuracy(
+    judge: Judge,
+    n: int = 500,
+    seed: int = 0,
+    world: World = EASY_WORLD,
+    change: Callable[[Tensor], Tensor] | None = None,
+    size: tuple[int, int, int] = (17, 64, 64),
+    batch_size: int = 20,
+) -> dict[str, float]:
+    """How much of real held-out clips the judge reads right.
+
+    Args:
+        judge: reads the clips.
+        n: number of clips.
+        seed: which clips.
+        world: where they come from.
+        change: applied to each batch of clips (B, 3, T, H, W) in [-1, 1] before it is read.
+        size: (T, H, W).
+        batch_size: clips rendered and read at a time.
+
+    Returns:
+        Attribute -> share in [0, 1], and "all".
+    """
+    specs = sample_specs(n, seed, world, "held_out")
+    read: list[dict[str, str]] = []
+    for start in range(0, n, batch_size):
+        video, _ = render(specs[start : start + batch_size], *size, device=judge.device)
+        read += judge.read(video if change is None else change(video))
+    return share_right([label_words(spec) for spec in specs], read)
+
+
+def reconstruction_accuracy(
+    autoencoder: Autoencoder,
+    judge: Judge,
+    n: int = 400,
+    seed: int = 0,
+    world: World = EASY_WORLD,
+    size: tuple[int, int, int] = (17, 64, 64),
+    batch_size: int = 10,
+) -> dict[str, float]:
+    """How much of held-out clips the judge still reads right after encoding and decoding: the autoencoder's gate.
+
+    Arguments and result are those of `real_accuracy`.
+    """
+
+    def reconstruct(video: Tensor) -> Tensor:
+        return autoencoder.decode(autoencoder.encode(video), video.shape[2]).float().clamp(-1, 1)
+
+    return real_accuracy(judge, n, seed, world, reconstruct, size, batch_size)
+
+
+def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
+    """(T, H, W) of the clips that a pipeline makes by default."""
+    config = pipeline.config
+    return config["num_frames"], config["height"], config["width"]
+
+
+def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, Any]:
+    """What decides the outcome of an evaluation: the weights, the sampling defaults and the seed."""
+    names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
+    defaults = {name: pipeline.config[name] for name in names}
+    return {"model": model, "weights": hash_weights(pipeline), "seed": seed, **defaults}
+
+
+def hash_weights(pipeline: "OpenSoraPipeline") -> str:
+    """Twelve hexadecimal digits that differ between differently trained pipelines."""
+    digest = hashlib.sha256()
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, value in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:
+    """Clips (B, 3, T, H, W) in [-1, 1] for samples, each from its own noise.
+
+    Args:
+        pipeline: makes the clips, with its own defaults.
+        samples: B of them.
+        settings: keywords of the pipeline that differ from its defaults.
+    """
+    noise = [sample.noise() for sample in samples]
+    frames = pipeline([sample.prompt for sample in samples], generator=noise, output_type="pt", **settings).frames
+    return frames.transpose(1, 2).float() * 2 - 1
+
+
+def evaluate(
+    pipeline: "OpenSoraPipeline",
+    judge: Judge,
+    results: Results,
+    output: Path | None = None,
+    batch_size: int = 20,
+    progress: Progress | None = None,
+) -> Results:
+    """Generates and reads every sample of `results` that has not been read yet.
+
+    Args:
+        pipeline: makes the clips, with its own defaults.
+        judge: reads them.
+        results: samples and what is known of them; filled in place.
+        output: results file, rewritten after every batch.
+        batch_size: clips generated at a time; changes a clip by no more than rounding.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        `results`.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    todo = [sample for sample in results.samples if sample.id not in results.read]
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        video = generate(pipeline, batch).to(judge.device)
+        results.read |= {sample.id: read for sample, read in zip(batch, judge.read(video), strict=True)}
+        if output is not None:
+            results.save(output)
+        if progress is not None:
+            progress(len(results.read), len(results.samples))
+    return results
+
+
+def contact_sheet(clips: Iterable[tuple[str, Tensor]], path: Path, columns: int = 9, scale: int = 2) -> None:
+    """Writes clips as rows of frames, each row under its caption.
+
+    Args:
+        clips: captions and clips (3, T, H, W) in [-1, 1], all of one size.
+        path: the PNG file to write.
+        columns: frames shown of each clip, evenly spread.
+        scale: pixels of the picture per pixel of a clip.
+    """
+    from PIL import Image, ImageDraw
+
+    gap, line, rows = 2, 14, list(clips)
+    if not rows:
+        raise OpenSoraError("a contact sheet of no clips; give at least one")
+    height, width = rows[0][1].shape[-2:]
+    cell_height, cell_width = height * scale, width * scale
+    sheet = Image.new(
+        "RGB", (columns * (cell_width + gap) + gap, len(rows) * (cell_height + line + gap) + gap), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for row, (text, clip) in enumerate(rows):
+        top = gap + row * (cell_height + line + gap)
+        pen.text((gap + 1, top), text, fill="black")
+        chosen = torch.linspace(0, clip.shape[1] - 1, columns).round().long().tolist()
+        for column, frame in enumerate(chosen):
+            pixels = ((clip[:, frame].float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image = image.resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            sheet.paste(image, (gap + column * (cell_width + gap), top + line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
