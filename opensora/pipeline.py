@@ -1,0 +1,368 @@
+"""From a sentence to a video: the denoising loop, readable top to bottom in `OpenSoraPipeline.__call__`.
+
+Text is encoded once and turned into every layer's keys and values once; noise is walked to latents by the scheduler,
+each step on the conditional and the unconditional branch in one batch; the autoencoder turns latents into pixels.
+Latents stay in float32 whatever precision the networks run in. What a model samples best with (guidance, steps, size,
+frame rate) stands in the pipeline's own `model_index.json`, so a folder is complete in itself.
+
+Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T frames, (H, W) pixels.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from opensora.errors import OpenSoraError
+from opensora.geometry import SizeRule, VideoSize
+from opensora.models.guidance import (
+    NOT_GIVEN,
+    CfgChannels,
+    ChannelGuidance,
+    NotGiven,
+    default_guider,
+    merge_cfg_channel_alias,
+)
+from opensora.models.text.encoders import encode_prompts, null_prompts
+from opensora.models.text.prompts import pair_prompts
+
+OutputType = Literal["pt", "np", "pil", "latent"]
+_OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+
+@dataclass
+class OpenSoraPipelineOutput(BaseOutput):
+    """What a call returns.
+
+    Attributes:
+        frames: by `output_type`: "pt" (B, T, 3, H, W) float32 in [0, 1] on the CPU; "np" (B, T, H, W, 3), likewise;
+            "pil" a list of B lists of T images; "latent" (B, C, T', H', W') normalised latents.
+        settings: everything the run was resolved to, as plain JSON values; with the prompts and the model enough to
+            make it again.
+    """
+
+    frames: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class OpenSoraPipeline(DiffusionPipeline):
+    """Text to video with a diffusion transformer of the Open-Sora family.
+
+    Args:
+        transformer: predicts velocity or noise from latents, timestep and text, e.g. `STDiT3`.
+        scheduler: `RectifiedFlowScheduler` or `IDDPMScheduler`.
+        autoencoder: `VideoAutoencoder`, pixels <-> normalised latents.
+        text_encoder: `T5EncoderModel` of transformers.
+        tokenizer: its tokenizer.
+        guidance_scale: default strength of classifier-free guidance, 1 = none.
+        num_inference_steps: default number of steps.
+        cfg_channels: default for which latent channels are guided: the first k, a list of indices, or None for all.
+        height: default height in pixels.
+        width: default width in pixels.
+        num_frames: default number of frames.
+        fps: default frames per second; part of what the transformer is conditioned on.
+        max_frames: the largest number of frames it can make; None for no limit.
+
+    Raises:
+        OpenSoraError: transformer and autoencoder disagree on the number of latent channels.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
+    # Declared for readers and type checkers; both are diffusers'.
+    config: Any
+    progress_bar: Any
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        autoencoder: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        guidance_scale: float = 7.0,
+        num_inference_steps: int = 30,
+        cfg_channels: int | list[int] | None = None,
+        height: int = 240,
+        width: int = 424,
+        num_frames: int = 51,
+        fps: float = 24,
+        max_frames: int | None = None,
+    ) -> None:
+        super().__init__()
+        if transformer.config.in_channels != autoencoder.latent_channels:
+            raise OpenSoraError(
+                f"the transformer works on {transformer.config.in_channels} latent channels, the autoencoder makes "
+                f"{autoencoder.latent_channels}; they must come from one model"
+            )
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            cfg_channels=cfg_channels,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            fps=fps,
+            max_frames=max_frames,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | str | None = None,
+        guidance_scale: float | None = None,
+        cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
+        cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
+        guider: Any = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pt",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        return_dict: bool = True,
+    ) -> OpenSoraPipelineOutput | tuple[Any]:
+        """Make one video per prompt, or several; what is left out comes from the model's own defaults.
+
+        Args:
+            prompt: a sentence or a list of them.
+            negative_prompt: what to steer away from, one sentence for all prompts or one each; None for the
+                transformer's learned null text.
+            height: in pixels.
+            width: in pixels.
+            num_frames: of the video.
+            fps: frames per second.
+            num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
+            guidance_scale: strength of classifier-free guidance; 1 = none, which halves the work.
+            cfg_channels: which latent channels are guided: the first k, a list of indices, None or "all".
+            cfg_channel: an older name of `cfg_channels`.
+            guider: a guider of `diffusers.guiders` in place of plain guidance; it brings its own scale.
+            num_videos_per_prompt: the videos of one prompt come one after the other.
+            generator: a list holds one per video, and each video is then the one it would be alone. A single one is
+                used as it is for one video and seeds one per video for several. None draws the seeds at random.
+            latents: the noise to start from, (B, C, T', H', W').
+            output_type: see `OpenSoraPipelineOutput.frames`.
+            callback_on_step_end: called after each step as (pipeline, step, timestep, {"latents": latents}); may
+                return a dict with new "latents".
+            return_dict: False returns `(frames,)`.
+
+        Returns:
+            The frames, and the settings they were made with.
+
+        Raises:
+            OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
+                or latents that are not finite.
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
+        channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.config.cfg_channels)
+        guidance = self._guidance(guider, guidance_scale, channels)
+        prompts, negative_prompts = pair_prompts(prompt, negative_prompt, num_videos_per_prompt)
+        size = self._size(num_frames, height, width)
+        fps = self._fps(fps)
+        generators = _generators_per_video(generator, len(prompts))
+        device, network = self._execution_device, self.transformer
+
+        timesteps = self._timesteps(num_inference_steps, size, device)
+        num_steps = len(timesteps)
+        guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
+        sample = self._initial_latents(latents, len(prompts), size, generators, device)
+        text_context = self._text_context(prompts, negative_prompts, guided, device)
+        with self.progress_bar(total=num_steps) as progress:
+            for i, t in timesteps:
+                num_branches = 2 if guided[i] else 1
+                prediction = network(
+                    self.scheduler.scale_model_input(sample, t).repeat(num_branches, 1, 1, 1, 1).to(network.dtype),
+                    t.expand(num_branches * len(prompts)),
+                    text_context=text_context[num_branches],
+                    fps=fps,
+                    height=size.height,
+                    width=size.width,
+                ).sample.float()
+                cond, uncond = prediction.chunk(2) if guided[i] else (prediction, None)
+                prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
+                sample = self.scheduler.step(prediction, t, sample, generator=generators).prev_sample
+                if callback_on_step_end is not None:
+                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
+                progress.update()
+
+        _check_finite(sample, f"after {num_steps} steps in {network.dtype}")
+        frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (frames,)
+        settings = {
+            **self.describe(),
+            **asdict(size),
+            "prompt": prompts,
+            "negative_prompt": negative_prompts,
+            "seed": [generator.initial_seed() for generator in generators],
+            "fps": fps,
+            "num_inference_steps": num_inference_steps or self.config.num_inference_steps,
+            **_describe_guidance(guidance),
+        }
+        return OpenSoraPipelineOutput(frames, settings)
+
+    # --- before the loop ----------------------------------------------------------------------------------------------
+
+    def size_rule(self) -> SizeRule:
+        """Which sizes this model can make."""
+        return SizeRule(spatial_multiple=self.autoencoder.spatial_factor, max_frames=self.config.max_frames)
+
+    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> VideoSize:
+        return VideoSize(
+            self.config.num_frames if num_frames is None else num_frames,
+            self.config.height if height is None else height,
+            self.config.width if width is None else width,
+        ).check(self.size_rule())
+
+    def _fps(self, fps: float | None) -> float:
+        fps = self.config.fps if fps is None else fps
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
+            raise OpenSoraError(f"fps is {fps!r}; expected a positive number")
+        return fps
+
+    def _guidance(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> ChannelGuidance:
+        if guider is not None and guidance_scale is not None:
+            raise OpenSoraError(
+                f"got guidance_scale={guidance_scale} and a {type(guider).__name__}, which has a scale of its own; "
+                "give one of them"
+            )
+        if guider is None:
+            guider = default_guider(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+        return ChannelGuidance(guider, cfg_channels, self.autoencoder.latent_channels)
+
+    def _timesteps(
+        self, num_inference_steps: int | str | None, size: VideoSize, device: torch.device
+    ) -> list[tuple[int, Tensor]]:
+        """The numbered timesteps of the run."""
+        # A time shift depends on the size of the video; schedulers without one do not ask for it.
+        asked_for = inspect.signature(self.scheduler.set_timesteps).parameters
+        sizes = {name: value for name, value in asdict(size).items() if name in asked_for}
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.scheduler.set_timesteps(steps, device=device, **sizes)
+        return list(enumerate(self.scheduler.timesteps))
+
+    def _text_context(
+        self, prompts: list[str], negative_prompts: list[str] | None, guided: list[bool], device: torch.device
+    ) -> dict[int, Any]:
+        """Text keys and values of every layer, for steps with 1 branch (text) and with 2 (text; null or negative text).
+
+        Only what the run needs is computed.
+        """
+        null_text = self.transformer.null_text
+        place = {"max_length": null_text.shape[0], "device": device, "dtype": self.transformer.dtype}
+        states, mask = encode_prompts(self.tokenizer, self.text_encoder, prompts, **place)
+        context = {}
+        if not all(guided):
+            context[1] = self.transformer.encode_text(states, mask)
+        if any(guided):
+            if negative_prompts is None:
+                other_states, other_mask = null_prompts(null_text.to(device, states.dtype), mask)
+            else:
+                other_states, other_mask = encode_prompts(self.tokenizer, self.text_encoder, negative_prompts, **place)
+            context[2] = self.transformer.encode_text(torch.cat([states, other_states]), torch.cat([mask, other_mask]))
+        return context
+
+    def _initial_latents(
+        self,
+        latents: Tensor | None,
+        num_videos: int,
+        size: VideoSize,
+        generators: list[torch.Generator],
+        device: torch.device,
+    ) -> Tensor:
+        latent_size = self.autoencoder.latent_size((size.num_frames, size.height, size.width))
+        shape = (num_videos, self.autoencoder.latent_channels, *latent_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise OpenSoraError(
+                f"latents have the shape {tuple(latents.shape)}; {num_videos} times {size} take {shape}"
+            )
+        _check_finite(latents, "before the first step")
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    # --- after the loop -----------------------------------------------------------------------------------------------
+
+    def _decode(self, latents: Tensor, size: VideoSize, output_type: OutputType) -> Any:
+        video = self.autoencoder.decode(latents, size.num_frames)
+        frames = (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).cpu()
+        if output_type == "pt":
+            return frames
+        pixels = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()
+        if output_type == "np":
+            return pixels
+        return [[PIL.Image.fromarray(frame) for frame in clip] for clip in (pixels * 255).round().astype(np.uint8)]
+
+    def describe(self) -> dict[str, Any]:
+        """The model's defaults and what it is made of, as plain JSON values.
+
+        `latent_space` tells under `replaces` what the weights declared, where a user's override took its place.
+        """
+        names = ("num_frames", "height", "width", "fps", "num_inference_steps")
+        guidance = self._guidance(None, None, self.config.cfg_channels)
+        return {
+            **{name: self.config[name] for name in names},
+            **_describe_guidance(guidance),
+            "dtype": str(self.transformer.dtype).removeprefix("torch."),
+            "scheduler": _describe_object(self.scheduler),
+            "latent_space": self.autoencoder.latent_space.to_dict(),
+        }
+
+
+def _describe_guidance(guidance: ChannelGuidance) -> dict[str, Any]:
+    return {
+        "cfg_channels": list(guidance.channels),
+        "guidance_scale": getattr(guidance.guider, "guidance_scale", None),
+        "guider": _describe_object(guidance.guider),
+    }
+
+
+def _describe_object(configured: Any) -> dict[str, Any]:
+    """Class and configuration of a diffusers object, without the libraries' own notes."""
+    options = {name: value for name, value in dict(configured.config).items() if not name.startswith("_")}
+    return {"class": type(configured).__name__, **options}
+
+
+def _generators_per_video(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_videos: int
+) -> list[torch.Generator]:
+    """One source of noise per video, so that what a video looks like does not depend on its batch."""
+    if isinstance(generator, Sequence):
+        if len(generator) != num_videos:
+            raise OpenSoraError(f"got {len(generator)} generators for {num_videos} videos; give one, or one each")
+        return list(generator)
+    if isinstance(generator, torch.Generator) and num_videos == 1:
+        return [generator]
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(2**32, (num_videos,), generator=generator, device=device)
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+
+def _check_finite(latents: Tensor, when: str) -> None:
+    if not torch.isfinite(latents).all():
+        raise OpenSoraError(
+            f"the latents hold NaN or infinite values {when}; run in float32, or check the weights and the noise"
+        )
