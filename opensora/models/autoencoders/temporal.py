@@ -9,7 +9,7 @@ Letters: B batch, C channels of a frame latent, Z channels of a video latent, T 
 h, w latent height and width, r temporal factor, D channels inside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         return hidden_states + shortcut
 
 
-def _run(blocks: nn.ModuleList, hidden_states: Tensor, checkpoint: Callable[..., Tensor] | None) -> Tensor:
+def _run(blocks: Iterable[nn.Module], hidden_states: Tensor, checkpoint: Callable[..., Tensor] | None) -> Tensor:
     """Applies blocks in turn, recomputing each in the backward pass where `checkpoint` is given."""
     for block in blocks:
         hidden_states = checkpoint(block, hidden_states) if checkpoint else block(hidden_states)
@@ -115,7 +115,7 @@ class TemporalEncoder(nn.Module):
         checkpoint = self._gradient_checkpointing_func if recompute else None
         hidden_states = self.conv_in(hidden_states)
         for level, blocks in enumerate(self.block_res_blocks):
-            hidden_states = _run(blocks, hidden_states, checkpoint)
+            hidden_states = _run(blocks.children(), hidden_states, checkpoint)
             if level < len(self.conv_blocks):
                 hidden_states = self.conv_blocks[level](hidden_states)
         hidden_states = _run(self.res_blocks, hidden_states, checkpoint)
@@ -142,7 +142,7 @@ class TemporalDecoder(nn.Module):
         dim = filters * channel_multipliers[-1]
         self.conv1 = CausalConv3d(in_channels, dim)
         self.res_blocks = nn.ModuleList(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks))
-        block_res_blocks: list[nn.Module] = []
+        block_res_blocks: list[nn.ModuleList] = []
         conv_blocks: list[nn.Module] = []
         for level in reversed(range(len(channel_multipliers))):
             blocks = nn.ModuleList()
@@ -165,7 +165,7 @@ class TemporalDecoder(nn.Module):
         checkpoint = self._gradient_checkpointing_func if recompute else None
         hidden_states = _run(self.res_blocks, self.conv1(hidden_states), checkpoint)
         for level in reversed(range(len(self.block_res_blocks))):
-            hidden_states = _run(self.block_res_blocks[level], hidden_states, checkpoint)  # type: ignore[arg-type]
+            hidden_states = _run(self.block_res_blocks[level].children(), hidden_states, checkpoint)
             if level > 0 and self.temporal_downsample[level - 1]:
                 hidden_states = _channels_to_time(self.conv_blocks[level - 1](hidden_states))
         return self.conv_out(F.silu(self.norm1(hidden_states)))

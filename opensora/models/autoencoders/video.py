@@ -5,8 +5,8 @@
 
 With a temporal autoencoder a clip is cut into chunks of M = `micro_frame_size` frames that know nothing of each other
 (the last may be shorter); that is part of what the latents mean and of the published models. Micro batches, in
-contrast, only bound the memory of the 2D part and never change a result. Parameter names are the published ones
-(`spatial_vae.module.*`, `temporal_vae.*`, `scale`, `shift`).
+contrast, only bound the memory of the 2D part; results are the same up to float rounding. Parameter names are the
+published ones (`spatial_vae.module.*`, `temporal_vae.*`, `scale`, `shift`).
 
 Letters: B batch, T frames, H, W height and width in pixels, C channels of a frame latent, Z channels of a video
 latent, N latent frames, h, w latent height and width, p spatial patch size.
@@ -194,7 +194,7 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.register_load_state_dict_pre_hook(_complete_statistics)
-        self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_space())
+        self.register_load_state_dict_post_hook(_check_statistics)
 
     # ---- shapes
 
@@ -303,6 +303,8 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         """Posterior of the 2D autoencoder, float32 (B, C, T, h, w), before the scaling factor."""
         if video.ndim != 5 or video.shape[1] != 3:
             raise OpenSoraError(f"video of shape {tuple(video.shape)} given, expected (B, 3, T, H, W)")
+        if not video.is_floating_point():
+            raise OpenSoraError(f"video of {video.dtype} given, expected floating point in [-1, 1]; use x / 127.5 - 1")
         self.latent_size((video.shape[2], video.shape[3], video.shape[4]))
         posterior = self.spatial_vae.encode(video.to(self.dtype), self.micro_batch_size)
         return Posterior(posterior.mean.float(), posterior.logvar.float())
@@ -362,7 +364,7 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     def override_latent_space(self, latent_space: LatentSpace) -> None:
         """Uses another declaration than the checkpoint's; the config and every output remember both."""
         latent_space.statistics(self.latent_channels)
-        self._latent_space = latent_space.overriding(self._latent_space)
+        self._latent_space = latent_space.overriding(self._declared_by_weights())
         self.register_to_config(latent_space=self._latent_space.to_dict())
 
     def check_latent_space(self) -> None:
@@ -371,15 +373,18 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             OpenSoraError: naming both values and the two ways out.
         """
+        configured = self._latent_space.declared_by_weights
+        configured.check_same(self._declared_by_weights(), here="the configuration", there="the weights")
+
+    def _declared_by_weights(self) -> LatentSpace:
+        """The configured declaration with the weights' own shift and scale where those say otherwise."""
+        configured = self._latent_space.declared_by_weights
         if self.shift.is_meta or self.scale.is_meta:
-            return
-        declared = self._latent_space.declared_by_weights
-        shift, scale = declared.statistics(self.latent_channels, self.shift.device)
-        if not (_same_but_for_rounding(self.shift, shift) and _same_but_for_rounding(self.scale, scale)):
-            found = replace(
-                declared, shift=tuple(self.shift.flatten().tolist()), scale=tuple(self.scale.flatten().tolist())
-            )
-            declared.check_same(found, here="the configuration", there="the weights")
+            return configured
+        shift, scale = configured.statistics(self.latent_channels, self.shift.device)
+        if _same_but_for_rounding(self.shift, shift) and _same_but_for_rounding(self.scale, scale):
+            return configured
+        return replace(configured, shift=_float32_values(self.shift), scale=_float32_values(self.scale))
 
     @torch.no_grad()
     def measure_latent_space(self, videos: Iterable[Tensor], trained_with: str) -> LatentSpace:
@@ -477,6 +482,15 @@ def _complete_statistics(module: VideoAutoencoder, state_dict: dict[str, Any], p
         own: Tensor = getattr(module, name)
         value = state_dict.get(prefix + name, own)
         state_dict[prefix + name] = value.expand(own.shape) if value.ndim == 0 else value
+
+
+def _check_statistics(module: VideoAutoencoder, _: Any) -> None:
+    module.check_latent_space()
+
+
+def _float32_values(buffer: Tensor) -> tuple[float, ...]:
+    """Shortest decimals that stand for the same float32 numbers: 0.34, not 0.3400000035762787."""
+    return tuple(float(str(value)) for value in buffer.float().flatten().cpu().numpy())
 
 
 def _same_but_for_rounding(found: Tensor, declared: Tensor) -> bool:

@@ -1,0 +1,18 @@
+"""Names and shapes of the full-size autoencoder against the published ones."""
+
+import torch
+
+from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, VideoAutoencoder
+
+
+def test_opensora_vae_1_2(golden_json):
+    published = golden_json("checkpoint_keys/opensora_vae_v1_2")
+    with torch.device("meta"):
+        autoencoder = VideoAutoencoder.from_config(OPENSORA_VAE_1_2)
+    ours = {name: list(value.shape) for name, value in autoencoder.state_dict().items()}
+    assert ours == {name: shape for name, (shape, _) in published["keys"].items()}
+    assert len(ours) == published["num_tensors"]
+    assert sorted(name for name, _ in autoencoder.named_buffers()) == sorted(published["buffers"])
+    if "num_parameters" in published:
+        counted = sum(parameter.numel() for parameter in autoencoder.parameters())
+        assert published["num_parameters"] - counted in (0, sum(b.numel() for b in autoencoder.buffers()))
