@@ -1,0 +1,286 @@
+"""The discrete-time sampler of Open-Sora 1.0 and 1.1, as a diffusers scheduler: ancestral (IDDPM) or DDIM steps.
+
+A thin class over :mod:`opensora.gaussian`. Sampling walks a respaced schedule from noise to data; ``timesteps`` holds
+the steps of the original schedule, which the network sees.
+
+Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
+to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until that fraction of the steps is left, is
+noised to it once, and is generated from there::
+
+    for timestep in scheduler.timesteps:
+        latents, frame_mask = scheduler.activate_frames(latents, timestep, frame_strength)
+        prediction = network(latents, timestep, frame_mask=frame_mask)
+        latents = scheduler.step(prediction, timestep, latents, frame_mask=frame_mask).prev_sample
+
+Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``, n steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from opensora import gaussian
+from opensora.errors import OpenSoraError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class IDDPMSchedulerOutput(BaseOutput):
+    """Result of one step."""
+
+    prev_sample: torch.Tensor
+    """Latents at the next, less noisy timestep, (B, C, T, H, W)."""
+    pred_original_sample: torch.Tensor
+    """Clean latents as estimated at this step, same shape."""
+
+
+class IDDPMScheduler(SchedulerMixin, ConfigMixin):
+    """Respaced sampling of a discrete diffusion whose network may have learned its variance.
+
+    Args:
+        num_train_timesteps: N, the number of steps the network was trained on.
+        beta_schedule: ``"linear"`` or ``"cosine"``.
+        beta_start: first beta of the linear schedule, for 1000 steps (scaled by 1000 / N).
+        beta_end: last beta of it, likewise.
+        prediction_type: the network's first C channels: ``"epsilon"`` the noise, ``"sample"`` the clean latents.
+        variance_type: ``"learned_range"`` (the network has C variance channels behind them), ``"fixed_small"`` or
+            ``"fixed_large"`` (it has not).
+        sampler: ``"ancestral"``, or ``"ddim"``, which does without the variance.
+        ddim_eta: 0 makes DDIM deterministic; 1 adds as much noise as ancestral sampling.
+        float32_tables: compute the tables in float32, as Open-Sora 1.1 and 1.2 did, instead of float64 as 1.0 did.
+
+    Raises:
+        OpenSoraError: an unknown name or a number out of range.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_schedule: Literal["linear", "cosine"] = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        prediction_type: gaussian.PredictionType = "epsilon",
+        variance_type: gaussian.VarianceType = "learned_range",
+        sampler: Literal["ancestral", "ddim"] = "ancestral",
+        ddim_eta: float = 0.0,
+        float32_tables: bool = False,
+    ) -> None:
+        if num_train_timesteps < 1:
+            raise OpenSoraError(f"got num_train_timesteps={num_train_timesteps}; expected at least 1")
+        _check_choice("beta_schedule", beta_schedule, ("linear", "cosine"))
+        _check_choice("prediction_type", prediction_type, ("epsilon", "sample"))
+        _check_choice("variance_type", variance_type, ("learned_range", "fixed_small", "fixed_large"))
+        _check_choice("sampler", sampler, ("ancestral", "ddim"))
+        if not 0 <= ddim_eta <= 1:
+            raise OpenSoraError(f"got ddim_eta={ddim_eta}; expected a number from 0 (deterministic) to 1")
+        self.num_train_timesteps = num_train_timesteps
+        self.prediction_type: gaussian.PredictionType = prediction_type
+        self.variance_type: gaussian.VarianceType = variance_type
+        self.sampler = sampler
+        self.ddim_eta = ddim_eta
+        if beta_schedule == "linear":
+            self._betas = gaussian.linear_betas(num_train_timesteps, beta_start, beta_end)
+        else:
+            self._betas = gaussian.cosine_betas(num_train_timesteps)
+        self._dtype = torch.float32 if float32_tables else torch.float64
+        self.train_tables = gaussian.make_tables(self._betas, dtype=self._dtype)
+        """Tables of all N steps, for training and :meth:`add_noise`."""
+        self.num_inference_steps: int | None = None
+        # As in every diffusers scheduler there is something to iterate before set_timesteps: every training step.
+        self._schedule(range(num_train_timesteps), device=None)
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    # --- the schedule -------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | str | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Choose the steps of one run and put them into ``timesteps``, (n,) int64, descending.
+
+        Args:
+            num_inference_steps: 100 or ``"100"``, ``"ddim50"``, ``"10,15,20"``; see
+                :func:`opensora.gaussian.respaced_timesteps`. ``None`` takes every training step.
+            device: where ``timesteps`` goes; ``None`` is the CPU.
+
+        Raises:
+            OpenSoraError: not a number of steps or spec of them, or more than N.
+        """
+        everything = range(self.num_train_timesteps)
+        spec = num_inference_steps
+        kept = everything if spec is None else gaussian.respaced_timesteps(self.num_train_timesteps, spec)
+        self._schedule(kept, device)
+        self.num_inference_steps = len(kept)
+
+    def _schedule(self, kept: Sequence[int], device: torch.device | str | None) -> None:
+        self.tables = gaussian.make_tables(self._betas, kept, dtype=self._dtype)
+        """Tables of the steps of this run."""
+        self.timesteps = self.tables.timestep_map.flip(0).to(device=device)
+        self._index_of = {timestep: index for index, timestep in enumerate(kept)}
+        self._begun: tuple[int, torch.Tensor] | None = None
+
+    def _index(self, timestep: torch.Tensor | float) -> int:
+        value = float(timestep)
+        if value not in self._index_of:
+            near = min(self._index_of, key=lambda known: abs(known - value))
+            raise OpenSoraError(
+                f"got timestep {value:g}, which is not in this schedule of {len(self._index_of)} (nearest: {near}); "
+                "iterate over scheduler.timesteps, and call set_timesteps before"
+            )
+        return self._index_of[int(value)]
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """Return ``sample``: the network takes it as it is."""
+        return sample
+
+    def activate_frames(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        frame_strength: torch.Tensor,
+        *,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Before the network is called: say which frames are generated at this step, and noise those that just begin.
+
+        A frame of strength s begins with floor(s n) steps to go after this one. As in Open-Sora 1.1, a frame of
+        strength 0 thus begins at the very last step and comes out almost, not exactly, as it was given; and in the
+        step in which a frame begins the network still takes it for a given one, though :meth:`step` moves it.
+
+        Args:
+            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            timestep: an entry of ``timesteps``.
+            frame_strength: (B, T) in [0, 1], the same throughout a run. To keep frames exactly, do without this
+                method and give a bool mask to the network and to :meth:`step`.
+            generator: source of ``noise``; a list holds one per sample.
+            noise: standard normal noise like ``sample``. It is drawn at every step, needed or not, so that a run's
+                random numbers do not depend on the strengths.
+
+        Returns:
+            The sample with the frames that begin at this step noised to ``timestep``, and ``frame_mask``, (B, T) bool,
+            for the network and for :meth:`step` at the same timestep.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
+        """
+        _check_frames("frame_strength", frame_strength, sample)
+        index = self._index(timestep)
+        if noise is None:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        # In float32, where 0.29 * 100 is 29 and not a hair less.
+        begin = (frame_strength.to(device=sample.device, dtype=torch.float32) * len(self.tables)).to(torch.int64)
+        begun = begin == index
+        self._begun = (index, begun)
+        noised = gaussian.q_sample(self.tables, sample, torch.tensor([index]), noise).to(sample.dtype)
+        return torch.where(begun[:, None, :, None, None], noised, sample), begin > index
+
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        *,
+        frame_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> IDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Walk from ``timestep`` to the next one, or to the clean latents from the last.
+
+        Args:
+            prediction: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
+            timestep: an entry of ``timesteps``.
+            sample: latents at ``timestep``, (B, C, T, H, W).
+            frame_mask: (B, T) bool; frames where it is False are returned as they came, unless
+                :meth:`activate_frames` let them begin at this very step.
+            generator: source of ``noise``; a list holds one per sample.
+            noise: standard normal noise like ``sample``. Drawn only where it is used: not by the last step, nor by
+                DDIM with ``ddim_eta`` 0.
+            return_dict: ``False`` returns a tuple of the same two.
+
+        Returns:
+            ``.prev_sample`` and ``.pred_original_sample``, each of the shape and dtype of ``sample``.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, the wrong number of channels, or a mask of wrong shape.
+        """
+        index = self._index(timestep)
+        if noise is None and index > 0 and not (self.sampler == "ddim" and self.ddim_eta == 0):
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        elif index == 0:
+            noise = None
+        t = torch.tensor([index])
+        reverse = gaussian.p_distribution(
+            self.tables,
+            prediction,
+            sample,
+            t,
+            prediction_type=self.prediction_type,
+            variance_type=self.variance_type,
+        )
+        if self.sampler == "ddim":
+            stepped = gaussian.ddim_step(self.tables, reverse.clean, sample, t, noise, self.ddim_eta)
+        else:
+            stepped = reverse.mean if noise is None else gaussian.ancestral_step(reverse, t, noise)
+        stepped, clean = stepped.to(sample.dtype), reverse.clean.to(sample.dtype)
+        begun, self._begun = self._begun, None
+        if frame_mask is not None:
+            _check_frames("frame_mask", frame_mask, sample)
+            moves = frame_mask.to(device=sample.device, dtype=torch.bool)
+            if begun is not None and begun[0] == index:
+                moves = moves | begun[1]
+            stepped = torch.where(moves[:, None, :, None, None], stepped, sample)
+        return IDDPMSchedulerOutput(stepped, clean) if return_dict else (stepped, clean)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noise clean latents to steps of the training schedule.
+
+        Args:
+            original_samples: clean latents, (B, C, T, H, W).
+            noise: standard normal, same shape.
+            timesteps: int64 in [0, N), (B,), or (B, T) for a step of its own for every frame, or one number.
+
+        Returns:
+            Shape and dtype of ``original_samples``.
+
+        Raises:
+            OpenSoraError: timesteps that are not whole numbers in range.
+        """
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.is_floating_point() or bool(((timesteps < 0) | (timesteps >= len(self))).any()):
+            raise OpenSoraError(
+                f"got timesteps {timesteps.tolist()} of dtype {timesteps.dtype}; expected whole numbers in [0, {len(self)})"
+            )
+        timesteps = timesteps.reshape(1) if timesteps.ndim == 0 else timesteps
+        noisy = gaussian.q_sample(self.train_tables, original_samples, timesteps.to(original_samples.device), noise)
+        return noisy.to(original_samples.dtype)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OpenSoraError(f"got {name}={value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_frames(name: str, frames: torch.Tensor, sample: torch.Tensor) -> None:
+    if frames.shape != (sample.shape[0], sample.shape[2]):
+        raise OpenSoraError(
+            f"got a {name} of shape {tuple(frames.shape)} for latents of {tuple(sample.shape)}; expected (batch, frames) "
+            f"= {(sample.shape[0], sample.shape[2])}"
+        )

@@ -1,0 +1,329 @@
+"""Numbers of the reference's IDDPM: tables, distributions, losses and sampling trajectories.
+
+Fixtures come in two kinds of table: 1.0 float64, 1.1 and 1.2 float32. Everything a fixture was made with is read from it.
+"""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from opensora import gaussian
+from opensora.errors import OpenSoraError
+from opensora.gaussian_losses import mean_per_sample, speed_tables, training_losses
+from opensora.models.guidance import ChannelGuidance, default_guider
+from opensora.models.schedulers.iddpm import IDDPMScheduler
+
+F32 = {"atol": 2e-5, "rtol": 1e-4}
+TABLE_NAMES = set(gaussian.GaussianTables.__dataclass_fields__) - {"timestep_map"}
+
+
+def betas_like(reference: torch.Tensor) -> torch.Tensor:
+    """Our betas of the reference schedule these are: the linear or the cosine one of as many steps."""
+    candidates = [gaussian.cosine_betas(len(reference))]
+    if len(reference) > 20:
+        candidates.append(gaussian.linear_betas(len(reference)))
+    return min(candidates, key=lambda betas: float((betas - reference.double()).abs().max()))
+
+
+def num_train_timesteps(fixture) -> int:
+    for key in ("diffusion_steps", "num_timesteps", "num_train_timesteps"):
+        if key in fixture.meta:
+            return int(fixture.meta[key])
+    return len(fixture["in.weights"]) if "in.weights" in fixture else 1000
+
+
+class Toy:
+    """The network of the fixtures: a_c x + b_c t / 1000 + d_c mean(y) + e_c mask, channels of x repeated as needed."""
+
+    def __init__(self, fixture) -> None:
+        parameters = [fixture[f"in.toy.{name}"] for name in "abde"]
+        self.a, self.b, self.d, self.e = (p[None, :, None, None, None] for p in parameters)
+
+    def __call__(self, x, timestep, y, frame_mask=None, num_channels: int | None = None) -> torch.Tensor:
+        channels = torch.arange(self.a.shape[1]) % x.shape[1]
+        t = torch.as_tensor(timestep).float().expand(len(x))[:, None, None, None, None]
+        s = y.flatten(1).mean(dim=1)[:, None, None, None, None]
+        m = 0.0 if frame_mask is None else frame_mask.float()[:, None, :, None, None]
+        return (self.a * x[:, channels] + self.b * t / 1000 + self.d * s + self.e * m)[:, :num_channels]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("iddpm_v1_0_tables", torch.float64, {"rtol": 1e-10, "atol": 1e-14}),
+        ("iddpm_v1_1_tables", torch.float32, {"rtol": 1e-4, "atol": 1e-6}),
+    ],
+)
+def test_tables(golden, name: str, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+    fixture = golden(name)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in fixture.under("out").items():
+        group, _, table = key.rpartition(".")
+        groups.setdefault(group, {})[table] = tensor
+    betas = betas_like(groups["full"]["betas"])
+    for group, reference in groups.items():
+        if group == "speed":
+            continue
+        elif group.startswith("spaced"):
+            spec = group.removeprefix("spaced")
+            tables = gaussian.make_tables(betas, gaussian.respaced_timesteps(len(betas), spec), dtype=dtype)
+            assert torch.equal(tables.timestep_map, reference["timestep_map"])
+        else:
+            tables = gaussian.make_tables(betas_like(reference["betas"]), dtype=dtype)
+        for table in TABLE_NAMES & reference.keys():
+            actual = getattr(tables, table)
+            assert actual.dtype == dtype
+            assert_close(actual, reference[table], **tolerance, msg=lambda text, t=f"{group}.{table}": f"{t}: {text}")
+        assert len(reference.keys() - TABLE_NAMES - {"timestep_map"}) == 0
+
+
+def test_speed_tables(golden) -> None:
+    fixture = golden("iddpm_v1_1_tables")
+    reference = fixture.under("out.speed")
+    if not reference:
+        pytest.skip("the fixture holds no SpeeD tables")
+    betas = betas_like(fixture["out.full.betas"])
+    speed = speed_tables(gaussian.make_tables(betas, dtype=torch.float32))
+    assert speed.meaningful_steps == int(reference["meaningful_steps"])
+    assert_close(speed.probabilities, reference["p"], rtol=1e-4, atol=1e-6)
+    assert_close(speed.snr, reference["snr"], rtol=1e-4, atol=1e-6)
+    assert_close(speed.weights, reference["weights"], rtol=1e-4, atol=1e-6)
+
+
+def test_space_timesteps(golden_json) -> None:
+    fixture = golden_json("space_timesteps")
+    cases: dict[str, Any] = fixture["results"] | fixture["errors"]
+    for key, expected in cases.items():
+        num_steps, spec = 1000, key
+        if ";" in key:
+            prefix, spec = key.split(";")
+            num_steps = int(prefix.removeprefix("num_timesteps="))
+        if isinstance(expected, list):
+            assert gaussian.respaced_timesteps(num_steps, spec) == expected, key
+        elif expected.startswith("ok:"):
+            assert len(gaussian.respaced_timesteps(num_steps, spec)) == int(expected.removeprefix("ok:")), key
+        else:
+            with pytest.raises(OpenSoraError):
+                gaussian.respaced_timesteps(num_steps, spec)
+
+
+# --- distributions and losses -----------------------------------------------------------------------------------------
+
+
+def test_forward_process(golden) -> None:
+    fixture = golden("iddpm_v1_0_core")
+    tables = IDDPMScheduler(num_train_timesteps(fixture)).train_tables
+    clean, noise, t = (fixture[f"in.{name}"] for name in ("x_start", "noise", "t"))
+    noisy = gaussian.q_sample(tables, clean, t, noise)
+    assert_close(noisy, fixture["out.q_sample"], **F32)
+    marginal = gaussian.q_distribution(tables, clean, t)
+    posterior = gaussian.q_posterior(tables, clean, noisy, t)
+    for name, value in marginal._asdict().items():
+        assert_close(value.expand_as(clean), fixture[f"out.q_mean_variance.{name}"], **F32)
+    for name, value in posterior._asdict().items():
+        name = "log_variance_clipped" if name == "log_variance" else name
+        assert_close(value.expand_as(clean), fixture[f"out.q_posterior.{name}"], **F32)
+    assert_close(mean_per_sample(clean), fixture["out.mean_flat"], **F32)
+
+
+P_CASES: dict[str, dict[str, Any]] = {
+    "clip0": {},
+    "clip1": {"clip": True},
+    "fixed_large": {"variance_type": "fixed_large"},
+    "fixed_small": {"variance_type": "fixed_small"},
+    "xstart": {"prediction_type": "sample"},
+    "respaced": {},
+}
+
+
+@pytest.mark.parametrize("case", P_CASES)
+def test_reverse_distribution(golden, case: str) -> None:
+    fixture = golden("iddpm_v1_0_core")
+    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    noisy, t = fixture["out.q_sample"], fixture["in.t"]
+    tables = scheduler.train_tables
+    if case == "respaced":
+        scheduler.set_timesteps(fixture.meta["steps"])
+        tables, t = scheduler.tables, fixture["in.t_respaced"]
+    num_channels = noisy.shape[1] if case.startswith("fixed") else None
+    prediction = Toy(fixture)(noisy, tables.timestep_map[t], fixture["in.y"], num_channels=num_channels)
+    reverse = gaussian.p_distribution(tables, prediction, noisy, t, **P_CASES[case])
+    reference = fixture.under(f"out.p_mean_variance.{case}")
+    assert reference
+    for name, expected in reference.items():
+        actual = getattr(reverse, "clean" if name == "pred_xstart" else name).expand_as(expected)
+        assert_close(actual, expected, **F32, msg=lambda text, n=name: f"{n}: {text}")
+
+
+LOSS_CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "rescaled_mse": {"loss_type": "rescaled_mse"},
+    "kl": {"loss_type": "rescaled_kl"},
+    "fixed_large": {"variance_type": "fixed_large"},
+    "fixed_small": {"variance_type": "fixed_small"},
+    "xstart": {"prediction_type": "sample"},
+    "plain": {},
+    "mask": {"frame_mask": "in.mask"},
+    "weights": {"timestep_weights": "in.weights"},
+    "mask_weights": {"frame_mask": "in.mask", "timestep_weights": "in.weights"},
+    "rescaled_mask": {"frame_mask": "in.mask", "loss_type": "rescaled_mse"},
+}
+
+
+def check_losses(fixture, prefix: str, tables: gaussian.GaussianTables) -> None:
+    clean, noise, t = (fixture[f"in.{name}"] for name in ("x_start", "noise", "t"))
+    cases = sorted({key.split(".")[0] for key in fixture.under(prefix) if "." in key} & LOSS_CASES.keys())
+    assert cases
+    for case in cases:
+        options = {k: fixture[v] if str(v).startswith("in.") else v for k, v in LOSS_CASES[case].items()}
+        mask = options.get("frame_mask")
+        steps = t if mask is None else gaussian.frame_timesteps(t, mask)
+        noisy = gaussian.q_sample(tables, clean, steps, noise)
+        if mask is not None and "mid.mask.x_t" in fixture:
+            assert_close(noisy, fixture["mid.mask.x_t"], **F32)
+        num_channels = clean.shape[1] if case.startswith("fixed") else None
+        prediction = Toy(fixture)(noisy, tables.timestep_map[t], fixture["in.y"], num_channels=num_channels)
+        losses = training_losses(tables, prediction, clean=clean, noisy=noisy, noise=noise, t=t, **options)
+        for name, expected in fixture.under(f"{prefix}.{case}").items():
+            assert_close(getattr(losses, name), expected, **F32, msg=lambda text, n=f"{case}.{name}": f"{n}: {text}")
+
+
+def test_losses_v1_0(golden) -> None:
+    fixture = golden("iddpm_v1_0_core")
+    check_losses(fixture, "out.training_losses", IDDPMScheduler(num_train_timesteps(fixture)).train_tables)
+
+
+@pytest.mark.parametrize("version", ["1_1", "1_2"])
+def test_losses_with_masks_and_weights(golden, version: str) -> None:
+    fixture = golden(f"iddpm_v{version}_losses")
+    scheduler = IDDPMScheduler(num_train_timesteps(fixture), float32_tables=True)
+    check_losses(fixture, "out", scheduler.train_tables)
+    clean = fixture["in.x_start"]
+    assert_close(mean_per_sample(clean), fixture["out.mean_flat"], **F32)
+    assert_close(mean_per_sample(clean, fixture["in.mask"]), fixture["out.mean_flat_mask"], **F32)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample(
+    fixture,
+    scheduler: IDDPMScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    cfg_channels: int | None = None,
+    guided: bool = False,
+    strength: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Run the loop a pipeline runs; returns every step's latents, and what the network saw of latents and frame mask."""
+    toy, num_samples = Toy(fixture), len(latents)
+    scheduler.set_timesteps(fixture.meta["steps"])
+    guider = default_guider(fixture.meta["cfg_scale"]) if guided else None
+    guidance = ChannelGuidance(guider, cfg_channels, latents.shape[1])
+    trajectory, seen = [], []
+    for step, timestep in enumerate(scheduler.timesteps):
+        # The reference draws for the unconditional rows too, and discards what becomes of them.
+        draw = iter([] if noise is None else noise.unflatten(0, (len(scheduler.timesteps), -1))[step, :, :num_samples])
+        mask = None
+        if strength is not None:
+            latents, mask = scheduler.activate_frames(latents, timestep, strength, noise=next(draw))
+            seen.append((latents, mask))
+        cond = toy(latents, timestep, fixture["in.y"], mask)
+        uncond = toy(latents, timestep, fixture["in.y_null"], mask) if guided else None
+        state = {"step": step, "num_inference_steps": len(scheduler.timesteps), "timestep": timestep}
+        prediction = guidance(cond, uncond, **state)
+        out = scheduler.step(prediction, timestep, latents, frame_mask=mask, noise=next(draw, None))
+        latents = out.prev_sample
+        trajectory.append(latents)
+    return torch.stack(trajectory), seen
+
+
+def assert_trajectory(actual: torch.Tensor, expected: torch.Tensor, *, float32_tables: bool) -> None:
+    if float32_tables:
+        # Ten steps of float32 tables: 1e-3 of the largest value, as the fixtures' makers advise.
+        assert_close(actual, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    else:
+        assert_close(actual, expected, **F32)
+
+
+def test_ancestral_loop(golden) -> None:
+    fixture = golden("iddpm_v1_0_loops")
+    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    trajectory, _ = sample(fixture, scheduler, fixture["in.z"], fixture["in.p_loop.noise"])
+    assert_trajectory(trajectory, fixture["out.p_loop.traj"], float32_tables=False)
+
+
+@pytest.mark.parametrize(("name", "float32_tables"), [("iddpm_v1_0_loops", False), ("iddpm_v1_1_sample", True)])
+def test_ddim_loop(golden, name: str, float32_tables: bool) -> None:
+    fixture = golden(name)
+    cases = [match for key in fixture.tensors if (match := re.fullmatch(r"out\.(ddim_eta([\d.]+))\.traj", key))]
+    assert cases
+    for match in cases:
+        case, eta = match[1], float(match[2])
+        scheduler = IDDPMScheduler(
+            num_train_timesteps(fixture), sampler="ddim", ddim_eta=eta, float32_tables=float32_tables
+        )
+        noise = fixture[f"in.{case}.noise"] if f"in.{case}.noise" in fixture else None
+        trajectory, _ = sample(fixture, scheduler, fixture["in.z"], noise)
+        assert_trajectory(trajectory, fixture[match[0]], float32_tables=float32_tables)
+
+
+def test_ddim_inversion(golden) -> None:
+    fixture = golden("iddpm_v1_0_loops")
+    cases = [match for key in fixture.tensors if (match := re.fullmatch(r"out\.ddim_reverse_t(\d+)\.sample", key))]
+    assert cases
+    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    scheduler.set_timesteps(fixture.meta["steps"])
+    noisy = fixture["in.z"]
+    for match in cases:
+        t = torch.full((len(noisy),), int(match[1]))
+        prediction = Toy(fixture)(noisy, scheduler.tables.timestep_map[t], fixture["in.y"])
+        reverse = gaussian.p_distribution(scheduler.tables, prediction, noisy, t)
+        actual = gaussian.ddim_inverse_step(scheduler.tables, reverse.clean, noisy, t)
+        assert_close(actual, fixture[match[0]], **F32)
+
+
+def test_guided_loop_v1_0(golden) -> None:
+    fixture = golden("iddpm_v1_0_loops")
+    latents = fixture["in.cfg_sample.z"]
+    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    noise = fixture["in.cfg_sample.noise"]
+    trajectory, _ = sample(fixture, scheduler, latents, noise, guided=True, cfg_channels=3)
+    assert_trajectory(trajectory, fixture["out.cfg_sample.traj2B"][:, : len(latents)], float32_tables=False)
+    assert_trajectory(trajectory[-1], fixture["out.cfg_sample.final"], float32_tables=False)
+
+
+@pytest.mark.parametrize("version", ["1_1", "1_2"])
+def test_guided_loops_with_frame_masks(golden, version: str) -> None:
+    fixture = golden(f"iddpm_v{version}_sample")
+    names = [match for key in fixture.tensors if (match := re.fullmatch(r"out\.(cfg_?(\d+|none)(_mask)?)\.final", key))]
+    assert names
+    plain_noise = next(key for key in fixture.tensors if re.fullmatch(r"in\.cfg_?(\d+|none)\.noise", key))
+    for match in names:
+        case, channels, masked = match[1], match[2], match[3] is not None
+        noise = fixture[f"in.{case}.noise"] if f"in.{case}.noise" in fixture else fixture[plain_noise]
+        latents = fixture["in.z"]
+        trajectory, seen = sample(
+            fixture,
+            IDDPMScheduler(num_train_timesteps(fixture), float32_tables=True),
+            latents,
+            noise,
+            guided=True,
+            cfg_channels=None if channels == "none" else int(channels),
+            strength=fixture["in.mask"] if masked else None,
+        )
+        assert_trajectory(trajectory[-1], fixture[f"out.{case}.final"], float32_tables=True)
+        if f"out.{case}.traj2B" in fixture:
+            expected = fixture[f"out.{case}.traj2B"][:, : len(latents)]
+            assert_trajectory(trajectory, expected, float32_tables=True)
+        for step, (model_latents, model_mask) in enumerate(seen):
+            expected = fixture[f"mid.{case}.model_x"][step, : len(latents)]
+            assert_trajectory(model_latents, expected, float32_tables=True)
+            assert torch.equal(model_mask, fixture[f"mid.{case}.x_mask"][step, : len(latents)])
