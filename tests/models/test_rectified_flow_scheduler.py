@@ -166,13 +166,17 @@ def test_a_frame_of_partial_strength_is_noised_once_when_its_time_comes():
 
 @pytest.mark.parametrize("options", [{}, {"sample_method": "logit-normal"}, {"use_discrete_timesteps": True}])
 def test_drawn_timesteps_are_shifted_like_the_sampled_ones(options):
-    drawn = []
+    """Departure: the reference scales the shift in sampling or in training, but never in both."""
+    drawn, sampled = [], []
     for shift in (False, True):
-        scheduler = RectifiedFlowScheduler(use_timestep_transform=shift, **options)
+        scheduler = RectifiedFlowScheduler(use_timestep_transform=shift, transform_scale=2.0, **options)
         drawn.append(scheduler.draw_timesteps(64, **SHIFTED, generator=torch.Generator().manual_seed(0)))
-    ratio = RectifiedFlowScheduler().time_shift_ratio(**SHIFTED)
+        scheduler.set_timesteps(10, **SHIFTED)
+        sampled.append(scheduler.timesteps)
     assert drawn[0].min() >= 0 and drawn[0].max() <= 1000 and drawn[0].shape == (64,)
-    torch.testing.assert_close(flow.time_shift(drawn[0] / 1000, ratio) * 1000, drawn[1])
+    ratio = 2.0 * RectifiedFlowScheduler().time_shift_ratio(**SHIFTED)
+    for plain, shifted in (drawn, sampled):
+        torch.testing.assert_close(flow.time_shift(plain / 1000, ratio) * 1000, shifted)
 
 
 def test_noise_is_added_on_the_networks_time_scale():
