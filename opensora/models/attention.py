@@ -1,0 +1,173 @@
+"""Attention along one axis of a video's tokens, and attention from tokens to text.
+
+Letters: B samples, H heads, N queries, L keys, d features of a head, D = H * d hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+
+# Up to this many keys, two batched products and a softmax beat the fused kernel on a CPU (5 to 8 times in bf16 at a few
+# dozen keys), and the scores are too few to matter for memory.
+SHORT_SEQUENCE = 64
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, softmax(q k^T / sqrt(d) + bias) v.
+
+    Args:
+        query: (B, H, N, d).
+        key, value: (B, H, L, d).
+        bias: (B, 1, 1, L), added to the scores; minus infinity hides a key.
+
+    Returns:
+        (B, H, N, d).
+    """
+    length, head_dim = key.shape[-2:]
+    if length > SHORT_SEQUENCE or query.shape[-2] > 4 * SHORT_SEQUENCE:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    q, k, v = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    if bias is None:
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(head_dim))
+    else:
+        per_head = bias.expand(-1, query.shape[1], -1, -1).reshape(-1, 1, length)
+        scores = torch.baddbmm(per_head, q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim))
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, query.shape[:2])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions of one axis (Su et al., 2021), pairs of neighbouring features.
+
+    The frequencies are part of the published state dicts, so they are a (frozen) parameter here too.
+
+    Args:
+        head_dim: d, even.
+        theta: longest period / (2 pi).
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
+        super().__init__()
+        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.freqs = nn.Parameter(frequencies, requires_grad=False)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines (-sin, +sin of each pair) of positions 0 .. length - 1; two (length, d), float32."""
+        positions = torch.arange(length, dtype=torch.float32, device=self.freqs.device)
+        angles = positions[:, None] * self.freqs.float()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack([cos, cos], dim=-1).flatten(1), torch.stack([-sin, sin], dim=-1).flatten(1)
+
+
+def rotate(hidden_states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every pair of features by its position's angle; `hidden_states` (..., N, d), `rope` of `RotaryEmbedding`."""
+    cos, sin = (table.to(hidden_states.dtype) for table in rope)
+    swapped = hidden_states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(hidden_states * cos, swapped, sin)
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention among the tokens along one axis; all other axes are batch.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        qk_norm: RMS-normalise queries and keys per head.
+        rotate_before_norm: rotary positions before that norm (the order some published weights were trained with).
+    """
+
+    is_cross_attention = False
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, qk_norm: bool = True, rotate_before_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.rotate_before_norm = num_heads, rotate_before_norm
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor, dim: int = 1, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend along axis `dim`.
+
+        Args:
+            hidden_states: (B, ..., D), three or more axes.
+            dim: the axis that attends, between batch and features.
+            rope: tables of `RotaryEmbedding` for that axis.
+
+        Returns:
+            Same shape.
+        """
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+        qkv = qkv.movedim((-3, dim), (0, -2))  # (3, batch axes, H, N, d)
+        batch = qkv.shape[1:-3]
+        query, key, value = qkv.flatten(1, -4).unbind()
+        if rope is not None and self.rotate_before_norm:
+            query, key = rotate(query, rope), rotate(key, rope)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None and not self.rotate_before_norm:
+            query, key = rotate(query, rope), rotate(key, rope)
+        attended = attend(query, key, value).unflatten(0, batch)
+        return self.proj(attended.movedim(-2, dim).flatten(-2))
+
+
+class CrossAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention from tokens to text.
+
+    Keys and values depend on the text only: `project_text` makes them, once for all denoising steps if kept.
+
+    Args:
+        hidden_size: D, of tokens and of projected text.
+        num_heads: H.
+    """
+
+    is_cross_attention = True
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> keys and values, (B, H, L, d) each."""
+        key, value = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        return key, value
+
+    def forward(self, hidden_states: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+        """Attend to the text.
+
+        Args:
+            hidden_states: (B, ..., D).
+            keys_values: from `project_text`.
+            bias: (B, 1, 1, L) of `text_bias`, None = every token counts.
+
+        Returns:
+            Same shape as `hidden_states`.
+        """
+        query = self.q_linear(hidden_states).view(len(hidden_states), -1, self.num_heads, keys_values[0].shape[-1])
+        attended = attend(query.transpose(1, 2), *keys_values, bias)
+        return self.proj(attended.transpose(1, 2).reshape(hidden_states.shape))
+
+
+def text_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias of the scores that hides the tokens where `mask` (B, L) is 0; (B, 1, 1, L), 0 or minus infinity."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(mask == 0, -math.inf)[:, None, None]

@@ -1,0 +1,22 @@
+"""Names and shapes of the full-size models equal the published ones."""
+
+import pytest
+import torch
+
+from opensora.models.stdit3 import STDIT3_3B2, STDIT3_XL2, STDiT3
+
+
+@pytest.mark.parametrize(("name", "config"), [("stdit3_xl2_v1_2", STDIT3_XL2), ("stdit3_3b2_v1_2", STDIT3_3B2)])
+def test_names_and_shapes(golden_json, name, config):
+    published = golden_json(f"checkpoint_keys/{name}")
+    with torch.device("meta"):
+        model = STDiT3(**config)
+    ours = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert ours == {key: shape for key, (shape, _dtype) in published["keys"].items()}
+    buffers = {key for key, _ in model.named_buffers()}
+    assert buffers == set(published["buffers"])
+    assert (
+        sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+        == published["num_parameters"]
+        or sum(p.numel() for p in model.parameters()) == published["num_parameters"]
+    )
