@@ -1,0 +1,269 @@
+"""`opensora generate` around a pipeline that paints seeded noise: options, files, records, and every bad input."""
+
+import json
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from opensora.cli import generate
+from opensora.cli.main import main
+from opensora.errors import OpenSoraError
+from opensora.geometry import SizeRule
+from opensora.media.read import read_metadata, read_video
+
+PROMPT = "a small red ball rolls left"
+
+
+class NoisePipeline:
+    """What `generate` asks of a pipeline; every call is kept."""
+
+    def __init__(self):
+        self.config = {
+            "fps": 8,
+            "num_frames": 5,
+            "height": 16,
+            "width": 16,
+            "num_inference_steps": 3,
+            "guidance_scale": 3.0,
+            "cfg_channels": None,
+        }
+        self.device = torch.device("cpu")
+        self.scheduler = SimpleNamespace(timesteps=[])
+        self.calls = []
+        self.fail_at_step = None
+        self.nan = False
+
+    def size_rule(self):
+        return SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, prompt, negative_prompt, *, generator, output_type, callback_on_step_end, **sampling):
+        self.calls.append(SimpleNamespace(prompt=prompt, negative_prompt=negative_prompt, **sampling))
+        assert output_type == "np"
+        self.scheduler.timesteps = list(range(3))
+        for step in range(3):
+            if step == self.fail_at_step:
+                raise KeyboardInterrupt
+            callback_on_step_end(self, step, step, {})
+        size = (1, sampling["num_frames"], sampling["height"], sampling["width"], 3)
+        frames = torch.rand(size, generator=generator).numpy()
+        return SimpleNamespace(frames=frames * (np.nan if self.nan else 1), settings={"dtype": "float32"})
+
+
+@pytest.fixture
+def pipe(monkeypatch, tmp_path):
+    """The fake, in place of loading; the current folder is a fresh one."""
+    fake, loading = NoisePipeline(), types.ModuleType("opensora.checkpoints.loading")
+
+    def find_model(name):
+        if name not in ("toybox", "toybox-iddpm", "other"):
+            raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
+        return name
+
+    def load_pipeline(name, *, device, dtype):
+        fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype)
+        return fake
+
+    fake.hash = "a" * 64
+    loading.__dict__.update(find_model=find_model, load_pipeline=load_pipeline, model_hash=lambda _: fake.hash)
+    monkeypatch.setitem(sys.modules, "opensora.checkpoints.loading", loading)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_prompt_becomes_a_file_with_a_record(pipe, tmp_path, capsys):
+    assert main(["generate", PROMPT, "--output", "clip.mp4", "--seed", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "clip.mp4\n"
+    assert "peak memory" in err and "5 frames of 16x16" in err
+    assert files(tmp_path) == ["clip.mp4", "clip.mp4.json"]
+    frames, fps = read_video("clip.mp4")
+    assert frames.shape == (5, 16, 16, 3) and fps == 8
+    inside, beside = read_metadata("clip.mp4"), json.loads((tmp_path / "clip.mp4.json").read_text())
+    assert inside == beside
+    assert inside["prompt"] == PROMPT and inside["seed"] == 7 and inside["model_hash"] == "a" * 64
+    assert inside["sampling"]["num_inference_steps"] == 3 and "torch" in inside["versions"]
+
+
+def test_without_metadata(pipe, tmp_path):
+    assert main(["generate", PROMPT, "--output", "clip.mp4", "--no-metadata"]) == 0
+    assert files(tmp_path) == ["clip.mp4"]
+    with pytest.raises(OpenSoraError):
+        read_metadata("clip.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "webp", "png"])
+def test_from_makes_the_same_frames_again(pipe, tmp_path, suffix, capsys):
+    options = ["--seed", "9", "--height", "24", "--negative-prompt", "blue", "--cfg-channels", "0,2", "--fps", "12"]
+    assert main(["generate", PROMPT, "--output", f"one.{suffix}", *options]) == 0
+    assert main(["generate", "--from", f"one.{suffix}", "--output", f"two.{suffix}"]) == 0
+    assert main(["generate", "--from", f"one.{suffix}.json", "--output", f"three.{suffix}"]) == 0
+    one, two, three = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two", "three"))
+    assert one == two == three
+    assert pipe.calls[0] == pipe.calls[1] == pipe.calls[2]
+    assert pipe.calls[0].negative_prompt == "blue" and pipe.calls[0].cfg_channels == [0, 2]
+    capsys.readouterr()
+    assert main(["generate", "--from", f"one.{suffix}"]) == 0
+    assert capsys.readouterr().out.strip() == f"outputs/a-small-red-ball-rolls-left-9.{suffix}"
+
+
+def test_from_keeps_device_and_dtype(pipe):
+    assert main(["generate", PROMPT, "--output", "one.mp4", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert pipe.asked.dtype is torch.bfloat16
+    assert main(["generate", "--from", "one.mp4"]) == 0
+    assert pipe.asked.dtype is torch.float32 and pipe.asked.device == "cpu"  # what the pipeline reported
+
+
+def test_from_refuses_another_model(pipe, tmp_path, capsys):
+    assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
+    pipe.hash = "b" * 64
+    capsys.readouterr()
+    assert main(["generate", "--from", "one.mp4", "--output", "two.mp4"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is not the one this clip was made with" in err
+    assert files(tmp_path) == ["one.mp4", "one.mp4.json"]
+
+
+def test_from_says_which_versions_changed(pipe, tmp_path, capsys):
+    assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
+    record = json.loads((tmp_path / "one.mp4.json").read_text())
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["generate", "--from", "old.json"]) == 0
+    assert "note: torch 1.0 -> " in capsys.readouterr().err
+
+
+def test_each_of_several_clips_can_be_made_alone(pipe, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square spins \n")
+    options = ["--prompt-path", "prompts.txt", "--num-videos", "2", "--seed", "5"]
+    assert main(["generate", *options, "--output", "clip.png"]) == 0
+    paths = capsys.readouterr().out.split()
+    assert paths == ["clip-0.png", "clip-1.png", "clip-2.png", "clip-3.png"]
+    assert [call.prompt for call in pipe.calls] == [PROMPT, PROMPT, "a blue square spins", "a blue square spins"]
+    assert [read_metadata(path)["seed"] for path in paths] == [5, 6, 7, 8]
+    assert main(["generate", "a blue square spins", "--seed", "8", "--output", "alone.png"]) == 0
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "clip-3.png").read_bytes()
+
+
+def test_names_nobody_chose_replace_nothing(pipe, capsys):
+    for expected in ["a-small-red-ball-rolls-left-42.gif", "a-small-red-ball-rolls-left-42-2.gif"]:
+        assert main(["generate", PROMPT, "--format", "gif"]) == 0
+        assert capsys.readouterr().out.strip() == f"outputs/{expected}"
+    assert main(["generate", PROMPT, "--output", "folder"]) == 0
+    assert capsys.readouterr().out.strip() == "folder/a-small-red-ball-rolls-left-42.mp4"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"num_frames": 5, "height": 16, "width": 16, "cfg_channels": None, "fps": 8, "guidance_scale": 3.0}),
+        (["--num-frames", "17"], {"num_frames": 17}),
+        (["--num-frames", "2s"], {"num_frames": 17}),
+        (["--num-frames", "2s", "--fps", "24"], {"num_frames": 49, "fps": 24}),
+        (["--cfg-channels", "3"], {"cfg_channels": 3}),
+        (["--cfg-channel", "1,"], {"cfg_channels": [1]}),
+        (["--cfg-channels", "all"], {"cfg_channels": "all"}),
+        (["--guidance-scale", "1"], {"guidance_scale": 1.0}),
+        (["--num-inference-steps", "7"], {"num_inference_steps": 7}),
+        (["--num-inference-steps", "ddim50"], {"num_inference_steps": "ddim50"}),
+        (["--aspect-ratio", "4:1"], {"height": 8, "width": 32}),
+        (["--resolution", "144p", "--aspect-ratio", "16:9"], {"height": 144, "width": 256}),
+    ],
+)
+def test_options_reach_the_pipeline(pipe, options, expected):
+    assert main(["generate", PROMPT, "--output", "a.png", *options]) == 0
+    assert {name: getattr(pipe.calls[0], name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([""], "prompt is empty"),
+        (["  "], "prompt is empty"),
+        ([], "what should the video show?"),
+        ([PROMPT, "--prompt-path", "x.txt"], "give one of them"),
+        (["--prompt-path", "x.txt"], "x.txt cannot be read"),
+        (["--prompt-path", "empty.txt"], "holds no prompt"),
+        (["a zebra eats gras"], "toybox does not know: zebra, eats, gras. It knows"),
+        ([PROMPT, "--negative-prompt", "ugly"], "toybox does not know: ugly"),
+        ([PROMPT, "--height", "20"], "height 20 must be a multiple of 8; the nearest valid is 16 or 24"),
+        ([PROMPT, "--width", "0"], "nearest valid is 8"),
+        ([PROMPT, "--num-frames", "16"], "the nearest valid is 13 or 17"),
+        ([PROMPT, "--num-frames", "0"], "the nearest valid is 1"),
+        ([PROMPT, "--num-frames", "long"], "neither a count"),
+        ([PROMPT, "--num-frames", "60s"], "the nearest valid is 65 frames"),
+        ([PROMPT, "--resolution", "143p"], "unknown resolution '143p'; known: 144p"),
+        ([PROMPT, "--resolution", "144p", "--height", "64"], "give one of them"),
+        ([PROMPT, "--aspect-ratio", "wide"], "not width:height"),
+        ([PROMPT, "--model", "toybux"], "unknown model 'toybux'; known are toybox"),
+        ([PROMPT, "--format", "mp5"], "unknown format 'mp5'; did you mean mp4?"),
+        ([PROMPT, "--output", "a.avi"], "must end in one of .mp4"),
+        ([PROMPT, "--output", "a.mp4", "--format", "gif"], "ends in .mp4 but the format asked for is gif"),
+        ([PROMPT, "--output", "empty.txt/a.mp4"], "cannot be written"),
+        ([PROMPT, "--output", "/proc/nowhere/a.mp4"], "cannot be written"),
+        ([PROMPT, "--dtype", "float23"], "did you mean float32?"),
+        ([PROMPT, "--cfg-channels", "some"], "--cfg-channels is 'some'"),
+        ([PROMPT, "--cfg-channels", "0"], "at least one channel"),
+        ([PROMPT, "--cfg-channels=-1"], "at least one channel"),
+        ([PROMPT, "--guidance-scale=-2"], "--guidance-scale is -2"),
+        ([PROMPT, "--guidance-scale", "nan"], "--guidance-scale is nan"),
+        ([PROMPT, "--num-inference-steps", "0"], "--num-inference-steps is '0'"),
+        ([PROMPT, "--num-videos", "0"], "--num-videos is 0"),
+        ([PROMPT, "--seed=-1"], "--seed is -1"),
+        ([PROMPT, "--fps", "0"], "--fps is 0"),
+        (["--from", "no.mp4"], "no.mp4 does not exist"),
+        (["--from", "empty.txt"], "empty.txt cannot be read"),
+        (["--from", "strange.json"], "strange.json"),
+        (["--from", "no.mp4", "--seed", "3"], "cannot be combined with --seed"),
+        ([PROMPT, "--from", "no.mp4"], "cannot be combined with a prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(pipe, tmp_path, capsys, args, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "strange.json").write_text('{"prompt": "x"}')
+    before = files(tmp_path)
+    assert main(["generate", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("opensora: ") and err.count("\n") == 1, err
+    assert message in err
+    assert files(tmp_path) == before and not pipe.calls
+
+
+def test_ctrl_c_leaves_no_half_file(pipe, tmp_path, capsys):
+    pipe.fail_at_step = 1
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("opensora: interrupted\n") and "Traceback" not in err
+    assert files(tmp_path) == []
+
+
+def test_ctrl_c_while_writing_leaves_no_half_file(pipe, tmp_path, monkeypatch):
+    def interrupted(path, *_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opensora.media.write._write_mp4", interrupted)
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 130
+    assert files(tmp_path) == []
+
+
+def test_frames_that_are_not_finite_are_an_error(pipe, tmp_path, capsys):
+    pipe.nan = True
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 2
+    assert "NaN" in capsys.readouterr().err and files(tmp_path) == []
+
+
+def test_another_model_may_know_other_words(pipe):
+    assert main(["generate", "a zebra eats grass", "--model", "other", "--output", "a.png"]) == 0
+    assert generate.TOYBOX_MODELS == ("toybox", "toybox-iddpm")

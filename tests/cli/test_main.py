@@ -1,0 +1,117 @@
+"""The command itself: help, version, unknown commands and options, exit codes, start-up time."""
+
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+import tyro
+
+import opensora
+from opensora.cli.main import COMMANDS, main
+from opensora.cli.parsing import parse
+from opensora.errors import OpenSoraError
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0 and main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"opensora {opensora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["genrate", "x"], "unknown command 'genrate'; did you mean generate?"),
+        (["--versoin"], "did you mean --version?"),
+        (["generate", "x", "--sed", "3"], "unknown option --sed; did you mean --seed?"),
+        (["generate", "x", "--cfg-chanel=3"], "unknown option --cfg-chanel; did you mean --cfg-channel?"),
+        (["generate", "x", "--seed", "many"], "'many' is not a whole number"),
+        (["generate", "x", "--fps", "many"], "'many' is not a number"),
+        (["generate", "x", "--seed"], "Missing value for argument '--seed'"),
+        (["generate", "a", "red", "ball"], "unexpected red, ball; text with spaces belongs in quotes"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys):
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("opensora: ")
+    assert message in err
+
+
+def test_the_help_of_a_subcommand(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for option in ["--cfg-channels", "--cfg-channel", "--from", "--negative-prompt", "--no-metadata"]:
+        assert option in text
+    assert "None" not in text
+
+
+def with_command(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:
+    class Broken:
+        def run(self) -> None:
+            if error:
+                raise error
+
+    module = types.ModuleType("opensora.cli.broken")
+    module.Broken = dataclass(Broken)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "opensora.cli.broken", module)
+    monkeypatch.setitem(COMMANDS, "broken", "for this test")
+
+
+def test_exit_codes(monkeypatch, capsys):
+    with_command(monkeypatch, None)
+    assert main(["broken"]) == 0
+    with_command(monkeypatch, KeyboardInterrupt())
+    assert main(["broken"]) == 130
+    assert capsys.readouterr().err == "opensora: interrupted\n"
+    with_command(monkeypatch, OpenSoraError("two\nlines"))
+    assert main(["broken"]) == 2
+    assert capsys.readouterr().err == "opensora: two lines\n"
+    with_command(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours shows where it is
+        main(["broken"])
+
+
+@dataclass
+class One:
+    size: int = 3
+
+
+@dataclass
+class Two:
+    colour: str = "red"
+
+
+Either = Annotated[One, tyro.conf.subcommand("one")] | Annotated[Two, tyro.conf.subcommand("two")]
+
+
+def test_a_union_of_commands():
+    assert parse(Either, ["one", "--size", "4"], "x") == One(4)
+    for args, message in [
+        (["two", "--color", "4"], "unknown option --color; did you mean --colour?"),
+        (["three"], "one"),
+        ([], "one"),
+    ]:
+        with pytest.raises(OpenSoraError, match=r"^[^\n]*$") as caught:
+            parse(Either, args, "x")
+        assert message in str(caught.value)
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, opensora.cli.main as m; m.main(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'av', 'numpy', 'tyro')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+    code = (
+        "import sys, opensora.cli.generate; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
