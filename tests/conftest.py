@@ -9,6 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+# The models of these tests are so small that more threads only wait for one another.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
 

@@ -26,52 +26,56 @@ def parse(options: Any, args: Sequence[str], prog: str) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-    known = _known_options(options, args, prog)
-    for token in args:
-        if token == "--":
-            break
+    raise OpenSoraError(f"{_statement(page.getvalue(), options, args, prog)} (see {prog} --help)")
+
+
+def _statement(page: str, options: Any, args: Sequence[str], prog: str) -> str:
+    """What is wrong, in one sentence."""
+    words = list(itertools.takewhile(lambda token: not token.startswith("-"), args))[:1]
+    known = _option_names(_page(options, [*words, "--help"], prog))
+    # A union of commands lists its options only after one of its members.
+    members = re.search(r"\{(.*)\}", _sentence(_page(options, [], prog))) if len(known) < 2 else None
+    if members and words:
+        names = [name.strip() for name in members[1].split(",")]
+        return f"unknown command {words[0]!r}{nearest_name(words[0], names)}"
+    for token in itertools.takewhile(lambda token: token != "--", args):
         name = token.split("=")[0].replace("_", "-")
         if len(known) > 1 and name.startswith("--") and name not in known:
-            raise OpenSoraError(f"unknown option {token.split('=')[0]}{_near(name, known)} (see {prog} --help)")
-    statement = _first_statement(page.getvalue())
-    if match := re.fullmatch(r"Unrecognized options: ([^-].*)", statement):
-        statement = f"unexpected {match[1]}; text with spaces belongs in quotes"
-    raise OpenSoraError(f"{statement} (see {prog} --help)")
+            hint = nearest_name(name, known)
+            return f"unknown option {token.split('=')[0]}{hint if hint.startswith('; did') else ''}"
+    sentence = _sentence(page)
+    if match := re.fullmatch(r"Unrecognized options: ([^-].*)", sentence):
+        return f"unexpected {match[1]}; text with spaces belongs in quotes"
+    return sentence
 
 
-def _near(name: str, known: list[str]) -> str:
-    hint = nearest_name(name, known)
-    return hint if hint.startswith("; did") else ""
+def _page(options: Any, args: list[str], prog: str) -> str:
+    """What tyro prints for a command line that it answers by printing."""
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
+        tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+    return page.getvalue()
 
 
-def _known_options(options: Any, args: Sequence[str], prog: str) -> list[str]:
-    """Option names off the help page, of the member of a union that `args` begin with; none if they name no member."""
-    page, words = io.StringIO(), list(itertools.takewhile(lambda token: not token.startswith("-"), args))
-    with contextlib.redirect_stdout(page), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        tyro.cli(options, prog=prog, args=[*words[:1], "--help"], config=(tyro.conf.FlagCreatePairsOff,))
-    # Options stand at the start of a line of the help page or after a comma there.
-    listed = [line for line in page.getvalue().splitlines() if re.match(r"\W*-", line)]
+def _option_names(help_page: str) -> list[str]:
+    """Option names off a help page, where they stand at the start of a line or after a comma there."""
+    listed = [line for line in help_page.splitlines() if re.match(r"\W*-", line)]
     return list(dict.fromkeys(name for line in listed for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)))
 
 
-def _first_statement(page: str) -> str:
-    """The sentence above the first rule inside tyro's frame."""
-    lines = []
-    for line in page.splitlines():
-        inner = line.strip().strip("│").strip()
-        if line.strip().startswith("╭"):
-            continue
-        if not inner or set(inner) <= {"─", "╰", "╯"}:
-            break
-        lines.append(inner)
-    statement = " ".join(lines) or "the command line could not be understood"
-    statement = re.sub(r"^Error parsing (\S+): ", r"\1: ", statement)
-    statement = re.sub(
-        r"no type matching .*INT could be instantiated from \[(.*)\]", r"\1 is not a whole number", statement
-    )
-    statement = re.sub(
-        r"no type matching .*FLOAT could be instantiated from \[(.*)\]", r"\1 is not a number", statement
-    )
-    statement = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", statement)
-    statement = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", statement)
-    return statement.rstrip(".")
+def _sentence(error_page: str) -> str:
+    """The sentence between the title of tyro's frame and the rule below; frames come in Unicode and in ASCII."""
+    lines = [line.strip().strip("│").strip() for line in error_page.splitlines()]
+    lines = [line for line in lines if line]
+    is_rule = [set(line) <= set("─-╰╯") for line in lines]
+    start = 2 if is_rule[1:2] == [True] else 1
+    sentence = " ".join(itertools.takewhile(lambda line: not set(line) <= set("─-╰╯"), lines[start:]))
+    for pattern, ours in (
+        (r"^Error parsing (\S+): ", r"\1: "),
+        (r"no type matching .*INT could be instantiated from \[(.*)\]", r"\1 is not a whole number"),
+        (r"no type matching .*FLOAT could be instantiated from \[(.*)\]", r"\1 is not a number"),
+        (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+        (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    ):
+        sentence = re.sub(pattern, ours, sentence)
+    return sentence.rstrip(".") or "the command line cannot be understood"
