@@ -73,7 +73,8 @@ class OpenSoraPipeline(DiffusionPipeline):
         max_frames: the largest number of frames it can make; None for no limit.
 
     Raises:
-        OpenSoraError: transformer and autoencoder disagree on the number of latent channels.
+        OpenSoraError: two components are not of one model: transformer and autoencoder disagree on the number of latent
+            channels, or scheduler and autoencoder on how many latent frames a video has.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
@@ -103,6 +104,7 @@ class OpenSoraPipeline(DiffusionPipeline):
                 f"the transformer works on {transformer.config.in_channels} latent channels, the autoencoder makes "
                 f"{autoencoder.latent_channels}; they must come from one model"
             )
+        _check_time_shift(scheduler, autoencoder)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -140,9 +142,9 @@ class OpenSoraPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pt",
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
         return_dict: bool = True,
-    ) -> OpenSoraPipelineOutput | tuple[Any]:
+    ) -> Any:
         """Make one video per prompt, or several; what is left out comes from the model's own defaults.
 
         Args:
@@ -168,7 +170,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             return_dict: False returns `(frames,)`.
 
         Returns:
-            The frames, and the settings they were made with.
+            `OpenSoraPipelineOutput`: the frames, and the settings they were made with.
 
         Raises:
             OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
@@ -330,6 +332,19 @@ class OpenSoraPipeline(DiffusionPipeline):
             "scheduler": _describe_object(self.scheduler),
             "latent_space": self.autoencoder.latent_space.to_dict(),
         }
+
+
+def _check_time_shift(scheduler: Any, autoencoder: Any) -> None:
+    """A time shift counts latent frames; it must count them as the autoencoder makes them."""
+    if not getattr(scheduler, "use_timestep_transform", False):
+        return
+    for name in ("temporal_factor", "micro_frame_size"):
+        ours, theirs = getattr(scheduler, name), getattr(autoencoder, name)
+        if ours != theirs:
+            raise OpenSoraError(
+                f"the scheduler shifts its timesteps for {name}={ours}, but the autoencoder has {theirs}; "
+                f"make the scheduler with {name}={theirs}"
+            )
 
 
 def _describe_guidance(guidance: ChannelGuidance) -> dict[str, Any]:
