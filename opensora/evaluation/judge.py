@@ -48,7 +48,7 @@ class Judge(ModelMixin, ConfigMixin):
     """Reads the attributes of toy clips.
 
     Args:
-        labels: attribute -> its labels in the order of the logits; the world's own by default.
+        labels: attribute -> its labels in the order of the logits, "motion" among them; the world's own by default.
         dim: D, width of the first layer.
         size: clips are scaled to this height and width, in pixels, first.
         frames_seen: frames that the frame network reads of each clip, evenly spread.
@@ -69,7 +69,8 @@ class Judge(ModelMixin, ConfigMixin):
             labels = {name: list(values) for name, values in ATTRIBUTES.items()}
             self.register_to_config(labels=labels)
         self.labels = labels
-        self.frame_attributes = [name for name in labels if name != "motion"]
+        # Sorted, because a saved configuration does not keep the order of a dictionary.
+        self.frame_attributes = sorted(name for name in labels if name != "motion")
         self.frame_tower = Tower(3, dim, sum(len(labels[name]) for name in self.frame_attributes))
         self.motion_tower = Tower(3 * (motion_frames + 1), dim, len(labels["motion"]))
 

@@ -123,7 +123,9 @@ def test_a_spin_shows(shape: str):
     assert change.min() > 0.2
 
 
-@pytest.mark.parametrize(("shape", "area"), [("ball", 3.1416), ("square", 1.54**2), ("cross", 4 * 0.98 * 0.72 - 0.72**2)])
+@pytest.mark.parametrize(
+    ("shape", "area"), [("ball", 3.1416), ("square", 1.54**2), ("cross", 4 * 0.98 * 0.72 - 0.72**2)]
+)
 def test_areas_are_those_of_geometry(shape: str, area: float):
     for size, radius in SIZES.items():
         _, mask = render([clip(shape=shape, size=size)], num_frames=1, height=256, width=256)

@@ -1,0 +1,174 @@
+"""The toybox evaluation: fixed samples, resuming, honest counting, the command's mistakes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opensora.cli.main import main
+from opensora.errors import OpenSoraError
+from opensora.evaluation.judge import Judge
+from opensora.evaluation.toybox import (
+    Results,
+    contact_sheet,
+    evaluate,
+    generate,
+    hash_weights,
+    held_out_samples,
+    real_accuracy,
+    reconstruction_accuracy,
+    share_right,
+)
+from opensora.toybox.captions import plain_caption
+from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, is_held_out, render, sample_specs
+
+
+class Pipeline:
+    """Draws what it is told, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.specs = {plain_caption(s): s for s in sample_specs(40, 0, EASY_WORLD, "held_out")}
+
+    def set_progress_bar_config(self, disable: bool) -> None:
+        pass
+
+    def __call__(self, prompts, *, generator, output_type):
+        assert output_type == "pt"
+        assert len(generator) == len(prompts)
+        self.prompts += prompts
+        self.drawn = [float(torch.rand((), generator=g)) for g in generator]
+        video, _ = render([self.specs[p] for p in prompts], num_frames=3, height=16, width=16)
+        return SimpleNamespace(frames=(video.transpose(1, 2) + 1) / 2)
+
+
+class OracleJudge:
+    """Reads the labels of the clips that `pipeline` drew last; always wrong about the shape."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    def read(self, video):
+        assert -1 <= video.min() < -0.5 < video.max() <= 1
+        specs = [self.pipeline.specs[p] for p in self.pipeline.prompts[-len(video) :]]
+        return [{name: getattr(s, name) for name in ATTRIBUTES} | {"shape": "star"} for s in specs]
+
+
+def fresh_results(n: int, seed: int = 0) -> Results:
+    return Results({"model": "fake", "seed": seed}, held_out_samples(n, seed))
+
+
+def test_samples_are_held_out_and_fixed():
+    samples = held_out_samples(30, seed=4)
+    assert samples[:10] == held_out_samples(10, seed=4)
+    assert samples[0].id == "held_out-4-00000"
+    assert all(is_held_out(s.wanted["shape"], s.wanted["colour"], s.wanted["motion"]) for s in samples)
+    draws = [float(torch.rand((), generator=s.noise())) for s in samples]
+    assert len(set(draws)) == len(draws)
+    assert draws == [float(torch.rand((), generator=s.noise())) for s in samples]
+
+
+def test_counts_are_right_and_progress_is_told(tmp_path):
+    pipeline, told = Pipeline(), []
+    results = evaluate(
+        pipeline, OracleJudge(pipeline), fresh_results(7), tmp_path / "r.json", 3, lambda *step: told.append(step)
+    )
+    assert results.accuracy() == {**dict.fromkeys(ATTRIBUTES, 1.0), "shape": 0.0, "all": 0.0}
+    assert told == [(3, 7), (6, 7), (7, 7)]
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [row["id"] for row in written["samples"]] == [s.id for s in results.samples]
+    assert written["accuracy"] == results.accuracy()
+
+
+def test_a_stopped_evaluation_goes_on_where_it_stopped(tmp_path):
+    output = tmp_path / "r.json"
+    pipeline = Pipeline()
+    evaluate(pipeline, OracleJudge(pipeline), fresh_results(4), output, 2)
+    again, results = Pipeline(), fresh_results(7)
+    results.resume(output)
+    evaluate(again, OracleJudge(again), results, output, 2)
+    assert pipeline.prompts + again.prompts == [s.prompt for s in held_out_samples(7)]
+    assert len(json.loads(output.read_text())["samples"]) == 7
+
+
+def test_other_settings_and_foreign_files_are_not_resumed(tmp_path):
+    output = tmp_path / "r.json"
+    fresh_results(2).save(output)
+    with pytest.raises(OpenSoraError, match=r"seed = 0, this run has 1"):
+        fresh_results(2, seed=1).resume(output)
+    output.write_text("[]")
+    with pytest.raises(OpenSoraError, match="not a results file"):
+        fresh_results(2).resume(output)
+
+
+def test_noise_does_not_depend_on_the_batch():
+    pipeline, samples = Pipeline(), held_out_samples(3)
+    video = generate(pipeline, samples)
+    together = pipeline.drawn
+    assert video.shape == (3, 3, 3, 16, 16)
+    generate(pipeline, samples[2:])
+    assert pipeline.drawn == together[2:]
+
+
+def test_share_right_counts_whole_clips_too():
+    right = {name: labels[0] for name, labels in ATTRIBUTES.items()}
+    half = share_right([right, right], [right, right | {"size": "large"}])
+    assert half["size"] == 0.5
+    assert half["all"] == 0.5
+    assert half["shape"] == 1
+    assert share_right([], []) == {}
+
+
+def test_gates_read_the_same_clips_and_a_perfect_autoencoder_changes_nothing():
+    torch.manual_seed(0)
+    judge = Judge(dim=8).eval()
+    perfect = SimpleNamespace(encode=lambda video: video, decode=lambda latents, num_frames: latents)
+    size = (3, 32, 32)
+    real = real_accuracy(judge, 12, seed=1, size=size, batch_size=5)
+    assert reconstruction_accuracy(perfect, judge, 12, seed=1, size=size, batch_size=5) == real
+    assert set(real) == {*ATTRIBUTES, "all"}
+
+
+def test_weights_are_told_apart():
+    def pipeline(value: float) -> SimpleNamespace:
+        layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
+        torch.nn.init.constant_(layer.weight, value)
+        torch.nn.init.zeros_(layer.bias)
+        return SimpleNamespace(components={"transformer": layer, "tokenizer": None})
+
+    assert hash_weights(pipeline(1.0)) == hash_weights(pipeline(1.0))
+    assert hash_weights(pipeline(1.0)) != hash_weights(pipeline(1.5))
+
+
+def test_contact_sheet_is_a_grid_of_frames(tmp_path):
+    from PIL import Image
+
+    specs = sample_specs(2, 0)
+    video, _ = render(specs, num_frames=17, height=32, width=48)
+    path = tmp_path / "sheets" / "sheet.png"
+    contact_sheet([(plain_caption(s), v) for s, v in zip(specs, video, strict=True)], path)
+    image = Image.open(path)
+    assert image.size == (9 * (96 + 2) + 2, 2 * (64 + 14 + 2) + 2)
+    expected = ((video[1, :, 16, 31, 47] + 1) * 127.5).round().byte().tolist()
+    assert list(image.getpixel((image.width - 3, image.height - 3))) == expected
+    with pytest.raises(OpenSoraError, match="no clips"):
+        contact_sheet([], path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["toybox", "--num-prompts", "-1"], "--num-prompts is -1; give 0 or more"),
+        (["toybox", "--batch-size", "0"], "--batch-size is 0; give 1 or more"),
+        (["toybox-vae", "--autoencoder", "nowhere"], "no autoencoder in nowhere"),
+        (["toybox-vae", "--autoencoder", ".", "--num-clips", "0"], "--num-clips is 0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(args: list[str], message: str, capsys):
+    assert main(["evaluate", *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
