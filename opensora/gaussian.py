@@ -3,7 +3,7 @@
 Data is noised in N small steps, q(x_t | x) = N(sqrt(abar_t) x, (1 - abar_t) I), and a network that predicts the noise
 (or the data) turns every step back. A schedule may be *respaced*: fewer steps, each as long as several, so that
 sampling is faster; the network still sees the original timesteps. Everything here indexes steps of the given tables,
-t = 0 (almost clean) to N - 1 (almost pure noise). Tables are float64 on the CPU; their entries are cast once, when used.
+t = 0 (almost clean) to N - 1 (almost pure noise). Tables are float64 on the CPU; entries are cast once, when used.
 
 Letters: x clean latents (B, C, T, H, W), e standard normal noise, x_t noisy latents, beta_t variance added at step t,
 abar_t product of (1 - beta) up to t, v variance output of the network in [-1, 1], B batch, T frames, N steps.
@@ -78,8 +78,8 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
         length = size + (i < longer)
         if count > length:
             raise OpenSoraError(
-                f"got steps {spec!r}: {count} of a section of {length}; at most {num_steps} of {num_steps} steps can be "
-                "kept, and of every section at most its length"
+                f"got steps {spec!r}, which asks for {count} of a section of {length}; expected at most "
+                f"{num_steps} steps in all, and of every section at most its length"
             )
         stride, position = (length - 1) / max(count - 1, 1), 0.0
         for _ in range(count):
@@ -226,7 +226,7 @@ class Normal(NamedTuple):
 
 
 def frame_timesteps(t: Tensor, frame_mask: Tensor) -> Tensor:
-    """Steps per frame, (B, T), of ``t`` (B,): t where ``frame_mask`` (B, T) is True, 0, almost clean, where it is False."""
+    """Steps per frame, (B, T): ``t`` (B,) where ``frame_mask`` (B, T) is True, 0 (almost clean) where it is False."""
     return torch.where(frame_mask.bool(), t[:, None], 0)
 
 
@@ -256,7 +256,7 @@ def q_posterior(tables: GaussianTables, clean: Tensor, noisy: Tensor, t: Tensor)
 
 
 def predict_clean(tables: GaussianTables, noisy: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
-    """Clean latents that ``epsilon`` would have turned into ``noisy``: x = sqrt(1 / abar) x_t - sqrt(1 / abar - 1) e."""
+    """Clean latents that ``epsilon`` turns into ``noisy``: x = sqrt(1 / abar) x_t - sqrt(1 / abar - 1) e."""
     scaled = entries(tables.sqrt_recip_alphas_cumprod, t, noisy) * noisy
     return scaled - entries(tables.sqrt_recipm1_alphas_cumprod, t, noisy) * epsilon
 

@@ -1,6 +1,6 @@
 """Numbers of the reference's IDDPM: tables, distributions, losses and sampling trajectories.
 
-Fixtures come in two kinds of table: 1.0 float64, 1.1 and 1.2 float32. Everything a fixture was made with is read from it.
+Tables are float64 for 1.0, float32 for 1.1 and 1.2. Everything else a fixture was made with is read from it.
 """
 
 import re
@@ -28,11 +28,13 @@ def betas_like(reference: torch.Tensor) -> torch.Tensor:
     return min(candidates, key=lambda betas: float((betas - reference.double()).abs().max()))
 
 
-def num_train_timesteps(fixture) -> int:
+def scheduler_of(fixture, **config: Any) -> IDDPMScheduler:
+    """Our scheduler of the fixture's training schedule; a fixture that names none was made with the usual one."""
+    num_steps = len(fixture["in.weights"]) if "in.weights" in fixture else 1000
     for key in ("diffusion_steps", "num_timesteps", "num_train_timesteps"):
-        if key in fixture.meta:
-            return int(fixture.meta[key])
-    return len(fixture["in.weights"]) if "in.weights" in fixture else 1000
+        num_steps = int(fixture.meta.get(key, num_steps))
+    schedule = fixture.meta.get("noise_schedule", fixture.meta.get("beta_schedule", "linear"))
+    return IDDPMScheduler(num_steps, "linear" if schedule == "linear" else "cosine", **config)
 
 
 class Toy:
@@ -70,7 +72,7 @@ def test_tables(golden, name: str, dtype: torch.dtype, tolerance: dict[str, floa
     for group, reference in groups.items():
         if group == "speed":
             continue
-        elif group.startswith("spaced"):
+        if group.startswith("spaced"):
             spec = group.removeprefix("spaced")
             tables = gaussian.make_tables(betas, gaussian.respaced_timesteps(len(betas), spec), dtype=dtype)
             assert torch.equal(tables.timestep_map, reference["timestep_map"])
@@ -118,7 +120,7 @@ def test_space_timesteps(golden_json) -> None:
 
 def test_forward_process(golden) -> None:
     fixture = golden("iddpm_v1_0_core")
-    tables = IDDPMScheduler(num_train_timesteps(fixture)).train_tables
+    tables = scheduler_of(fixture).train_tables
     clean, noise, t = (fixture[f"in.{name}"] for name in ("x_start", "noise", "t"))
     noisy = gaussian.q_sample(tables, clean, t, noise)
     assert_close(noisy, fixture["out.q_sample"], **F32)
@@ -145,7 +147,7 @@ P_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", P_CASES)
 def test_reverse_distribution(golden, case: str) -> None:
     fixture = golden("iddpm_v1_0_core")
-    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    scheduler = scheduler_of(fixture)
     noisy, t = fixture["out.q_sample"], fixture["in.t"]
     tables = scheduler.train_tables
     if case == "respaced":
@@ -196,13 +198,13 @@ def check_losses(fixture, prefix: str, tables: gaussian.GaussianTables) -> None:
 
 def test_losses_v1_0(golden) -> None:
     fixture = golden("iddpm_v1_0_core")
-    check_losses(fixture, "out.training_losses", IDDPMScheduler(num_train_timesteps(fixture)).train_tables)
+    check_losses(fixture, "out.training_losses", scheduler_of(fixture).train_tables)
 
 
 @pytest.mark.parametrize("version", ["1_1", "1_2"])
 def test_losses_with_masks_and_weights(golden, version: str) -> None:
     fixture = golden(f"iddpm_v{version}_losses")
-    scheduler = IDDPMScheduler(num_train_timesteps(fixture), float32_tables=True)
+    scheduler = scheduler_of(fixture, float32_tables=True)
     check_losses(fixture, "out", scheduler.train_tables)
     clean = fixture["in.x_start"]
     assert_close(mean_per_sample(clean), fixture["out.mean_flat"], **F32)
@@ -222,7 +224,7 @@ def sample(
     guided: bool = False,
     strength: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Run the loop a pipeline runs; returns every step's latents, and what the network saw of latents and frame mask."""
+    """Run a pipeline's loop; returns every step's latents, and the latents and frame mask that the network saw."""
     toy, num_samples = Toy(fixture), len(latents)
     scheduler.set_timesteps(fixture.meta["steps"])
     guider = default_guider(fixture.meta["cfg_scale"]) if guided else None
@@ -255,7 +257,7 @@ def assert_trajectory(actual: torch.Tensor, expected: torch.Tensor, *, float32_t
 
 def test_ancestral_loop(golden) -> None:
     fixture = golden("iddpm_v1_0_loops")
-    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    scheduler = scheduler_of(fixture)
     trajectory, _ = sample(fixture, scheduler, fixture["in.z"], fixture["in.p_loop.noise"])
     assert_trajectory(trajectory, fixture["out.p_loop.traj"], float32_tables=False)
 
@@ -267,10 +269,8 @@ def test_ddim_loop(golden, name: str, float32_tables: bool) -> None:
     assert cases
     for match in cases:
         case, eta = match[1], float(match[2])
-        scheduler = IDDPMScheduler(
-            num_train_timesteps(fixture), sampler="ddim", ddim_eta=eta, float32_tables=float32_tables
-        )
-        noise = fixture[f"in.{case}.noise"] if f"in.{case}.noise" in fixture else None
+        scheduler = scheduler_of(fixture, sampler="ddim", ddim_eta=eta, float32_tables=float32_tables)
+        noise = fixture.tensors.get(f"in.{case}.noise")
         trajectory, _ = sample(fixture, scheduler, fixture["in.z"], noise)
         assert_trajectory(trajectory, fixture[match[0]], float32_tables=float32_tables)
 
@@ -279,7 +279,7 @@ def test_ddim_inversion(golden) -> None:
     fixture = golden("iddpm_v1_0_loops")
     cases = [match for key in fixture.tensors if (match := re.fullmatch(r"out\.ddim_reverse_t(\d+)\.sample", key))]
     assert cases
-    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    scheduler = scheduler_of(fixture)
     scheduler.set_timesteps(fixture.meta["steps"])
     noisy = fixture["in.z"]
     for match in cases:
@@ -293,7 +293,7 @@ def test_ddim_inversion(golden) -> None:
 def test_guided_loop_v1_0(golden) -> None:
     fixture = golden("iddpm_v1_0_loops")
     latents = fixture["in.cfg_sample.z"]
-    scheduler = IDDPMScheduler(num_train_timesteps(fixture))
+    scheduler = scheduler_of(fixture)
     noise = fixture["in.cfg_sample.noise"]
     trajectory, _ = sample(fixture, scheduler, latents, noise, guided=True, cfg_channels=3)
     assert_trajectory(trajectory, fixture["out.cfg_sample.traj2B"][:, : len(latents)], float32_tables=False)
@@ -308,11 +308,11 @@ def test_guided_loops_with_frame_masks(golden, version: str) -> None:
     plain_noise = next(key for key in fixture.tensors if re.fullmatch(r"in\.cfg_?(\d+|none)\.noise", key))
     for match in names:
         case, channels, masked = match[1], match[2], match[3] is not None
-        noise = fixture[f"in.{case}.noise"] if f"in.{case}.noise" in fixture else fixture[plain_noise]
+        noise = fixture.tensors.get(f"in.{case}.noise", fixture[plain_noise])
         latents = fixture["in.z"]
         trajectory, seen = sample(
             fixture,
-            IDDPMScheduler(num_train_timesteps(fixture), float32_tables=True),
+            scheduler_of(fixture, float32_tables=True),
             latents,
             noise,
             guided=True,

@@ -266,7 +266,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         timesteps = torch.as_tensor(timesteps)
         if timesteps.is_floating_point() or bool(((timesteps < 0) | (timesteps >= len(self))).any()):
             raise OpenSoraError(
-                f"got timesteps {timesteps.tolist()} of dtype {timesteps.dtype}; expected whole numbers in [0, {len(self)})"
+                f"got timesteps {timesteps.tolist()} of {timesteps.dtype}; expected whole numbers in [0, {len(self)})"
             )
         timesteps = timesteps.reshape(1) if timesteps.ndim == 0 else timesteps
         noisy = gaussian.q_sample(self.train_tables, original_samples, timesteps.to(original_samples.device), noise)
@@ -281,6 +281,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_frames(name: str, frames: torch.Tensor, sample: torch.Tensor) -> None:
     if frames.shape != (sample.shape[0], sample.shape[2]):
         raise OpenSoraError(
-            f"got a {name} of shape {tuple(frames.shape)} for latents of {tuple(sample.shape)}; expected (batch, frames) "
-            f"= {(sample.shape[0], sample.shape[2])}"
+            f"got a {name} of shape {tuple(frames.shape)} for latents of {tuple(sample.shape)}; "
+            f"expected (batch, frames) = {(sample.shape[0], sample.shape[2])}"
         )
