@@ -1,4 +1,4 @@
-"""Trains the toy world's judge: about five minutes of one CPU core.
+"""Trains the toy world's judge: about seven minutes of one CPU core.
 
 It is trained on the triples that generators are trained on, never on the held-out ones, and on clips made a little
 worse (noise, blur, colour shifts, blotches), so that it reads imperfect clips for what they show.
@@ -125,5 +125,5 @@ def toybox_judge() -> Recipe:
     return Recipe(
         name="toybox_judge",
         objective=JudgeObjectiveConfig(),
-        loop=LoopConfig(steps=2000, ema_decay=0.99, optimizer=optimizer),
+        loop=LoopConfig(steps=1200, ema_decay=0.99, optimizer=optimizer),
     )
