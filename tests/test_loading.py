@@ -1,0 +1,329 @@
+"""Folders on disk: saved and loaded again, and every way in which one can be wrong."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import make_pipeline, seeded
+
+import opensora
+from opensora.checkpoints import loading
+from opensora.checkpoints.loading import load_pipeline, model_hash
+from opensora.checkpoints.published import BUNDLED, BundledModel
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.pipeline import OpenSoraPipeline
+
+PROMPT = "a small red ball rolls left"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Exploit:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for kind in ("flow", "iddpm"):
+        folders[kind] = tmp_path_factory.mktemp(kind) / "model"
+        make_pipeline(kind).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A model's folder to break."""
+    return Path(shutil.copytree(saved["flow"], tmp_path / "model"))
+
+
+def refusal(name_or_path, **options) -> str:
+    with pytest.raises(OpenSoraError) as error:
+        load_pipeline(name_or_path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def change_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(path: Path, change) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+def quiet(pipe: OpenSoraPipeline) -> OpenSoraPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_a_saved_pipeline_makes_the_same_frames(saved, kind):
+    made = make_pipeline(kind)
+    loaded = quiet(load_pipeline(saved[kind]))
+    assert loaded.config.cfg_channels == made.config.cfg_channels
+    first, second = made(PROMPT, generator=seeded(1)), loaded(PROMPT, generator=seeded(1))
+    assert torch.equal(first.frames, second.frames)
+    assert first.settings == second.settings
+
+
+def test_from_pretrained_reads_the_same_folder(saved):
+    ours = quiet(load_pipeline(saved["flow"]))
+    theirs = quiet(OpenSoraPipeline.from_pretrained(saved["flow"]))
+    assert torch.equal(ours(PROMPT, generator=seeded(1)).frames, theirs(PROMPT, generator=seeded(1)).frames)
+
+
+def test_weights_of_another_precision_are_run_in_float32(saved, tmp_path):
+    make_pipeline("flow").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    pipe = load_pipeline(tmp_path / "half")
+    for component in (pipe.transformer, pipe.text_encoder, pipe.autoencoder):
+        assert {parameter.dtype for parameter in component.parameters()} == {torch.float32}
+    assert load_pipeline(tmp_path / "half", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_shards_are_one_model(tmp_path):
+    made = make_pipeline("flow")
+    made.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
+    loaded = quiet(load_pipeline(tmp_path / "model"))
+    assert torch.equal(made(PROMPT, generator=seeded(1)).frames, loaded(PROMPT, generator=seeded(1)).frames)
+    next((tmp_path / "model" / "transformer").glob("*00002*")).unlink()
+    assert "is missing" in refusal(tmp_path / "model")
+
+
+def test_loaded_models_are_ready_to_run(saved):
+    pipe = load_pipeline(str(saved["flow"]))
+    assert not any(part.training for part in (pipe.transformer, pipe.autoencoder, pipe.text_encoder))
+    assert pipe.device.type == "cpu"
+
+
+def test_loading_leaves_the_random_numbers_alone(saved):
+    before = torch.get_rng_state()
+    load_pipeline(saved["flow"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_override_of_the_latent_space_is_used_and_recorded(saved):
+    pipe = load_pipeline(saved["flow"], override_latent_space=LatentSpace(scaling_factor=0.5))
+    described = pipe.describe()["latent_space"]
+    assert described["scaling_factor"] == 0.5
+    assert described["replaces"]["shift"] == [pytest.approx(value) for value in (0.1, -0.2, 0.3, 0.0)]
+
+
+def test_a_bundled_name_is_its_folder(saved, monkeypatch):
+    monkeypatch.setitem(BUNDLED, "tiny", BundledModel(saved["iddpm"], "a test"))
+    assert opensora.load_pipeline("tiny").config.cfg_channels == 3
+    monkeypatch.setitem(BUNDLED, "tiny", BundledModel(saved["iddpm"] / "gone", "a test"))
+    assert "not installed" in refusal("tiny")
+
+
+# --- the hash ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_tells_weights_apart_and_nothing_else(folder, saved):
+    before = model_hash(folder)
+    assert len(before) == 64
+    assert before == model_hash(saved["flow"])
+    change_json(folder / "model_index.json", guidance_scale=1.0)
+    assert model_hash(folder) == before
+    change_weights(folder / "transformer" / WEIGHTS, lambda weights: weights["t_block.1.bias"].add_(1))
+    assert model_hash(folder) != before
+
+
+def test_no_weights_have_no_hash(tmp_path):
+    with pytest.raises(OpenSoraError, match="holds no weights"):
+        model_hash(tmp_path)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_answered_with_the_nearest(tmp_path):
+    message = refusal("toybocks")
+    assert "did you mean 'toybox'" in message
+    assert "toybox-iddpm" in message
+    assert "unknown model" in refusal(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_pipeline(tmp_path):
+    assert "holds no model_index.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer", "scheduler", "autoencoder", "text_encoder", "tokenizer"])
+def test_a_missing_component(folder, name):
+    shutil.rmtree(folder / name)
+    assert f"model/{name} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("transformer", "config.json"),
+        ("transformer", WEIGHTS),
+        ("scheduler", "scheduler_config.json"),
+        ("autoencoder", "config.json"),
+        ("autoencoder", WEIGHTS),
+        ("text_encoder", "config.json"),
+        ("text_encoder", "model.safetensors"),
+        ("tokenizer", "tokenizer.json"),
+    ],
+)
+def test_missing_and_damaged_files(folder, name, file):
+    path = folder / name / file
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert f"model/{name}" in refusal(folder)
+    path.unlink()
+    assert f"model/{name}" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff" * 100])
+def test_weights_that_are_rubbish(folder, content):
+    (folder / "transformer" / WEIGHTS).write_bytes(content)
+    assert "is damaged" in refusal(folder)
+
+
+def test_an_index_that_is_no_json_or_no_pipeline_of_ours(folder):
+    change_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert "describes a StableDiffusionPipeline" in refusal(folder)
+    (folder / "model_index.json").write_text("[]")
+    assert "expected an object" in refusal(folder)
+    (folder / "model_index.json").write_text("{")
+    assert "not readable JSON" in refusal(folder)
+
+
+def test_options_that_do_not_exist(folder):
+    change_json(folder / "scheduler" / "scheduler_config.json", tranform_scale=2.0)
+    assert "did you mean 'transform_scale'?" in refusal(folder)
+    change_json(folder / "transformer" / "config.json", hiden_size=2)
+    assert "did you mean 'hidden_size'?" in refusal(folder)
+    change_json(folder / "model_index.json", guidance=2.0)
+    assert "did you mean 'guidance_scale'?" in refusal(folder)
+
+
+def test_components_come_from_known_libraries_only(folder):
+    change_json(folder / "model_index.json", scheduler=["subprocess", "Popen"])
+    assert "come from opensora, diffusers and transformers only" in refusal(folder)
+    change_json(folder / "model_index.json", scheduler=["opensora.flow", "Nothing"])
+    assert "which has none" in refusal(folder)
+    change_json(folder / "model_index.json", scheduler=["opensora.flow", "euler_step"])
+    assert "which is no class" in refusal(folder)
+    change_json(folder / "model_index.json", scheduler=None)
+    assert "names no scheduler" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(folder, value):
+    def spoil(weights):
+        weights["t_block.1.bias"][3] = value
+
+    change_weights(folder / "transformer" / WEIGHTS, spoil)
+    message = refusal(folder)
+    assert "NaN or infinite values in t_block.1.bias" in message
+    assert "model/transformer" in message
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_named(folder):
+    path = folder / "transformer" / WEIGHTS
+    change_weights(path, lambda weights: weights.pop("t_block.1.bias"))
+    assert "1 missing tensors (t_block.1.bias)" in refusal(folder)
+    change_weights(path, lambda weights: weights.update({"t_block.1.bios": torch.zeros(2)}))
+    assert "1 unexpected tensors (t_block.1.bios)" in refusal(folder)
+    change_weights(path, lambda weights: weights.update({"final_layer.linear.bias": torch.zeros(5)}))
+    assert "final_layer.linear.bias is (5,) but the model has (32,)" in refusal(folder)
+
+
+def test_a_configuration_of_another_model(folder):
+    change_json(folder / "transformer" / "config.json", hidden_size=96)
+    assert "mis-shaped" in refusal(folder)
+    change_json(folder / "transformer" / "config.json", hidden_size=47)
+    assert "hidden_size 47" in refusal(folder)
+
+
+def test_a_latent_space_that_is_not_that_of_the_weights(folder):
+    config = json.loads((folder / "autoencoder" / "config.json").read_text())
+    config["latent_space"]["scale"] = [1.0, 1.0, 1.0, 1.0]
+    change_json(folder / "autoencoder" / "config.json", **config)
+    assert "two different latent spaces" in refusal(folder)
+
+
+def test_a_device_that_is_not_there(folder):
+    assert "device 'nonsense' is not available" in refusal(folder, device="nonsense")
+    if not torch.cuda.is_available():
+        assert "device 'cuda' is not available; here there is: cpu" in refusal(folder, device="cuda")
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth"])
+@pytest.mark.parametrize("write", ["torch", "pickle"])
+def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path, suffix, write):
+    trap = tmp_path / "executed"
+    weights = {"weight": Exploit(trap)}
+    path = folder / "transformer" / f"model{suffix}"
+    (folder / "transformer" / WEIGHTS).unlink()
+    torch.save(weights, path) if write == "torch" else path.write_bytes(pickle.dumps(weights))
+    for place in (folder, path):
+        message = refusal(place)
+        assert "could run code when opened; refused" in message
+        assert path.name in message
+        assert not trap.exists()
+
+
+def test_a_pickle_of_tensors_is_read(folder):
+    path = folder / "transformer" / WEIGHTS
+    torch.save(load_file(path), path.with_suffix(".pt"))
+    path.unlink()
+    made, loaded = make_pipeline("flow"), quiet(load_pipeline(folder))
+    assert torch.equal(made(PROMPT, generator=seeded(1)).frames, loaded(PROMPT, generator=seeded(1)).frames)
+    assert "is a file; a model is a folder" in refusal(path.with_suffix(".pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x80\x02", b"PK\x03\x04" + b"\0" * 50])
+def test_a_damaged_pickle(folder, content):
+    (folder / "transformer" / WEIGHTS).unlink()
+    (folder / "transformer" / "model.ckpt").write_bytes(content)
+    assert "model.ckpt" in refusal(folder)
+
+
+def test_a_pickle_of_something_else(folder):
+    (folder / "transformer" / WEIGHTS).unlink()
+    torch.save({"steps": 3}, folder / "transformer" / "model.pt")
+    assert "something else than named tensors" in refusal(folder)
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, opensora; "
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules))); "
+        "print(hasattr(opensora, 'nothing'))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split("\n")[:2] == ["[]", "False"]
+
+
+def test_the_public_names_are_there():
+    assert opensora.load_pipeline is loading.load_pipeline
+    assert opensora.OpenSoraPipeline is OpenSoraPipeline
