@@ -113,7 +113,6 @@ class Generate:
         pipe, model_hash = self._load(model, record)
         sampling = record.sampling if record else self._sampling(pipe)
         size = VideoSize(sampling.num_frames, sampling.height, sampling.width).check(pipe.size_rule())
-        _say(f"{model}: {size}, {sampling.fps:g} fps, {sampling.num_inference_steps} steps")
 
         sampling_s = 0.0
         for job in jobs:
@@ -139,10 +138,10 @@ class Generate:
             if made:
                 save_settings(made, sidecar_path(job.path))
             print(job.path, flush=True)
-        clips = "" if len(jobs) == 1 else f"{len(jobs)} clips, "
+        clips = "" if len(jobs) == 1 else f"{len(jobs)} times "
         _say(
-            f"{clips}{_process_seconds():.1f} s from start to end, {sampling_s:.1f} s of it sampling and decoding; "
-            f"peak memory {_peak_memory(pipe)}"
+            f"{clips}{size}, {sampling.fps:g} fps, {sampling.num_inference_steps} steps: {_process_seconds():.1f} s from "
+            f"start to end, {sampling_s:.1f} s of it sampling and decoding; peak memory {_peak_memory(pipe)}"
         )
 
     def _record(self) -> Record | None:
@@ -284,7 +283,8 @@ def _sample(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("sampling", total=None)
 
         def step_done(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""`opensora generate` with a real, tiny, untrained model saved as a folder; damaged models are refused in one line."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import make_pipeline
+
+from opensora.cli.main import main
+from opensora.media.read import read_metadata, read_video
+
+PROMPT = "a small red ball rolls left"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", params=["flow", "iddpm"])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / request.param
+    make_pipeline(request.param).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path, monkeypatch):
+    """A copy to damage; the current folder is a fresh one."""
+    shutil.copytree(saved, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "model"
+
+
+def test_a_clip_and_the_same_clip_again(model, capsys):
+    options = ["--num-inference-steps", "3", "--num-frames", "1s", "--cfg-channels", "0,2", "--seed", "3"]
+    assert main(["generate", PROMPT, "--model", "model", "--output", "one.mp4", *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == "one.mp4\n" and "peak memory" in err
+    assert main(["generate", "--from", "one.mp4", "--output", "two.mp4"]) == 0
+    (one, fps), (two, _) = read_video("one.mp4"), read_video("two.mp4")
+    assert fps == 8 and one.shape == (8, 16, 24, 3)
+    assert np.array_equal(one, two)
+    record = read_metadata("one.mp4")
+    assert record["sampling"]["cfg_channels"] == [0, 2] and record["pipeline"]["scheduler"]["class"]
+    assert record["pipeline"]["latent_space"] and record["dtype"] == "float32" and len(record["model_hash"]) == 64
+    assert json.loads((model.parent / "one.mp4.json").read_text()) == record
+
+
+def test_from_with_other_weights(model, capsys):
+    assert main(["generate", PROMPT, "--model", "model", "--output", "one.mp4", "--num-inference-steps", "2"]) == 0
+    weights = load_file(model / WEIGHTS)
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, model / WEIGHTS)
+    capsys.readouterr()
+    assert main(["generate", "--from", "one.mp4"]) == 2
+    assert "is not the one this clip was made with" in capsys.readouterr().err
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a pickle ran",)
+
+
+def pickle_with_code(model):
+    (model / WEIGHTS).unlink()
+    (model / "transformer" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"weight": Evil()}))
+
+
+def weights_with_nan(model):
+    weights = load_file(model / WEIGHTS)
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    save_file(weights, model / WEIGHTS)
+
+
+def cut_in_half(model):
+    (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (pickle_with_code, "pickle"),
+        (weights_with_nan, "NaN"),
+        (cut_in_half, "damaged"),
+        (lambda model: (model / WEIGHTS).unlink(), "weights"),
+        (lambda model: (model / WEIGHTS).write_text("not weights"), "damaged"),
+        (lambda model: shutil.rmtree(model / "autoencoder"), "autoencoder"),
+        (lambda model: (model / "model_index.json").unlink(), "model_index.json"),
+        (lambda model: (model / "model_index.json").write_text("{"), "model_index.json"),
+        (shutil.rmtree, "unknown model 'model'"),
+    ],
+)
+def test_damaged_models(model, damage, message, capsys):
+    damage(model)
+    assert main(["generate", PROMPT, "--model", "model", "--output", "clip.mp4"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("opensora: "), err
+    assert message in err
+    assert not list(model.parent.glob("*clip*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", "20"], "nearest valid is 16 or 24"),
+        (["--num-frames", "40"], "nearest valid is 34"),
+        (["--cfg-channels", "5"], "cfg_channels"),
+        (["--cfg-channels", "0,4"], "cfg_channels"),
+        (["--device", "nowhere"], "device"),
+    ],
+)
+def test_wishes_the_model_cannot_grant(model, options, message, capsys):
+    assert main(["generate", PROMPT, "--model", "model", "--output", "clip.mp4", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("opensora: ") and err.count("\n") == 1, err
+    assert message in err
+    assert not list(model.parent.glob("*clip*"))
