@@ -98,7 +98,8 @@ class JudgeObjective(Objective):
         """Writes the judge in bfloat16; it is run in float32."""
         judge = Judge(**{k: v for k, v in self.module.config.items() if not k.startswith("_")})
         judge.load_state_dict(self.module.state_dict())
-        judge.to(torch.bfloat16).save_pretrained(folder)
+        torch.nn.Module.to(judge, torch.bfloat16)  # diffusers' own `to` warns of a list that is empty here
+        judge.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
