@@ -140,8 +140,8 @@ class Generate:
             print(job.path, flush=True)
         clips = "" if len(jobs) == 1 else f"{len(jobs)} times "
         _say(
-            f"{clips}{size}, {sampling.fps:g} fps, {sampling.num_inference_steps} steps: {_process_seconds():.1f} s from "
-            f"start to end, {sampling_s:.1f} s of it sampling and decoding; peak memory {_peak_memory(pipe)}"
+            f"{clips}{size}, {sampling.fps:g} fps, {sampling.num_inference_steps} steps: {_process_seconds():.1f} s "
+            f"from start to end, {sampling_s:.1f} s of it sampling and decoding; peak memory {_peak_memory(pipe)}"
         )
 
     def _record(self) -> Record | None:
