@@ -96,7 +96,10 @@ def test_weights_of_another_precision_are_run_in_float32(saved, tmp_path):
     pipe = load_pipeline(tmp_path / "half")
     for component in (pipe.transformer, pipe.text_encoder, pipe.autoencoder):
         assert {parameter.dtype for parameter in component.parameters()} == {torch.float32}
-    assert load_pipeline(tmp_path / "half", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    half = load_pipeline(tmp_path / "half", dtype=torch.bfloat16)
+    assert half.transformer.dtype == half.text_encoder.dtype == half.autoencoder.dtype == torch.bfloat16
+    # The published models compute rotary positions in float32 whatever the rest runs in.
+    assert {parameter.dtype for parameter in half.transformer.rope.parameters()} == {torch.float32}
 
 
 def test_shards_are_one_model(tmp_path):

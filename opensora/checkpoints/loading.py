@@ -59,6 +59,7 @@ def load_pipeline(
         OpenSoraError: unknown name, a missing or damaged file, weights that do not fit, or an absent device.
     """
     device = resolve_device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = find_model(name_or_path)
     index = read_index(folder)
     from opensora.pipeline import OpenSoraPipeline
@@ -72,13 +73,16 @@ def load_pipeline(
     _check_known(defaults, parameters, folder / PIPELINE_INDEX)
     components = {
         name: _load_component(
-            folder / name, *index[name], override_latent_space=override_latent_space if name == "autoencoder" else None
+            folder / name,
+            *index[name],
+            dtype=dtype,
+            override_latent_space=override_latent_space if name == "autoencoder" else None,
         )
         for name in names
     }
     pipeline = OpenSoraPipeline(**components, **defaults)
     pipeline.register_to_config(_name_or_path=str(name_or_path))
-    return pipeline.to(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+    return pipeline.to(device)
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -157,17 +161,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
 # --- components -------------------------------------------------------------------------------------------------------
 
 
-def _load_component(folder: Path, library: str, class_name: str, *, override_latent_space: Any = None) -> Any:
+def _load_component(
+    folder: Path, library: str, class_name: str, *, dtype: torch.dtype, override_latent_space: Any = None
+) -> Any:
     if not folder.is_dir():
         raise OpenSoraError(f"the folder {folder} is missing; it should hold the model's {folder.name}")
     cls = _find_class(library, class_name, folder)
     if override_latent_space is not None:
-        return cls.from_pretrained(folder, override_latent_space=override_latent_space).eval()
+        model = cls.from_pretrained(folder, override_latent_space=override_latent_space)
+        return _cast(model, dtype).eval()
     if issubclass(cls, nn.Module):
         # Loading a model must not change what a seed gives afterwards.
         with torch.random.fork_rng(devices=[]), _WithoutRandomInit():
             model = _build_model(cls, folder)
-        load_weights(model, read_weights(folder), source=str(folder))
+        load_weights(_cast(model, dtype), read_weights(folder), source=str(folder))
         return model.eval()
     if hasattr(cls, "from_config"):
         config = _read_json(folder / cls.config_name)
@@ -209,6 +216,18 @@ def _build_model(cls: Any, folder: Path) -> nn.Module:
         return cls.from_config(config)
     except TypeError as error:
         raise OpenSoraError(f"{path} does not describe a {cls.__name__}: {_first_line(error)}") from error
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in this precision, but for the modules that it wants to keep in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, module in model.named_modules():
+        if kept.isdisjoint(name.split(".")):
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
+    return model
 
 
 class _WithoutRandomInit(TorchFunctionMode):
