@@ -67,37 +67,37 @@ class JudgeObjective(Objective):
 
     def __init__(self, config: "JudgeObjectiveConfig", device: str) -> None:
         self.config, self.device = config, device
-        self.module = Judge(dim=config.dim).to(device)
+        self.module = self.judge = Judge(dim=config.dim).to(device)
 
     def prepare(self, draw: Draw) -> JudgeBatch:
         generator = draw.generator("clips")
         seed = int(torch.randint(2**62, (), generator=generator))
         specs = sample_specs(self.config.batch_size, seed, self.config.world)
-        size, count = self.module.config["size"], self.module.config["motion_frames"]
+        size, count = self.judge.config["size"], self.judge.config["motion_frames"]
         video, _ = render(specs, num_frames=count, height=size, width=size)
         video = spoil(video, generator)
         rows = torch.arange(len(specs)).repeat(2)
         frames = video[rows, :, torch.randint(count, rows.shape, generator=generator)]
         labels = [spec.labels() for spec in specs]
-        columns = {name: torch.tensor([row[name] for row in labels]) for name in self.module.labels}
+        columns = {name: torch.tensor([row[name] for row in labels]) for name in self.judge.labels}
         return JudgeBatch(
             video.to(self.device), frames.to(self.device), {k: v.to(self.device) for k, v in columns.items()}
         )
 
     def loss(self, batch: JudgeBatch, draw: Draw) -> dict[str, Tensor]:
-        logits = self.module.read_frames(batch.frames)
+        logits = self.judge.read_frames(batch.frames)
         losses = {}
         for name, values in logits.items():
             labels = batch.labels[name].repeat(2)
             losses[name] = F.cross_entropy(values.float(), labels, reduction="none").view(2, -1).mean(dim=0)
-        motion = self.module.read_motion(batch.video).float()
+        motion = self.judge.read_motion(batch.video).float()
         losses["motion"] = F.cross_entropy(motion, batch.labels["motion"], reduction="none")
         return losses
 
     def export(self, folder: Path) -> None:
         """Writes the judge in bfloat16; it is run in float32."""
-        judge = Judge(**{k: v for k, v in self.module.config.items() if not k.startswith("_")})
-        judge.load_state_dict(self.module.state_dict())
+        judge = Judge(**{k: v for k, v in self.judge.config.items() if not k.startswith("_")})
+        judge.load_state_dict(self.judge.state_dict())
         torch.nn.Module.to(judge, torch.bfloat16)  # diffusers' own `to` warns of a list that is empty here
         judge.save_pretrained(folder)
 
