@@ -141,14 +141,18 @@ def test_a_bundled_name_is_its_folder(saved, monkeypatch):
 # --- the hash ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_tells_weights_apart_and_nothing_else(folder, saved):
+def test_the_hash_tells_models_apart_and_nothing_else(folder, saved):
     before = model_hash(folder)
     assert len(before) == 64
     assert before == model_hash(saved["flow"])
+    assert before != model_hash(saved["iddpm"])
     change_json(folder / "model_index.json", guidance_scale=1.0)
+    (folder / "README.md").write_text("a note")
     assert model_hash(folder) == before
+    change_json(folder / "scheduler" / "scheduler_config.json", transform_scale=2.0)
+    configured = model_hash(folder)
     change_weights(folder / "transformer" / WEIGHTS, lambda weights: weights["t_block.1.bias"].add_(1))
-    assert model_hash(folder) != before
+    assert len({before, configured, model_hash(folder)}) == 3
 
 
 def test_no_weights_have_no_hash(tmp_path):

@@ -126,14 +126,20 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 over all weights below a folder: names relative to it, and contents; 64 hexadecimal digits.
+    """SHA-256 over what decides the frames: weights and configuration of every component, by name and content.
+
+    The defaults in `model_index.json` are left out: they are settings of a call, recorded as such.
+
+    Returns:
+        64 hexadecimal digits.
 
     Raises:
-        OpenSoraError: there are none.
+        OpenSoraError: there are no weights.
     """
-    suffixes = (".safetensors", *_PICKLES)
-    files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.suffix in suffixes)
-    if not files:
+    weights = (".safetensors", *_PICKLES)
+    files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).glob("*/*") if path.is_file())
+    files = [name for name in files if name.endswith((*weights, ".json", ".model"))]
+    if not any(name.endswith(weights) for name in files):
         raise OpenSoraError(f"{folder} holds no weights to take a hash of")
     total = hashlib.sha256()
     for name in files:
