@@ -115,7 +115,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
             Same shape.
         """
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        qkv = qkv.movedim((-3, dim), (0, -2))  # (3, batch axes, H, N, d)
+        qkv = qkv.movedim((-3, dim), (0, -2)).contiguous()  # (3, batch axes, H, N, d); one copy here saves ten later
         batch = qkv.shape[1:-3]
         query, key, value = qkv.flatten(1, -4).unbind()
         if rope is not None and self.rotate_before_norm:

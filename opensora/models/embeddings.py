@@ -137,16 +137,23 @@ class ScalarEmbedder(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh approximation), linear."""
+    """Linear, GELU, linear.
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    Args:
+        in_dim, hidden_dim, out_dim: widths.
+        exact: GELU by the error function instead of the tanh approximation of the published models. The two differ by
+            less than 5e-4; on a CPU in bf16 the exact one is four times as fast.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, exact: bool = False) -> None:
         super().__init__()
+        self.approximate = "none" if exact else "tanh"
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate=self.approximate))
 
 
 class TextEmbedder(nn.Module):

@@ -80,16 +80,19 @@ class STDiT3Block(nn.Module):
         num_heads: attention heads.
         mlp_ratio: width of the MLP in units of D.
         qk_norm: RMS-normalise queries and keys.
+        exact_gelu: see `MLP`.
         axis: which axis of (B, T, S, D) attends, 2 (space) or 1 (time).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool, axis: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool, exact_gelu: bool, axis: int
+    ) -> None:
         super().__init__()
         self.axis = axis
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm=qk_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
-        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
+        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio), hidden_size, exact=exact_gelu)
 
     def forward(
         self,
@@ -189,6 +192,8 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         class_dropout_prob: share of captions that training replaces by the null text; a record for trainers, which
             draw and pass `drop_text` themselves.
         learn_null_text: train the null text (published models keep it as drawn).
+        exact_gelu: GELU of the blocks by the error function instead of the published tanh approximation; for small
+            models trained on a CPU, where it is four times as fast.
     """
 
     _supports_gradient_checkpointing = True
@@ -212,6 +217,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         input_sq_size: int = 512,
         class_dropout_prob: float = 0.1,
         learn_null_text: bool = False,
+        exact_gelu: bool = False,
     ) -> None:
         super().__init__()
         if len(patch_size) != 3:
@@ -234,7 +240,8 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
 
         def blocks(axis: int) -> nn.ModuleList:
             return nn.ModuleList(
-                STDiT3Block(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, axis=axis) for _ in range(depth)
+                STDiT3Block(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, exact_gelu=exact_gelu, axis=axis)
+                for _ in range(depth)
             )
 
         self.spatial_blocks = blocks(SPACE)
