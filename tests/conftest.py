@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors import safe_open
 
 # The models of these tests are so small that more threads only wait for one another.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The same examples on every run, and no failure because a machine is busy.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
