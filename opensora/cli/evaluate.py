@@ -9,6 +9,8 @@ import tyro
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
+    import torch
+
     from opensora.evaluation.judge import Judge
 
 
@@ -30,8 +32,10 @@ class EvaluateToybox:
     """PNG file: the first 12 prompts as rows of 9 frames."""
     gates: bool = True
     """Also read real clips and the autoencoder's reconstructions."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
+    num_gate_clips: int = 500
+    """How many clips each gate reads."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
 
     def run(self) -> None:
         import opensora
@@ -40,8 +44,10 @@ class EvaluateToybox:
 
         check_count("--num-prompts", self.num_prompts, least=0)
         check_count("--batch-size", self.batch_size)
-        judge = load_judge(device=self.device)
-        pipeline = opensora.load_pipeline(self.model, device=self.device)
+        check_count("--num-gate-clips", self.num_gate_clips)
+        device = choose_device(self.device)
+        judge = load_judge(device=device)
+        pipeline = opensora.load_pipeline(self.model, device=device)
         samples = toybox.held_out_samples(self.num_prompts, self.seed)
         results = toybox.Results(toybox.describe(pipeline, self.model, self.seed), samples)
         if self.output is not None:
@@ -50,7 +56,7 @@ class EvaluateToybox:
             toybox.evaluate(pipeline, judge, results, self.output, self.batch_size, progress.update)
         if self.gates:
             size = toybox.clip_size(pipeline)
-            read_gates(judge, pipeline.autoencoder, size, self.seed, 500, results.gates)
+            read_gates(judge, pipeline.autoencoder, size, self.seed, self.num_gate_clips, results.gates)
             if self.output is not None:
                 results.save(self.output)
         columns = {f"{self.model}, {len(results.read)} clips": results.accuracy()} if results.read else {}
@@ -77,21 +83,25 @@ class EvaluateToyboxVae:
     num_frames: int = 17
     """Frames of a clip."""
     height: int = 64
-    """Height and width of a clip in pixels."""
+    """Height of a clip in pixels."""
     width: int = 64
     """Width of a clip in pixels."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
 
     def run(self) -> None:
+        import torch
+
         from opensora.evaluation.judge import load_judge
         from opensora.models.autoencoders.video import VideoAutoencoder
 
         check_count("--num-clips", self.num_clips)
         if not (self.autoencoder / "config.json").exists():
             raise OpenSoraError(f"no autoencoder in {self.autoencoder}; give the folder that holds its config.json")
-        judge = load_judge(device=self.device)
-        autoencoder = VideoAutoencoder.from_pretrained(self.autoencoder).to(self.device).eval()
+        device = choose_device(self.device)
+        judge = load_judge(device=device)
+        autoencoder = VideoAutoencoder.from_pretrained(self.autoencoder).eval()
+        torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
         print_table(read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
 
@@ -128,6 +138,16 @@ def check_count(option: str, value: int, least: int = 1) -> None:
     """Raises `OpenSoraError` for a number below `least`."""
     if value < least:
         raise OpenSoraError(f"{option} is {value}; give {least} or more")
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """The device of that name; for None an accelerator if there is one, else the CPU."""
+    import torch
+
+    from opensora.checkpoints.loading import resolve_device
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return resolve_device(name or accelerator or "cpu")
 
 
 def read_gates(

@@ -137,4 +137,5 @@ def load_judge(folder: Path = WEIGHTS, device: str | torch.device = "cpu") -> Ju
     if not (folder / "config.json").exists():
         raise OpenSoraError(f"no judge in {folder}; train one with `opensora train toybox_judge`")
     judge = Judge.from_pretrained(folder, torch_dtype=torch.float32)
-    return judge.to(device).eval()
+    nn.Module.to(judge, device)
+    return judge.eval()

@@ -6,7 +6,6 @@ where it stopped. Two gates belong to it: the judge on real clips (does the judg
 reconstructions (does the autoencoder keep what has to be read?).
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from opensora.checkpoints.loading import find_model, model_hash
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
@@ -197,18 +197,7 @@ def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, A
     """What decides the outcome of an evaluation: the weights, the sampling defaults and the seed."""
     names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
     defaults = {name: pipeline.config[name] for name in names}
-    return {"model": model, "weights": hash_weights(pipeline), "seed": seed, **defaults}
-
-
-def hash_weights(pipeline: "OpenSoraPipeline") -> str:
-    """Twelve hexadecimal digits that differ between differently trained pipelines."""
-    digest = hashlib.sha256()
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, torch.nn.Module):
-            for key, value in sorted(component.state_dict().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **defaults}
 
 
 def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:

@@ -67,7 +67,8 @@ class JudgeObjective(Objective):
 
     def __init__(self, config: "JudgeObjectiveConfig", device: str) -> None:
         self.config, self.device = config, device
-        self.module = self.judge = Judge(dim=config.dim).to(device)
+        self.module = self.judge = Judge(dim=config.dim)
+        torch.nn.Module.to(self.judge, device)
 
     def prepare(self, draw: Draw) -> JudgeBatch:
         generator = draw.generator("clips")
@@ -98,7 +99,7 @@ class JudgeObjective(Objective):
         """Writes the judge in bfloat16; it is run in float32."""
         judge = Judge(**{k: v for k, v in self.judge.config.items() if not k.startswith("_")})
         judge.load_state_dict(self.judge.state_dict())
-        torch.nn.Module.to(judge, torch.bfloat16)  # diffusers' own `to` warns of a list that is empty here
+        torch.nn.Module.to(judge, torch.bfloat16)  # the `to` of diffusers warns of a list that is empty here
         judge.save_pretrained(folder)
 
 

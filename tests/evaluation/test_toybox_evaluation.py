@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_pipeline import make_autoencoder, make_pipeline
 
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
-from opensora.evaluation.judge import Judge
+from opensora.evaluation.judge import WEIGHTS, Judge
 from opensora.evaluation.toybox import (
     Results,
     contact_sheet,
     evaluate,
     generate,
-    hash_weights,
     held_out_samples,
     real_accuracy,
     reconstruction_accuracy,
@@ -132,17 +132,6 @@ def test_gates_read_the_same_clips_and_a_perfect_autoencoder_changes_nothing():
     assert set(real) == {*ATTRIBUTES, "all"}
 
 
-def test_weights_are_told_apart():
-    def pipeline(value: float) -> SimpleNamespace:
-        layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
-        torch.nn.init.constant_(layer.weight, value)
-        torch.nn.init.zeros_(layer.bias)
-        return SimpleNamespace(components={"transformer": layer, "tokenizer": None})
-
-    assert hash_weights(pipeline(1.0)) == hash_weights(pipeline(1.0))
-    assert hash_weights(pipeline(1.0)) != hash_weights(pipeline(1.5))
-
-
 def test_contact_sheet_is_a_grid_of_frames(tmp_path):
     from PIL import Image
 
@@ -172,3 +161,30 @@ def test_mistakes_on_the_command_line_are_one_line(args: list[str], message: str
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_the_command_evaluates_a_folder_and_goes_on(kind: str, tmp_path, capsys):
+    make_pipeline(kind).save_pretrained(tmp_path / "model")
+    output, sheet = tmp_path / "results.json", tmp_path / "sheet.png"
+    args = ["evaluate", "toybox", "--model", str(tmp_path / "model"), "--output", str(output), "--batch-size", "2"]
+    assert main([*args, "--num-prompts", "2", "--no-gates"]) == 0
+    first = json.loads(output.read_text())
+    assert main([*args, "--num-prompts", "3", "--num-gate-clips", "4", "--contact-sheet", str(sheet)]) == 0
+    second = json.loads(output.read_text())
+    assert second["samples"][:2] == first["samples"]
+    assert len(second["samples"]) == 3
+    assert len(second["gates"]) == 2
+    make_pipeline(kind, guidance_scale=2.0).save_pretrained(tmp_path / "model")
+    assert main([*args, "--num-prompts", "3", "--no-gates"]) == 2
+    assert "guidance_scale = 3.0, this run has 2.0" in capsys.readouterr().err
+    assert sheet.exists()
+
+
+@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
+def test_the_command_reads_through_an_autoencoder(tmp_path, capsys):
+    make_autoencoder().save_pretrained(tmp_path)
+    size = ["--num-frames", "5", "--height", "32", "--width", "32"]
+    assert main(["evaluate", "toybox-vae", "--autoencoder", str(tmp_path), "--num-clips", "3", *size]) == 0
+    assert "autoencoder, 3 clips" in " ".join(capsys.readouterr().out.split())
