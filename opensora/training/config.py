@@ -16,6 +16,7 @@ class LoopConfig:
         seed: root of every random draw.
         microbatches: batches accumulated into one step.
         precision: "bf16" runs matrix products under autocast; weights stay float32.
+        compile: compile the repeated blocks of the network; faster after a first step of many seconds.
         ema_decay: decay of the moving average of the weights.
         max_grad_norm: gradients are scaled down to this global norm.
         max_bad_steps: non-finite steps in a row after which the run stops; each is skipped and counted.
@@ -28,6 +29,7 @@ class LoopConfig:
     seed: int = 0
     microbatches: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
     ema_decay: float = 0.998
     max_grad_norm: float = 1.0
     max_bad_steps: int = 10

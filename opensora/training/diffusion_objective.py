@@ -18,6 +18,9 @@ from transformers import T5Config, T5EncoderModel
 from opensora import flow, gaussian
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
 from opensora.errors import OpenSoraError
+from opensora.evaluation.judge import load_judge
+from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
+from opensora.gaussian_losses import training_losses
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
@@ -42,19 +45,21 @@ class DiffusionObjectiveConfig:
         batch_size: B, clips a step.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches.
+        num_previews: held-out prompts generated and read by the judge at every preview.
         defaults: generation defaults recorded in the exported pipeline.
     """
 
     diffusion: Literal["flow", "iddpm"]
     autoencoder: Path
     clips: ToyboxClips = field(default_factory=ToyboxClips)
-    num_clips: int = 40_000
+    num_clips: int = 20_000
     transformer: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
     init_from: Path | None = None
-    batch_size: int = 32
+    batch_size: int = 48
     drop_text: float = 0.1
     object_weight: float = 5.0
+    num_previews: int = 40
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def build(self, device: str) -> "DiffusionObjective":
@@ -103,6 +108,10 @@ class DiffusionObjective(Objective):
         text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
         return STDiT3(**config.transformer), T5EncoderModel(text_config)
 
+    def compile_blocks(self) -> None:
+        for block in self.transformer.blocks:
+            block.compile()
+
     def set_up(self, cache: Path) -> None:
         config = self.config
         self.latents = CaptionedLatents.load_or_encode(
@@ -145,31 +154,72 @@ class DiffusionObjective(Objective):
         weights = 1 + self.config.object_weight * batch.object_mask
         return weights / weights.mean()
 
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
+        """A contact sheet of held-out prompts, and the share of their words that the judge reads off the clips."""
+        samples = held_out_samples(self.config.num_previews)
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        clips = generate(pipeline, samples)
+        shown = [(sample.prompt, clip) for sample, clip in zip(samples, clips, strict=True)]
+        contact_sheet(shown[:8], folder / f"step-{step:08d}.png")
+        read = load_judge(device=self.device).read(clips)
+        shares = share_right([sample.wanted for sample in samples], read)
+        return {f"judge_{name}": share for name, share in shares.items()}
+
     def export(self, folder: Path) -> None:
-        OpenSoraPipeline(
+        self.pipeline().save_pretrained(folder)
+
+    def pipeline(self) -> OpenSoraPipeline:
+        """The current weights as a pipeline."""
+        return OpenSoraPipeline(
             transformer=self.transformer,
             scheduler=self.scheduler,
             autoencoder=self.autoencoder,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             **self.config.defaults,
-        ).save_pretrained(folder)
+        )
 
 
 class FlowObjective(DiffusionObjective):
     """Rectified flow: the velocity from noise to data at logit-normal times."""
 
-    scheduler = RectifiedFlowScheduler()
+    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
+        super().__init__(config, device)
+        self.scheduler = RectifiedFlowScheduler(sample_method="logit-normal")
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        t = flow.sample_logit_normal(len(batch.latents), generator=draw.generator("t")).to(self.device)
-        noisy = flow.interpolate(batch.latents, batch.noise, t)
-        prediction = self.predict(noisy, 1000 * t, batch)[:, : batch.latents.shape[1]]
-        error = (prediction - flow.velocity_target(batch.latents, batch.noise)).square()
-        return {
-            "velocity": (error * self.weights(batch)).flatten(1).mean(dim=1),
-            "_mse": error.flatten(1).mean(dim=1),
-        }
+        clean, noise = batch.latents, batch.noise
+        t = flow.sample_logit_normal(len(clean), generator=draw.generator("t")).to(clean.device)
+        noisy = flow.interpolate(clean, noise, t)
+        timestep = t * self.scheduler.num_train_timesteps
+        prediction = self.predict(noisy, timestep, batch)[:, : clean.shape[1]]
+        error = (prediction - flow.velocity_target(clean, noise)).square()
+        return {"velocity": mean(error * self.weights(batch)), "_mse": mean(error)}
+
+
+class GaussianObjective(DiffusionObjective):
+    """IDDPM: the noise at uniform steps, and the variance through the variational bound."""
+
+    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
+        super().__init__(config, device)
+        self.scheduler = IDDPMScheduler()
+        self.tables = gaussian.make_tables(gaussian.linear_betas(1000)).to(device)
+
+    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        clean, noise = batch.latents, batch.noise
+        t = torch.randint(len(self.tables), (len(clean),), generator=draw.generator("t")).to(clean.device)
+        noisy = gaussian.q_sample(self.tables, clean, t, noise)
+        prediction = self.predict(noisy, t.float(), batch)
+        losses = training_losses(self.tables, prediction, clean=clean, noisy=noisy, noise=noise, t=t)
+        assert losses.mse is not None and losses.vb is not None
+        error = (prediction[:, : clean.shape[1]] - noise).square()
+        return {"epsilon": mean(error * self.weights(batch)), "vb": losses.vb, "_mse": losses.mse}
+
+
+def mean(error: Tensor) -> Tensor:
+    """Mean of every sample; (B, ...) -> (B,)."""
+    return error.flatten(1).mean(dim=1)
 
 
 def is_hidden_matrix(name: str) -> bool:

@@ -54,6 +54,9 @@ class Objective(ABC):
     def set_up(self, cache: Path) -> None:  # noqa: B027
         """Work before the first step, such as encoding latents; results kept in `cache` serve a resumed run."""
 
+    def compile_blocks(self) -> None:  # noqa: B027
+        """Compiles what is repeated and worth it; nothing by default."""
+
     def preview(self, folder: Path, step: int) -> dict[str, float]:
         """Writes samples of the current weights into `folder`; returns figures to log. Nothing by default."""
         return {}

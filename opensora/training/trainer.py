@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opensora.errors import OpenSoraError
+from opensora.settings import read_json, save_settings, to_dict
 from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from opensora.training.config import Recipe
 from opensora.training.ema import EMA
@@ -29,6 +30,9 @@ class Trainer:
         folder: the run's folder; resumes from its newest checkpoint if it has one.
         device: "cpu", "cuda", "mps".
         on_step: called after every step with (step, steps, figures) to show progress.
+
+    Raises:
+        OpenSoraError: the folder holds a run of another recipe.
     """
 
     def __init__(
@@ -41,12 +45,15 @@ class Trainer:
         self.loop, self.folder, self.device, self.on_step = recipe.loop, folder, device, on_step
         self.objective = recipe.objective.build(device)
         self.module = self.objective.module.to(device)
+        if self.loop.compile:
+            self.objective.compile_blocks()
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.optimizer = Optimizer(named, self.objective.not_matrices, self.loop.optimizer)
         self.ema = EMA(self.module, self.loop.ema_decay)
         self.step = 0
         self.bad_steps = 0
+        record_recipe(recipe, folder / "recipe.json")
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints:
             self.load_state_dict(load_checkpoint(checkpoints[-1]))
@@ -142,6 +149,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "bad_steps": self.bad_steps,
             "module": self.module.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -151,4 +159,33 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+
+
+FREE_TO_CHANGE = {f"loop.{name}" for name in ("log_every", "checkpoint_every", "preview_every", "keep_checkpoints")}
+
+
+def record_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe beside the run, or holds it against the one that is there: a resumed run must be the same run.
+
+    Raises:
+        OpenSoraError: a setting that decides the weights has changed.
+    """
+    if path.exists():
+        before, now = flatten(read_json(path)), flatten(to_dict(recipe))
+        changed = sorted(k for k in before | now if before.get(k) != now.get(k) and k not in FREE_TO_CHANGE)
+        if changed:
+            values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
+            raise OpenSoraError(f"{path.parent} holds a run with other settings: {values}; use them, or another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_settings(recipe, path)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one: {"loop.steps": 100, ...}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -148,6 +148,13 @@ def test_run_of_non_finite_steps_stops_with_advice(tmp_path: Path) -> None:
         Trainer(recipe(poison_steps=tuple(range(12)), max_bad_steps=3), tmp_path).run()
 
 
+def test_resuming_with_other_settings_is_refused_and_named(tmp_path: Path) -> None:
+    Trainer(recipe(steps=3), tmp_path).run()
+    Trainer(recipe(steps=3, checkpoint_every=1), tmp_path)
+    with pytest.raises(OpenSoraError, match=r"loop\.seed=7 \(was 0\)"):
+        Trainer(recipe(steps=3, seed=7), tmp_path)
+
+
 def test_loss_falls(tmp_path: Path) -> None:
     losses = []
     Trainer(recipe(steps=60), tmp_path, on_step=lambda _s, _n, figures: losses.append(figures["loss"])).run()

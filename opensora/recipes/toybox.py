@@ -1,0 +1,60 @@
+"""The bundled text-to-video models: a rectified-flow transformer and its IDDPM twin, sized for one CPU core.
+
+They learn on the latents of the autoencoder in `toybox_vae.py`, which is trained first.
+"""
+
+from pathlib import Path
+
+from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+from opensora.training.optimizer import OptimizerConfig
+
+RUNS = Path("runs")
+
+TRANSFORMER = {
+    "in_channels": 4,
+    "patch_size": [1, 2, 2],
+    "hidden_size": 192,
+    "depth": 4,
+    "num_heads": 4,
+    "caption_channels": 128,
+    "model_max_length": 24,
+    "qk_norm": True,
+    "pred_sigma": True,
+    "learn_null_text": True,
+}
+TEXT_ENCODER = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
+DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8}
+
+
+def toybox() -> Recipe:
+    """Text to video with rectified flow."""
+    objective = DiffusionObjectiveConfig(
+        diffusion="flow",
+        autoencoder=RUNS / "toybox_vae_pixels" / "model",
+        transformer=TRANSFORMER,
+        text_encoder=TEXT_ENCODER,
+        defaults={**DEFAULTS, "num_inference_steps": 20, "guidance_scale": 3.0, "cfg_channels": None},
+    )
+    optimizer = OptimizerConfig(muon_lr=0.02, lr=1e-3, warmup_steps=100, decay=0.4)
+    return Recipe("toybox", objective, LoopConfig(steps=4200, optimizer=optimizer, preview_every=500))
+
+
+def toybox_iddpm() -> Recipe:
+    """Text to video with learned-variance IDDPM, fine-tuned from the rectified-flow model."""
+    objective = DiffusionObjectiveConfig(
+        diffusion="iddpm",
+        autoencoder=RUNS / "toybox_vae_pixels" / "model",
+        init_from=RUNS / "toybox" / "model",
+        defaults={**DEFAULTS, "num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
+    )
+    optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=100, decay=0.5)
+    return Recipe("toybox_iddpm", objective, LoopConfig(steps=2500, optimizer=optimizer, preview_every=500))
