@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opensora.checkpoints.published import BUNDLED
+from opensora.checkpoints.published import BUNDLED, component_folders
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def load_pipeline(
         raise OpenSoraError(f"{folder / PIPELINE_INDEX} names no {', '.join(missing)}; a pipeline needs all of {names}")
     defaults = {name: value for name, value in index.items() if not name.startswith("_") and name not in names}
     _check_known(defaults, parameters, folder / PIPELINE_INDEX)
+    folders = component_folders(folder)
     components = {
         name: _load_component(
-            folder / name,
+            folders.get(name, folder / name),
             *index[name],
             dtype=dtype,
             override_latent_space=override_latent_space if name == "autoencoder" else None,
@@ -137,13 +138,14 @@ def model_hash(folder: Path) -> str:
         OpenSoraError: there are no weights.
     """
     weights = (".safetensors", *_PICKLES)
-    files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).glob("*/*") if path.is_file())
-    files = [name for name in files if name.endswith((*weights, ".json", ".model"))]
+    components = component_folders(Path(folder)).items()
+    files = {f"{name}/{path.name}": path for name, part in components for path in part.iterdir() if path.is_file()}
+    files = {name: path for name, path in files.items() if name.endswith((*weights, ".json", ".model"))}
     if not any(name.endswith(weights) for name in files):
         raise OpenSoraError(f"{folder} holds no weights to take a hash of")
     total = hashlib.sha256()
-    for name in files:
-        with (Path(folder) / name).open("rb") as file:
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 

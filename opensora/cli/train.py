@@ -1,0 +1,110 @@
+"""`opensora train`: run a recipe, or see what it would do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.training.config import Recipe
+    from opensora.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model by a recipe; a run that was interrupted goes on where its last checkpoint was.
+
+    Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--dry-run` lists them all.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """Name of the recipe."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Settings to change, as KEY=VALUE."""
+    output: Path | None = None
+    """Folder of the run; runs/RECIPE by default. What it holds is resumed."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    threads: int | None = None
+    """CPU threads; all cores by default. Bit-for-bit resumption needs the same number."""
+    dry_run: bool = False
+    """Print the settings and the size of what would be trained, and stop."""
+
+    def run(self) -> None:
+        import torch
+
+        from opensora.recipes import find_recipe
+        from opensora.settings import apply_overrides
+        from opensora.training.trainer import Trainer
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise OpenSoraError(f"--threads is {self.threads}; give 1 or more")
+            torch.set_num_threads(self.threads)
+        recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
+        folder = self.output or Path("runs") / recipe.name
+        if self.dry_run:
+            describe(recipe, folder, self.device)
+            return
+        with Progress() as progress:
+            trainer = Trainer(recipe, folder, self.device, on_step=progress.update)
+            progress.start(trainer, folder)
+            model = trainer.run()
+        print(f"model: {model}")
+
+
+def describe(recipe: "Recipe", folder: Path, device: str) -> None:
+    """Prints the recipe's settings, the parameters it trains and where it would start."""
+    import json
+
+    from opensora.settings import to_dict
+    from opensora.training.checkpoint import list_checkpoints
+
+    module = recipe.objective.build(device).module
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    print(json.dumps(to_dict(recipe), indent=2))
+    print(f"parameters: {trained:,} trained, {frozen:,} frozen")
+    for name, child in module.named_children():
+        print(f"  {name}: {sum(p.numel() for p in child.parameters()):,}")
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    start = f"resume from {checkpoints[-1].name}" if checkpoints else "start at step 0"
+    print(f"run: {folder}, {recipe.loop.steps} steps, {start}")
+
+
+class Progress:
+    """A progress bar with the loss and an estimate of the time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.task = self.bar.add_task("preparing", total=None, loss="-")
+
+    def start(self, trainer: "Trainer", folder: Path) -> None:
+        if trainer.step:
+            self.bar.console.print(f"resuming {folder} at step {trainer.step}")
+        self.bar.update(self.task, completed=trainer.step, total=trainer.loop.steps)
+
+    def update(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        self.bar.update(
+            self.task, description="training", completed=step, total=steps, loss=f"{figures['loss']:.4f}"
+        )
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
