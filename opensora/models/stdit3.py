@@ -22,10 +22,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    HookRegistry,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    apply_first_block_cache,
+    apply_mag_cache,
+)
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -55,15 +65,18 @@ class TextContext:
     """What the transformer needs of a text, computed once per sample by `STDiT3.encode_text`.
 
     Attributes:
-        states: (B, L, D) projected text.
+        states: (B, L, D) projected text; or, with `raw`, (B, L, D_c) text states as given.
         bias: (B, 1, 1, L), 0 for tokens and minus infinity for padding; None when there is no padding.
         keys_values: cross-attention keys and values, (B, heads, L, D / heads) each, in the order in which blocks run;
-            None = the block makes its own from `states`.
+            None = the block makes its own from `states` in every step.
+        raw: mask and `drop_text` of a text that `forward` still has to project, because the weights that do it were
+            offloaded.
     """
 
     states: Tensor
     bias: Tensor | None
     keys_values: list[KeysValues | None]
+    raw: tuple[Tensor | None, Tensor | None] | None = None
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -174,8 +187,29 @@ class FinalLayer(nn.Module):
         return self.linear(tokens)
 
 
+class _BlocksInOrder(nn.Module):
+    """All blocks of a model as one list, for hooks that look for a list named `blocks` and run along it."""
+
+    def __init__(self, blocks: list[STDiT3Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+
 class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
     """Space-time diffusion transformer, third generation (Open-Sora 1.2).
+
+    What of diffusers works here:
+
+    - `enable_gradient_checkpointing`, `compile_repeated_blocks`, `enable_layerwise_casting`, `set_attention_backend`
+      (sequences of more than 128 keys; shorter ones never need it), save and load, LoRA through peft.
+    - `enable_group_offload` and the pipeline's offloading. While the weights are away, `encode_text` only stores the
+      text and every step projects it anew.
+    - `enable_cache` with FirstBlockCache, MagCache, PyramidAttentionBroadcast (block identifiers `"spatial_blocks"`
+      and `"temporal_blocks"`; by default both count as spatial) and TaylorSeer (cache identifiers such as
+      `r"(spatial|temporal)_blocks[.][0-9]+[.](attn|mlp)"`).
+
+    What does not, and raises: FasterCache and TextKVCache look for module names of other models, and SeaCache for the
+    inputs of two others. Diffusers' context parallelism has no plan for alternating axes.
 
     Args:
         in_channels: C.
@@ -229,6 +263,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         self.patch_size = (patch_size[0], patch_size[1], patch_size[2])
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if pred_sigma else in_channels
+        self.input_sq_size = input_sq_size
         self.gradient_checkpointing = False
 
         self.rope = RotaryEmbedding(hidden_size // num_heads)
@@ -262,6 +297,29 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         for linear in zero:
             nn.init.zeros_(linear.weight)
 
+    def enable_cache(self, config: Any) -> None:
+        """Reuse what changes little between steps; see the class for which configurations work.
+
+        Raises:
+            OpenSoraError: a kind of cache that does not work with this model, or a second one at once.
+        """
+        if self.is_cache_enabled:
+            raise OpenSoraError(f"{type(self._cache_config).__name__} is enabled already; call disable_cache() first")
+        if isinstance(config, PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig):
+            super().enable_cache(config)
+            return
+        if isinstance(config, FirstBlockCacheConfig):
+            apply_first_block_cache(_BlocksInOrder(self.blocks), config)
+        elif isinstance(config, MagCacheConfig):
+            apply_mag_cache(_BlocksInOrder(self.blocks), config)
+        else:
+            raise OpenSoraError(
+                f"{type(config).__name__} does not work with STDiT3; use FirstBlockCacheConfig, MagCacheConfig, "
+                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig"
+            )
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+        self._cache_config = config
+
     @property
     def blocks(self) -> list[STDiT3Block]:
         """All blocks in the order in which they run: space, time, space, time, ..."""
@@ -273,6 +331,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         """(model_max_length, D_c), the text that stands for "no caption"."""
         return self.y_embedder.y_embedding
 
+    @apply_forward_hook
     def encode_text(
         self,
         encoder_hidden_states: Tensor,
@@ -290,11 +349,13 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             OpenSoraError: shapes that do not fit, or a sample without any token.
         """
+        resident = encoder_hidden_states.device
+        if self.y_embedder.y_proj.fc1.weight.device != resident:  # offloaded: only `forward` brings weights in
+            raw = (encoder_attention_mask, drop_text)
+            return TextContext(encoder_hidden_states, None, [None] * len(self.blocks), raw)
         states, bias = self._project_text(encoder_hidden_states, encoder_attention_mask, drop_text)
-        device = states.device
-        # Block-wise offloading keeps the weights elsewhere until the block runs; such a block projects for itself.
         keys_values = [
-            block.cross_attn.project_text(states) if block.cross_attn.kv_linear.weight.device == device else None
+            block.cross_attn.project_text(states) if block.cross_attn.kv_linear.weight.device == resident else None
             for block in self.blocks
         ]
         return TextContext(states, bias, keys_values)
@@ -364,7 +425,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         dtype = get_parameter_dtype(self.t_block)
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
         _, num_frames, h, w, dim = tokens.shape
-        scale = torch.sqrt(_values(height, batch, device) * _values(width, batch, device)) / self.config.input_sq_size
+        scale = torch.sqrt(_values(height, batch, device) * _values(width, batch, device)) / self.input_sq_size
         positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
 
@@ -402,11 +463,14 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         if text_context is not None:
             if text_states is not None or mask is not None or drop_text is not None:
                 raise OpenSoraError("text_context came with encoder_hidden_states, its mask or drop_text; give either")
+            if text_context.raw is not None:
+                states, bias = self._project_text(text_context.states, *text_context.raw)
+                text_context = TextContext(states, bias, text_context.keys_values)
         elif text_states is None:
             raise OpenSoraError("no text: give encoder_hidden_states, or the text_context of encode_text")
         else:
             states, bias = self._project_text(text_states, mask, drop_text)
-            text_context = TextContext(states, bias, [None] * (2 * self.config.depth))
+            text_context = TextContext(states, bias, [None] * len(self.blocks))
         if len(text_context.states) != batch:
             raise OpenSoraError(f"the text has {len(text_context.states)} samples, hidden_states {batch}; repeat one")
         return text_context
