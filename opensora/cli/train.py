@@ -1,5 +1,6 @@
 """`opensora train`: run a recipe, or see what it would do."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,7 +77,9 @@ def describe(recipe: "Recipe", folder: Path, device: str) -> None:
 
 
 class Progress:
-    """A progress bar with the loss and an estimate of the time left."""
+    """A progress bar with the loss and an estimate of the time left; plain lines where there is no terminal."""
+
+    lines_every = 100  # steps
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -91,16 +94,16 @@ class Progress:
             TimeRemainingColumn(),
         )
         self.task = self.bar.add_task("preparing", total=None, loss="-")
+        self.first_step, self.started = 0, time.monotonic()
 
     def start(self, trainer: "Trainer", folder: Path) -> None:
         if trainer.step:
             self.bar.console.print(f"resuming {folder} at step {trainer.step}")
         self.bar.update(self.task, completed=trainer.step, total=trainer.loop.steps)
+        self.first_step, self.started = trainer.step, time.monotonic()
 
     def update(self, step: int, steps: int, figures: dict[str, float]) -> None:
-        self.bar.update(
-            self.task, description="training", completed=step, total=steps, loss=f"{figures['loss']:.4f}"
-        )
+        self.bar.update(self.task, description="training", completed=step, total=steps, loss=f"{figures['loss']:.4f}")
 
     def __enter__(self) -> "Progress":
         self.bar.start()

@@ -7,6 +7,7 @@ rectified flow (Liu et al., 2022) and discrete-time Gaussian diffusion with lear
 Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens.
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ class DiffusionObjectiveConfig:
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches.
         num_previews: held-out prompts generated and read by the judge at every preview.
+        export_dtype: precision of the exported weights; checkpoints are always float32.
         defaults: generation defaults recorded in the exported pipeline.
     """
 
@@ -60,6 +62,7 @@ class DiffusionObjectiveConfig:
     drop_text: float = 0.1
     object_weight: float = 5.0
     num_previews: int = 40
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def build(self, device: str) -> "DiffusionObjective":
@@ -167,7 +170,11 @@ class DiffusionObjective(Objective):
         return {f"judge_{name}": share for name, share in shares.items()}
 
     def export(self, folder: Path) -> None:
-        self.pipeline().save_pretrained(folder)
+        pipeline = copy.deepcopy(self.pipeline())
+        if self.config.export_dtype == "bfloat16":
+            for part in (pipeline.transformer, pipeline.text_encoder, pipeline.autoencoder):
+                part.to(torch.bfloat16)
+        pipeline.save_pretrained(folder)
 
     def pipeline(self) -> OpenSoraPipeline:
         """The current weights as a pipeline."""

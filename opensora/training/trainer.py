@@ -173,7 +173,8 @@ def record_recipe(recipe: Recipe, path: Path) -> None:
     """
     if path.exists():
         before, now = flatten(read_json(path)), flatten(to_dict(recipe))
-        changed = sorted(k for k in before | now if before.get(k) != now.get(k) and k not in FREE_TO_CHANGE)
+        # A setting that the record lacks is younger than the run, and its default is what the run did.
+        changed = sorted(k for k in before if before[k] != now.get(k) and k not in FREE_TO_CHANGE)
         if changed:
             values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
             raise OpenSoraError(f"{path.parent} holds a run with other settings: {values}; use them, or another --output")

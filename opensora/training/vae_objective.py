@@ -23,7 +23,7 @@ from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
 from opensora.training.objective import Draw, Objective
 
 
@@ -198,7 +198,8 @@ class PixelsObjective(VAEObjective):
         super().__init__(config, device)
         spatial = self.autoencoder.spatial_vae.module
         spatial.encoder.requires_grad_(False)
-        spatial.quant_conv.requires_grad_(False)
+        if spatial.quant_conv is not None:
+            spatial.quant_conv.requires_grad_(False)
         self.temporal = require_temporal(self.autoencoder)
         spatial_names = {n for n, _ in self.module.named_parameters() if n.startswith("spatial_vae.")}
         self.not_matrices = spatial_names | temporal_boundary_layers(self.module)
@@ -233,7 +234,7 @@ class PixelsObjective(VAEObjective):
         super().export(folder)
 
 
-def require_temporal(autoencoder: VideoAutoencoder) -> torch.nn.Module:
+def require_temporal(autoencoder: VideoAutoencoder) -> TemporalPart:
     if autoencoder.temporal_vae is None:
         raise OpenSoraError("this autoencoder has no temporal part to train; set objective.autoencoder.temporal")
     return autoencoder.temporal_vae
@@ -247,7 +248,6 @@ def pick_frames(x: Tensor, rows: Tensor, frames: Tensor) -> Tensor:
 def temporal_boundary_layers(module: torch.nn.Module) -> set[str]:
     """First and last layers of the temporal autoencoder's two halves."""
     return {n for n, _ in module.named_parameters() if n.startswith("temporal_vae.") and ("_in." in n or "_out." in n)}
-
 
 
 def _decibels(mean_square: Tensor) -> float:
