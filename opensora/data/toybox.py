@@ -33,7 +33,9 @@ class ToyboxClips:
     width: int = 64
     fps: int = 8
 
-    def specs(self, n: int, generator: torch.Generator, split: Literal["train", "held_out"] = "train") -> list[ClipSpec]:
+    def specs(
+        self, n: int, generator: torch.Generator, split: Literal["train", "held_out"] = "train"
+    ) -> list[ClipSpec]:
         """`n` clip descriptions drawn with `generator`."""
         seed = int(torch.randint(2**62, (1,), generator=generator))
         return sample_specs(n, seed, self.world, split)

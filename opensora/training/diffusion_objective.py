@@ -101,12 +101,16 @@ class DiffusionObjective(Objective):
         config = self.config
         if config.init_from is not None:
             if not config.init_from.exists():
-                raise OpenSoraError(f"no model to start from in {config.init_from}; train it, or set objective.init_from")
+                raise OpenSoraError(
+                    f"no model to start from in {config.init_from}; train it, or set objective.init_from"
+                )
             transformer = STDiT3.from_pretrained(config.init_from / "transformer", torch_dtype=torch.float32)
             text_encoder = T5EncoderModel.from_pretrained(config.init_from / "text_encoder", dtype=torch.float32)
             return transformer.train(), text_encoder.train()
         if config.transformer is None or config.text_encoder is None:
-            raise OpenSoraError("objective.transformer and objective.text_encoder are needed without objective.init_from")
+            raise OpenSoraError(
+                "objective.transformer and objective.text_encoder are needed without objective.init_from"
+            )
         torch.manual_seed(0)
         text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
         return STDiT3(**config.transformer), T5EncoderModel(text_config)

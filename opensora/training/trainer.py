@@ -142,9 +142,7 @@ class Trainer:
             self.ema.swap(self.module)
 
     def checkpoint(self) -> Path:
-        return save_checkpoint(
-            self.folder / "checkpoints", self.step, self.state_dict(), self.loop.keep_checkpoints
-        )
+        return save_checkpoint(self.folder / "checkpoints", self.step, self.state_dict(), self.loop.keep_checkpoints)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -177,7 +175,9 @@ def record_recipe(recipe: Recipe, path: Path) -> None:
         changed = sorted(k for k in before if before[k] != now.get(k) and k not in FREE_TO_CHANGE)
         if changed:
             values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
-            raise OpenSoraError(f"{path.parent} holds a run with other settings: {values}; use them, or another --output")
+            raise OpenSoraError(
+                f"{path.parent} holds a run with other settings: {values}; use them, or another --output"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_settings(recipe, path)
 

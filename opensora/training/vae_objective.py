@@ -1,9 +1,10 @@
 """Training a video autoencoder in three stages, each a short run that starts from the one before.
 
-1. `frames`: the spatial autoencoder on single frames. Its scaling factor, 1 / std of its latents, is measured at the end.
+1. `frames`: the spatial autoencoder on single frames. Its scaling factor, 1 / std of its latents, is measured at the
+   end.
 2. `latents`: the temporal autoencoder on the scaled frame latents, the spatial one frozen.
-3. `pixels`: the temporal autoencoder and the spatial decoder together, on pixels. The per-channel shift and scale of the
-   latent space are measured at the end and written into the checkpoint.
+3. `pixels`: the temporal autoencoder and the spatial decoder together, on pixels. The per-channel shift and scale of
+   the latent space are measured at the end and written into the checkpoint.
 
 Objects are a small part of a frame: errors on them are weighted up, because overall error hides a lost shape.
 
@@ -235,6 +236,7 @@ class PixelsObjective(VAEObjective):
 
 
 def require_temporal(autoencoder: VideoAutoencoder) -> TemporalPart:
+    """The temporal part; an `OpenSoraError` where there is none."""
     if autoencoder.temporal_vae is None:
         raise OpenSoraError("this autoencoder has no temporal part to train; set objective.autoencoder.temporal")
     return autoencoder.temporal_vae

@@ -1,5 +1,6 @@
 """The loop: exact resume, survival of a kill, non-finite steps, averaging, rates."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
     factors = [learning_rate_factor(step, 100, config) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[10:50] == [1.0] * 40
-    assert all(a > b for a, b in zip(factors[51:], factors[52:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[51:]))
     assert factors[100] == pytest.approx(0.0)
 
 

@@ -15,7 +15,7 @@ latent, N latent frames, h, w latent height and width, p spatial patch size.
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,9 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     temporal_vae: TemporalPart | None
     scale: Tensor
     shift: Tensor
+    if TYPE_CHECKING:  # diffusers wraps it in a way that hides its signature
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...
 
     @register_to_config
     def __init__(
