@@ -30,8 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except OpenSoraError as error:
         print(f"opensora: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("opensora: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"opensora: {interrupt.args[0] if interrupt.args else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

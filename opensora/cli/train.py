@@ -1,6 +1,9 @@
 """`opensora train`: run a recipe, or see what it would do."""
 
+import contextlib
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,8 +56,26 @@ class Train:
         with Progress() as progress:
             trainer = Trainer(recipe, folder, self.device, on_step=progress.update)
             progress.start(trainer, folder)
-            model = trainer.run()
+            with stopping_between_steps(trainer):
+                model = trainer.run()
         print(f"model: {model}")
+
+
+@contextlib.contextmanager
+def stopping_between_steps(trainer: "Trainer") -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM finish and save the step under way; a second one stops at once."""
+
+    def stop(signal_number: int, frame: object) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(recipe: "Recipe", folder: Path, device: str) -> None:

@@ -53,6 +53,7 @@ class Trainer:
         self.ema = EMA(self.module, self.loop.ema_decay)
         self.step = 0
         self.bad_steps = 0
+        self.stop_requested = False
         record_recipe(recipe, folder / "recipe.json")
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints:
@@ -66,6 +67,7 @@ class Trainer:
 
         Raises:
             OpenSoraError: `max_bad_steps` non-finite steps in a row.
+            KeyboardInterrupt: `stop_requested` was set; the step under way was finished and saved.
         """
         loop = self.loop
         self.objective.set_up(self.folder / "cache")
@@ -85,8 +87,11 @@ class Trainer:
                 metrics.write(self.step, figures)
             if loop.preview_every and self.step % loop.preview_every == 0:
                 metrics.write(self.step, self.preview())
-            if self.step % loop.checkpoint_every == 0 or self.step == loop.steps:
+            if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or self.stop_requested:
                 self.checkpoint()
+            if self.stop_requested:
+                metrics.close()
+                raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
         metrics.close()
         return self.export()
 

@@ -119,6 +119,20 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
 
 
+def test_a_stop_that_is_asked_for_loses_no_step(tmp_path: Path) -> None:
+    def ask(step: int, steps: int, figures: dict[str, float]) -> None:
+        trainer.stop_requested = step == 5
+
+    trainer = Trainer(recipe(), tmp_path / "cut", on_step=ask)
+    with pytest.raises(KeyboardInterrupt, match="after step 5"):
+        trainer.run()
+    resumed = Trainer(recipe(), tmp_path / "cut")
+    assert resumed.step == 5
+    resumed.run()
+    Trainer(recipe(), tmp_path / "whole").run()
+    assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
+
+
 def test_half_written_checkpoint_is_never_picked_up(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
     (tmp_path / "step-00000006.partial").write_bytes(b"half")
