@@ -68,10 +68,12 @@ $(VENV)/.created:
 	@touch $@
 
 # uv installs in seconds what takes pip a minute; where it cannot, pip does it. uv does not read pip's setting for local
-# wheels, so that one is handed over.
+# wheels, so that one is handed over. Bytecode is compiled now: where Python is told to write none, every start would
+# compile torch, diffusers and transformers again, which triples the time to the first frame.
 define install
 echo "Installing $(1) (once; about a minute)"; \
 { $(BIN)/python -m pip install --quiet uv && \
-  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --editable '$(1)'; } || \
-{ echo "uv could not; trying pip"; $(BIN)/python -m pip install --quiet --editable '$(1)'; }
+  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --compile-bytecode --editable '$(1)'; } || \
+{ echo "uv could not; trying pip"; $(BIN)/python -m pip install --quiet --editable '$(1)' && \
+  { $(BIN)/python -m compileall -q -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null || true; }; }
 endef

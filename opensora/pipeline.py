@@ -32,6 +32,7 @@ from opensora.models.guidance import (
     default_guider,
     merge_cfg_channel_alias,
 )
+from opensora.models.portable_config import PortableConfigMixin
 from opensora.models.text.encoders import encode_prompts, null_prompts
 from opensora.models.text.prompts import pair_prompts
 
@@ -54,7 +55,7 @@ class OpenSoraPipelineOutput(BaseOutput):
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class OpenSoraPipeline(DiffusionPipeline):
+class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     """Text to video with a diffusion transformer of the Open-Sora family.
 
     Args:
@@ -95,7 +96,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         height: int = 240,
         width: int = 424,
         num_frames: int = 51,
-        fps: float = 24,
+        fps: int | float = 24,  # both, or diffusers warns of a whole number
         max_frames: int | None = None,
     ) -> None:
         super().__init__()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models import modeling_utils
+from diffusers.pipelines import pipeline_utils
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import make_pipeline, seeded
+from tiny_pipeline import make_pipeline, make_transformer, seeded
 
 import opensora
 from opensora.checkpoints import loading
@@ -85,7 +87,15 @@ def test_a_saved_pipeline_makes_the_same_frames(saved, kind):
     assert first.settings == second.settings
 
 
-def test_from_pretrained_reads_the_same_folder(saved):
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_from_pretrained_reads_the_same_folder(saved, monkeypatch, accelerate):
+    if accelerate:
+        pytest.importorskip("accelerate")
+    else:  # what diffusers knows where it is not installed
+        monkeypatch.setattr(modeling_utils, "is_accelerate_available", lambda: False)
+        monkeypatch.setattr(pipeline_utils, "is_accelerate_available", lambda: False)
+        monkeypatch.setattr(modeling_utils, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
+        monkeypatch.setattr(pipeline_utils, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
     ours = quiet(load_pipeline(saved["flow"]))
     theirs = quiet(OpenSoraPipeline.from_pretrained(saved["flow"]))
     assert torch.equal(ours(PROMPT, generator=seeded(1)).frames, theirs(PROMPT, generator=seeded(1)).frames)
@@ -99,7 +109,19 @@ def test_weights_of_another_precision_are_run_in_float32(saved, tmp_path):
     half = load_pipeline(tmp_path / "half", dtype=torch.bfloat16)
     assert half.transformer.dtype == half.text_encoder.dtype == half.autoencoder.dtype == torch.bfloat16
     # The published models compute rotary positions in float32 whatever the rest runs in.
-    assert {parameter.dtype for parameter in half.transformer.rope.parameters()} == {torch.float32}
+    exact = make_transformer().rope(100)
+    for loaded in (pipe, half):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.transformer.rope(100), exact, strict=True))
+
+
+def test_saved_folders_hold_no_paths(saved, tmp_path):
+    for name, load in (("ours", load_pipeline), ("theirs", OpenSoraPipeline.from_pretrained)):
+        load(saved["flow"]).save_pretrained(tmp_path / name)
+        here = str(saved["flow"].parent).encode()
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert files and not [
+            path for path in files if here in path.read_bytes() or b"name_or_path" in path.read_bytes()
+        ]
 
 
 def test_shards_are_one_model(tmp_path):

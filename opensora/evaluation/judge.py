@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.models.portable_config import PortableConfigMixin
 from opensora.toybox.world import ATTRIBUTES
 
 WEIGHTS = Path(__file__).parent.parent / "toybox" / "weights" / "judge"
@@ -44,7 +45,7 @@ class Tower(nn.Module):
         return self.head(pooled)
 
 
-class Judge(ModelMixin, ConfigMixin):
+class Judge(ModelMixin, PortableConfigMixin):
     """Reads the attributes of toy clips.
 
     Args:

@@ -71,7 +71,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary positions of one axis (Su et al., 2021), pairs of neighbouring features.
 
-    The frequencies are part of the published state dicts, so they are a (frozen) parameter here too.
+    The frequencies are part of the published state dicts, so they are a (frozen) parameter here too. What is computed
+    with is derived anew, because a cast to half precision would round the parameter, and with it far positions.
 
     Args:
         head_dim: d, even.
@@ -80,13 +81,17 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
         super().__init__()
-        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        self.freqs = nn.Parameter(frequencies, requires_grad=False)
+        self.head_dim, self.theta = head_dim, theta
+        self.freqs = nn.Parameter(self.frequencies(), requires_grad=False)
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """theta^(-2i / d), (d / 2,) float32."""
+        return self.theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (-sin, +sin of each pair) of positions 0 .. length - 1; two (length, d), float32."""
         positions = torch.arange(length, dtype=torch.float32, device=self.freqs.device)
-        angles = positions[:, None] * self.freqs.float()
+        angles = positions[:, None] * self.frequencies(self.freqs.device)
         cos, sin = angles.cos(), angles.sin()
         return torch.stack([cos, cos], dim=-1).flatten(1), torch.stack([-sin, sin], dim=-1).flatten(1)
 

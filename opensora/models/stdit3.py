@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     HookRegistry,
@@ -48,6 +48,7 @@ from opensora.models.embeddings import (
     position_embedding_2d,
     unpatchify,
 )
+from opensora.models.portable_config import PortableConfigMixin
 
 STDIT3_XL2: dict[str, Any] = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": (1, 2, 2)}
 """The published 1.1 B model (OpenSora-STDiT-v3)."""
@@ -195,7 +196,7 @@ class _BlocksInOrder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
 
-class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
+class STDiT3(ModelMixin, PortableConfigMixin, CacheMixin):
     """Space-time diffusion transformer, third generation (Open-Sora 1.2).
 
     What of diffusers works here:
@@ -233,7 +234,6 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["STDiT3Block"]
     _repeated_blocks = ["STDiT3Block"]
-    _keep_in_fp32_modules = ["rope"]
 
     @register_to_config
     def __init__(

@@ -316,7 +316,9 @@ def test_save_and_load(tmp_path, learn_null_text):
     assert public[0] == public[1]
     torch.testing.assert_close(loaded(**inputs(), **SIZES).sample, model(**inputs(), **SIZES).sample, rtol=0, atol=0)
     half = STDiT3.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.rope.freqs.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
+    for table, exact in zip(half.rope(500), model.rope(500), strict=True):
+        assert torch.equal(table, exact)
 
 
 def steps(model: STDiT3, timesteps: list[float]) -> Tensor:
@@ -410,6 +412,7 @@ def test_layerwise_casting():
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offload(level):
+    pytest.importorskip("accelerate")
     model, cpu = build().requires_grad_(False), torch.device("cpu")
     expected = steps(model, [500.0])
     model.enable_group_offload(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from opensora.models.autoencoders.folded import FoldedTemporalAutoencoder
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.temporal import TemporalAutoencoder
+from opensora.models.portable_config import PortableConfigMixin
 
 TemporalPart = TemporalAutoencoder | FoldedTemporalAutoencoder
 TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
@@ -142,7 +143,7 @@ def _to_clips(frames: list[Tensor], batch: int) -> Tensor:
     return torch.cat(frames).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-class VideoAutoencoder(ModelMixin, ConfigMixin):
+class VideoAutoencoder(ModelMixin, PortableConfigMixin):
     """The autoencoder of a video diffusion model: `encode` to normalised latents, `decode` back to pixels.
 
     Args:
