@@ -114,6 +114,7 @@ class Progress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
+        self.bar.disable = not self.bar.console.is_terminal
         self.task = self.bar.add_task("preparing", total=None, loss="-")
         self.first_step, self.started = 0, time.monotonic()
 
@@ -124,7 +125,11 @@ class Progress:
         self.first_step, self.started = trainer.step, time.monotonic()
 
     def update(self, step: int, steps: int, figures: dict[str, float]) -> None:
-        self.bar.update(self.task, description="training", completed=step, total=steps, loss=f"{figures['loss']:.4f}")
+        loss = f"{figures['loss']:.4f}"
+        self.bar.update(self.task, description="training", completed=step, total=steps, loss=loss)
+        if self.bar.disable and (step % self.lines_every == 0 or step == steps):
+            step_s = (time.monotonic() - self.started) / (step - self.first_step)
+            print(f"step {step} of {steps}: loss {loss}, {step_s:.2f} s a step, {step_s * (steps - step):.0f} s left")
 
     def __enter__(self) -> "Progress":
         self.bar.start()

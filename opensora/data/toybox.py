@@ -125,4 +125,4 @@ def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
 
 def fingerprint(autoencoder: VideoAutoencoder) -> float:
     """A number that differs between differently trained autoencoders."""
-    return float(sum(p.double().abs().sum() for p in autoencoder.parameters()))
+    return float(sum(p.detach().double().abs().sum() for p in autoencoder.parameters()))

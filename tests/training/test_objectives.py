@@ -1,0 +1,221 @@
+"""What is trained: batches that depend on their draw alone, losses that reach every weight, exact resume."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_objectives import CLIPS, diffusion_config, vae_config
+from tiny_pipeline import make_autoencoder
+from torch import Tensor
+
+import opensora
+from opensora.data import toybox
+from opensora.data.toybox import CaptionedLatents
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.recipes.toybox_judge import JudgeObjectiveConfig
+from opensora.training.config import LoopConfig, Recipe
+from opensora.training.objective import Draw, Objective
+from opensora.training.trainer import Trainer
+
+KINDS = ["flow", "iddpm", "frames", "latents", "pixels", "judge"]
+
+
+def make_config(kind: str, folder: Path) -> Any:
+    if kind in ("flow", "iddpm"):
+        return diffusion_config(kind, folder)
+    if kind == "judge":
+        return JudgeObjectiveConfig(batch_size=2, dim=8)
+    return vae_config(kind)
+
+
+@pytest.fixture(params=KINDS)
+def objective(request, tmp_path) -> Objective:
+    made = make_config(request.param, tmp_path).build("cpu")
+    made.set_up(tmp_path / "cache")
+    return made
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, dict):
+        return [tensor for part in batch.values() for tensor in tensors(part)]
+    if dataclasses.is_dataclass(batch):
+        return [tensor for field in dataclasses.fields(batch) for tensor in tensors(getattr(batch, field.name))]
+    return [tensor for part in batch for tensor in tensors(part)] if isinstance(batch, list | tuple) else []
+
+
+def same(a: Any, b: Any) -> bool:
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_batch_depends_on_its_draw_alone(objective):
+    first = objective.prepare(Draw(0, 5))
+    assert tensors(first)
+    objective.prepare(Draw(0, 6))
+    torch.rand(3)
+    assert same(first, objective.prepare(Draw(0, 5)))
+    for other in (Draw(1, 5), Draw(0, 6), Draw(0, 5, rank=1), Draw(0, 5, microbatch=1)):
+        assert not same(first, objective.prepare(other))
+
+
+def test_the_loss_is_one_finite_number_a_sample_and_repeats(objective):
+    draw = Draw(0, 0)
+    batch = objective.prepare(draw)
+    first, second = objective.loss(batch, draw), objective.loss(batch, draw)
+    size = len(tensors(batch)[0])
+    for name, term in first.items():
+        assert term.shape == (size,) and torch.isfinite(term).all(), name
+        assert torch.equal(term, second[name]), name
+
+
+def test_every_trainable_weight_is_reached(objective):
+    """Zero-initialised gates hide some gradients at first, so the weights are moved a little."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in objective.module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    for step in range(3):  # whether a caption is dropped, and with it the null text's gradient, is a matter of luck
+        draw = Draw(0, step)
+        terms = objective.loss(objective.prepare(draw), draw)
+        torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum().backward()
+    for name, parameter in objective.module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_names_of_no_matrices_are_names_of_weights(objective):
+    assert objective.not_matrices <= {name for name, _ in objective.module.named_parameters()}
+
+
+def run(config: Any, folder: Path, steps: int, stop_after: int | None = None) -> Trainer:
+    loop = LoopConfig(steps=steps, precision="fp32", log_every=1, checkpoint_every=2, microbatches=2)
+    trainer = Trainer(Recipe("tiny", config, loop), folder)
+    if stop_after is not None:
+
+        def on_step(step: int, steps: int, figures: dict[str, float]) -> None:
+            trainer.stop_requested = step == stop_after
+
+        trainer.on_step = on_step
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    else:
+        trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm", "frames", "pixels"])
+def test_two_and_two_steps_are_four_bit_for_bit(kind, tmp_path):
+    config = make_config(kind, tmp_path)
+    whole = run(config, tmp_path / "whole", 4)
+    run(config, tmp_path / "halves", 4, stop_after=2)
+    halves = run(config, tmp_path / "halves", 4)
+    for name, weight in whole.module.state_dict().items():
+        assert torch.equal(weight, halves.module.state_dict()[name]), name
+    for name, average in whole.ema.average.items():
+        assert torch.equal(average, halves.ema.average[name]), name
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_a_trained_model_is_a_pipeline(kind, tmp_path):
+    run(diffusion_config(kind, tmp_path, export_dtype="bfloat16"), tmp_path / "run", 1)
+    pipeline = opensora.load_pipeline(tmp_path / "run" / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline("a red ball", generator=torch.Generator().manual_seed(0)).frames
+    assert frames.shape == (1, 5, 3, 16, 24) and torch.isfinite(frames).all()
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_training_goes_on_from_a_trained_model(kind, tmp_path):
+    first = run(diffusion_config(kind, tmp_path), tmp_path / "first", 1)
+    changes = {"init_from": tmp_path / "first" / "model", "transformer": None, "text_encoder": None}
+    second = diffusion_config("flow", tmp_path, **changes).build("cpu")
+    for name, average in first.ema.average.items():
+        assert torch.equal(second.module.state_dict()[name], average), name
+
+
+def test_stages_of_the_autoencoder_follow_each_other(tmp_path):
+    start: dict[str, Any] = {}
+    for stage in ("frames", "latents", "pixels"):
+        run(vae_config(stage, **start), tmp_path / stage, 1)
+        start = {"autoencoder": None, "init_from": tmp_path / stage / "model"}
+    space = VideoAutoencoder.from_pretrained(tmp_path / "pixels" / "model").latent_space
+    assert space.scaling_factor != 1 and space.shift and space.scale
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: diffusion_config("flow", f, autoencoder=f / "gone"), "no autoencoder in"),
+        (lambda f: diffusion_config("flow", f, init_from=f / "gone"), "no model to start from"),
+        (lambda f: diffusion_config("flow", f, transformer=None), "are needed without objective.init_from"),
+        (lambda f: vae_config("latents", init_from=f / "gone"), "train the stage before"),
+        (lambda f: vae_config("frames", autoencoder=None), "needs objective.autoencoder"),
+        (lambda f: vae_config("latents", autoencoder=NO_TIME), "has no temporal part to train"),
+    ],
+)
+def test_what_is_missing_is_named(make, message, tmp_path):
+    with pytest.raises(OpenSoraError, match=message):
+        make(tmp_path).build("cpu")
+
+
+NO_TIME = {"spatial": {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}}
+
+
+# --- encoded once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> list[int]:
+    """How many clips each encoding took; [] while the cache serves."""
+    counted: list[int] = []
+    encode = toybox.encode_clips
+
+    def counting(specs, *args):
+        counted.append(len(specs))
+        return encode(specs, *args)
+
+    monkeypatch.setattr(toybox, "encode_clips", counting)
+    return counted
+
+
+def test_encoded_clips_are_reused(tmp_path, encodings):
+    autoencoder = make_autoencoder()
+    first = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4, "cpu")
+    again = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4, "cpu")
+    assert encodings == [4]
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.object_mask, again.object_mask)
+    assert first.specs == again.specs
+
+
+@pytest.mark.parametrize("change", ["autoencoder", "clips", "number"])
+def test_encoded_clips_of_something_else_are_made_again(change, tmp_path, encodings):
+    autoencoder, clips, number = make_autoencoder(), CLIPS, 4
+    before = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number, "cpu")
+    if change == "autoencoder":
+        with torch.no_grad():
+            next(autoencoder.spatial_vae.parameters()).mul_(1.01)
+    elif change == "clips":
+        clips = dataclasses.replace(clips, width=16)
+    else:
+        number = 5
+    after = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number, "cpu")
+    assert encodings == [4, number]
+    assert before.latents.shape != after.latents.shape or not torch.equal(before.latents, after.latents)
+
+
+def test_a_draw_of_encoded_clips_is_worded_anew(tmp_path):
+    latents = CaptionedLatents.load_or_encode(tmp_path, CLIPS, make_autoencoder(), 3, "cpu")
+    drawn = [latents.sample(8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert drawn[0].captions == drawn[1].captions and drawn[0].captions != drawn[2].captions
+    assert drawn[0].latents.dtype == torch.float32
+    assert set(drawn[0].object_mask.unique().tolist()) <= {0.0, 1.0}
+    assert drawn[0].object_mask.shape == (8, 1, *drawn[0].latents.shape[2:])
