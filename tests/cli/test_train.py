@@ -51,7 +51,7 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path, capsys):
 )
 def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, capsys):
     assert main(["train", *args]) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1, err
     assert all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
