@@ -244,3 +244,14 @@ def test_bad_calls_are_refused():
         scheduler.activate_frames(clean, 1000.0, torch.ones(2, 3))
     with pytest.raises(OpenSoraError, match="at most 1000"):
         RectifiedFlowScheduler(use_discrete_timesteps=True).set_timesteps(1001)
+
+
+def test_a_mask_of_the_wrong_shape_is_refused():
+    clean, noise = latents()
+    scheduler = RectifiedFlowScheduler()
+    scheduler.set_timesteps(3)
+    t, mask = scheduler.timesteps[0], torch.ones(clean.shape[2], dtype=torch.bool)
+    with pytest.raises(OpenSoraError, match="frame_mask of shape"):
+        scheduler.step(noise, t, clean, frame_mask=mask)
+    with pytest.raises(OpenSoraError, match="frame_strength of shape"):
+        scheduler.activate_frames(clean, t, mask)

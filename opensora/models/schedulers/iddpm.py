@@ -23,12 +23,10 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from opensora import gaussian
 from opensora.errors import OpenSoraError
-
-Generators = torch.Generator | list[torch.Generator] | None
+from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
 
 
 @dataclass
@@ -136,11 +134,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _index(self, timestep: torch.Tensor | float) -> int:
         value = float(timestep)
         if value not in self._index_of:
-            near = min(self._index_of, key=lambda known: abs(known - value))
-            raise OpenSoraError(
-                f"got timestep {value:g}, which is not in this schedule of {len(self._index_of)} (nearest: {near}); "
-                "iterate over scheduler.timesteps, and call set_timesteps before"
-            )
+            raise unknown_timestep(value, self._index_of)
         return self._index_of[int(value)]
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -180,16 +174,15 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
         """
-        _check_frames("frame_strength", frame_strength, sample)
+        check_frames("frame_strength", frame_strength, sample)
         index = self._index(timestep)
-        if noise is None:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = noise_like(sample, generator) if noise is None else noise
         # In float32, where 0.29 * 100 is 29 and not a hair less.
         begin = (frame_strength.to(device=sample.device, dtype=torch.float32) * len(self.tables)).to(torch.int64)
         begun = begin == index
         self._begun = (index, begun)
         noised = gaussian.q_sample(self.tables, sample, torch.tensor([index]), noise).to(sample.dtype)
-        return torch.where(begun[:, None, :, None, None], noised, sample), begin > index
+        return choose_frames(begun, noised, sample), begin > index
 
     def step(
         self,
@@ -223,7 +216,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         index = self._index(timestep)
         if noise is None and index > 0 and not (self.sampler == "ddim" and self.ddim_eta == 0):
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            noise = noise_like(sample, generator)
         elif index == 0:
             noise = None
         t = torch.tensor([index])
@@ -242,11 +235,11 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         stepped, clean = stepped.to(sample.dtype), reverse.clean.to(sample.dtype)
         begun, self._begun = self._begun, None
         if frame_mask is not None:
-            _check_frames("frame_mask", frame_mask, sample)
+            check_frames("frame_mask", frame_mask, sample)
             moves = frame_mask.to(device=sample.device, dtype=torch.bool)
             if begun is not None and begun[0] == index:
                 moves = moves | begun[1]
-            stepped = torch.where(moves[:, None, :, None, None], stepped, sample)
+            stepped = choose_frames(moves, stepped, sample)
         return IDDPMSchedulerOutput(stepped, clean) if return_dict else (stepped, clean)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -276,11 +269,3 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OpenSoraError(f"got {name}={value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_frames(name: str, frames: torch.Tensor, sample: torch.Tensor) -> None:
-    if frames.shape != (sample.shape[0], sample.shape[2]):
-        raise OpenSoraError(
-            f"got a {name} of shape {tuple(frames.shape)} for latents of {tuple(sample.shape)}; "
-            f"expected (batch, frames) = {(sample.shape[0], sample.shape[2])}"
-        )

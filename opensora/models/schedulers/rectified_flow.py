@@ -16,17 +16,15 @@ to it once, and is generated from there::
 Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``, n steps.
 """
 
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from opensora import flow
 from opensora.errors import OpenSoraError
-
-Generators = torch.Generator | list[torch.Generator] | None
+from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -196,11 +194,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         try:
             return self._values.index(value)
         except ValueError:
-            near = min(self._values, key=lambda known: abs(known - value))
-            raise OpenSoraError(
-                f"got timestep {value}, which is not in this schedule of {len(self._values)} (nearest: {near}); "
-                "iterate over scheduler.timesteps, and call set_timesteps before"
-            ) from None
+            raise unknown_timestep(value, self._values) from None
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -235,47 +229,16 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
         """
-        if frame_strength.shape != (sample.shape[0], sample.shape[2]):
-            raise OpenSoraError(
-                f"got a frame_strength of shape {tuple(frame_strength.shape)} for latents of {tuple(sample.shape)}; "
-                f"expected (batch, frames) = {(sample.shape[0], sample.shape[2])}"
-            )
+        check_frames("frame_strength", frame_strength, sample)
         index = self._index(timestep)
-        if noise is None:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = noise_like(sample, generator) if noise is None else noise
         strength = frame_strength.to(device=sample.device, dtype=torch.float32)
         reached = strength * self.num_train_timesteps
         active = reached >= self._values[index]
         # Nothing precedes the first step: the frames that count as noise already are those of full strength.
         before = strength == 1 if index == 0 else reached >= self._values[index - 1]
         noised = self.add_noise(sample, noise, self._values[index])
-        return torch.where((active & ~before)[:, None, :, None, None], noised, sample), active
-
-    @overload
-    def step(
-        self,
-        prediction: torch.Tensor,
-        timestep: torch.Tensor | float,
-        sample: torch.Tensor,
-        *,
-        frame_mask: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-        return_dict: Literal[True] = True,
-    ) -> SchedulerOutput: ...
-
-    @overload
-    def step(
-        self,
-        prediction: torch.Tensor,
-        timestep: torch.Tensor | float,
-        sample: torch.Tensor,
-        *,
-        frame_mask: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-        return_dict: Literal[False],
-    ) -> tuple[torch.Tensor]: ...
+        return choose_frames(active & ~before, noised, sample), active
 
     def step(
         self,
@@ -303,7 +266,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             ``.prev_sample`` of the shape and dtype of ``sample``.
 
         Raises:
-            OpenSoraError: ``timestep`` is not in the schedule, or the number of channels is neither C nor 2C.
+            OpenSoraError: ``timestep`` is not in the schedule, the number of channels is neither C nor 2C, or a mask of
+                wrong shape.
         """
         channels = sample.shape[1]
         if prediction.shape[1] not in (channels, 2 * channels):
@@ -317,8 +281,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         t_next = 0.0 if is_last else self._values[index + 1] / self.num_train_timesteps
         stepped = flow.euler_step(sample, prediction[:, :channels].to(sample.dtype), t, t_next)
         if frame_mask is not None:
-            generated = frame_mask.to(device=sample.device, dtype=torch.bool)[:, None, :, None, None]
-            stepped = torch.where(generated, stepped, sample)
+            check_frames("frame_mask", frame_mask, sample)
+            stepped = choose_frames(frame_mask, stepped, sample)
         return SchedulerOutput(prev_sample=stepped) if return_dict else (stepped,)
 
     def add_noise(

@@ -1,0 +1,42 @@
+"""What every scheduler of this package does alike: frames that are given, noise, and timesteps it does not know.
+
+Letters: B batch, C latent channels, T latent frames.
+"""
+
+from collections.abc import Collection
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from opensora.errors import OpenSoraError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def check_frames(name: str, frames: Tensor, sample: Tensor) -> None:
+    """Refuses a mask or strength that is not (B, T) for a sample (B, C, T, H, W)."""
+    if frames.shape != (sample.shape[0], sample.shape[2]):
+        raise OpenSoraError(
+            f"got a {name} of shape {tuple(frames.shape)} for latents of {tuple(sample.shape)}; "
+            f"expected (batch, frames) = {(sample.shape[0], sample.shape[2])}"
+        )
+
+
+def choose_frames(chosen: Tensor, sample: Tensor, other: Tensor) -> Tensor:
+    """`sample` in frames where `chosen`, (B, T), is True, `other` elsewhere; both (B, C, T, H, W)."""
+    return torch.where(chosen.to(device=sample.device, dtype=torch.bool)[:, None, :, None, None], sample, other)
+
+
+def noise_like(sample: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise; a list holds one generator per sample."""
+    return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+
+
+def unknown_timestep(value: float, known: Collection[float]) -> OpenSoraError:
+    """The error for a timestep that is none of the `known`."""
+    near = min(known, key=lambda timestep: abs(timestep - value))
+    return OpenSoraError(
+        f"got timestep {value:g}, which is not in this schedule of {len(known)} (nearest: {near:g}); "
+        "iterate over scheduler.timesteps, and call set_timesteps before"
+    )
