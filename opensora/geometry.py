@@ -219,6 +219,28 @@ def parse_num_frames(text: str | int, fps: float, rule: SizeRule | None = None) 
     return rule.nearest_frames(wanted)
 
 
+def named_num_frames(text: str | int, clip_frames: int = 51, clip_s: int = 2) -> int:
+    """Frames in the words of the published 1.2 models: `"4x"` is four clips, `"4s"` two of them; a count is itself.
+
+    Their unit is a clip of `clip_frames` frames (three chunks of the autoencoder), which they call `clip_s` seconds
+    although at 24 fps it lasts a little longer; so `"8s"` is 204 frames, where `parse_num_frames` looks near 192.
+
+    Raises:
+        OpenSoraError: none of the three, not positive, or seconds that are not whole clips (names the nearest).
+    """
+    spelled = str(text).strip()
+    match = re.fullmatch(r"(\d+)([xs]?)", spelled, re.ASCII)
+    if not match or int(match[1]) == 0:
+        raise OpenSoraError(f"num_frames {spelled!r} is neither a count such as 51 nor 4x clips nor a duration like 4s")
+    number = int(match[1])
+    if match[2] == "s":
+        if number % clip_s:
+            nearest = nearest_valid(number, clip_s)
+            raise OpenSoraError(f"duration {spelled} is no multiple of {clip_s}s; the nearest valid is {nearest}s")
+        number //= clip_s
+    return number * clip_frames if match[2] else number
+
+
 def resolution_names() -> list[str]:
     """The named resolutions, smallest first."""
     return sorted(_PIXELS, key=lambda name: _PIXELS[name])
@@ -247,6 +269,29 @@ def closest_size(resolution: str, height: float, width: float) -> tuple[int, int
     """The (height, width) of a named resolution whose ratio is nearest to height / width; the first of two equals."""
     table = aspect_table(resolution)
     return table[min(table, key=lambda ratio: abs(ratio - height / width))]
+
+
+def even_size(ratio: float, pixels: int) -> tuple[int, int]:
+    """(height, width) of about so many pixels, both even, with height / width near `ratio`: how the tables were made.
+
+    Each side is the even one of the two whole numbers around the exact value, the width that of the height so found.
+
+    Raises:
+        OpenSoraError: a ratio or number of pixels that is not positive, or too few pixels for an even side.
+    """
+    if not (ratio > 0 and math.isfinite(ratio) and pixels > 0):
+        raise OpenSoraError(f"got ratio {ratio} and {pixels} pixels; expected positive numbers")
+    height = _even_neighbour(math.sqrt(pixels * ratio))
+    width = _even_neighbour(height / ratio)
+    if not height or not width:
+        raise OpenSoraError(f"{pixels} pixels are too few for a ratio of {ratio:g}; take more, or a ratio nearer to 1")
+    return height, width
+
+
+def _even_neighbour(value: float) -> int:
+    # The small addition keeps a root that comes out a rounding error below a whole number from losing it.
+    above = math.ceil(value + 1e-4)
+    return above if above % 2 == 0 else above - 1
 
 
 def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:

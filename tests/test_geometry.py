@@ -122,20 +122,30 @@ def test_contradicting_wishes(wishes):
         geometry.resolve_image_size((64, 64), rule=CAUSAL, **wishes)
 
 
-@pytest.mark.parametrize("version", ["1_1", "1_2"])
-def test_tables_are_the_published_ones(version, golden_json):
-    published = golden_json(f"aspect_v{version}")["ASPECT_RATIOS"]
-    for name, table in published.items():
-        assert geometry.num_pixels(name) == table["pixels"]
-        assert {float(k): tuple(v) for k, v in table["ratios"].items()} == geometry.aspect_table(name)
-    if version == "1_2":
-        assert set(published) == set(geometry.resolution_names())
+@pytest.mark.parametrize("text", ["4 x", "0x", "3s", "1.5s", "-2s", "four", "", "0", "2.0"])
+def test_impossible_named_frame_counts(text):
+    with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
+        geometry.named_num_frames(text)
 
 
-@pytest.mark.parametrize("version", ["1_1", "1_2"])
-def test_closest_ratios_are_the_published_ones(version, golden_json):
-    tables = golden_json(f"aspect_v{version}")["ASPECT_RATIOS"]
-    for key, ratio in golden_json(f"aspect_fn_v{version}")["closest_ratio"].items():
-        size, resolution = key.split("|")
-        height, width = map(float, size.split("x"))
-        assert geometry.closest_size(resolution, height, width) == tuple(tables[resolution]["ratios"][ratio])
+def test_named_frame_counts_take_other_clips():
+    assert geometry.named_num_frames("6x", clip_frames=17) == 102
+    assert geometry.named_num_frames("6s", clip_frames=68, clip_s=3) == 136
+
+
+@given(st.floats(0.25, 4), st.integers(1_000, 10_000_000))
+def test_even_sizes_are_even_and_near(ratio, pixels):
+    height, width = geometry.even_size(ratio, pixels)
+    assert height % 2 == width % 2 == 0
+    assert abs(height - (pixels * ratio) ** 0.5) <= 1.001
+    assert abs(width - height / ratio) <= 1.001
+
+
+@pytest.mark.parametrize(("ratio", "pixels"), [(0, 100), (-1, 100), (float("nan"), 100), (1, 0), (1000, 100)])
+def test_impossible_even_sizes(ratio, pixels):
+    with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
+        geometry.even_size(ratio, pixels)
+
+
+def test_all_names_are_published(golden_json):
+    assert set(golden_json("aspect_v1_2")["ASPECT_RATIOS"]) == set(geometry.resolution_names())

@@ -1,0 +1,69 @@
+"""Resolution tables, aspect ratios and frame counts against the reference: every case is read from the fixture."""
+
+import pytest
+
+from opensora import geometry
+from opensora.errors import OpenSoraError
+
+VERSIONS = ["1_1", "1_2"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tables(version, golden_json):
+    published = golden_json(f"aspect_v{version}")["ASPECT_RATIOS"]
+    for name, table in published.items():
+        assert geometry.num_pixels(name) == table["pixels"]
+        ours = geometry.aspect_table(name)
+        assert {float(ratio): tuple(size) for ratio, size in table["ratios"].items()} == ours
+        assert [float(ratio) for ratio in table["ratios"]] == list(ours), "the first of two equals wins"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_closest_ratios(version, golden_json):
+    tables = golden_json(f"aspect_v{version}")["ASPECT_RATIOS"]
+    for key, ratio in golden_json(f"aspect_fn_v{version}")["closest_ratio"].items():
+        size, resolution = key.split("|")
+        height, width = map(float, size.split("x"))
+        assert geometry.closest_size(resolution, height, width) == tuple(tables[resolution]["ratios"][ratio])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_image_sizes(version, golden_json):
+    """The reference names formats height:width, ours are width:height."""
+    names = golden_json(f"aspect_v{version}").get("ASPECT_RATIO_MAP", {})
+    for key, result in golden_json(f"aspect_fn_v{version}").get("image_size", {}).items():
+        resolution, name = key.split("|")
+        height, width = map(int, name.split(":"))
+        table = geometry.aspect_table(resolution)
+        if isinstance(result, str) or abs(height / width / float(names[name]) - 1) > 0.03:
+            # The reference finds formats by the spelling of the ratio, so it misses 1.0 looking for 1.00; and one of
+            # its names (50:27, for 2.08) is not the ratio it stands for. Here the nearest entry of the table counts.
+            try:
+                ours = geometry.image_size(resolution, f"{width}:{height}")
+            except OpenSoraError:
+                assert all(abs(ratio / (height / width) - 1) > 0.02 for ratio in table)
+            else:
+                assert ours[0] / ours[1] == pytest.approx(height / width, rel=0.05)
+        else:
+            assert geometry.image_size(resolution, f"{width}:{height}") == tuple(result), key
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_frame_counts(version, golden_json):
+    counts = golden_json(f"aspect_fn_v{version}").get("num_frames", {})
+    for text, expected in (golden_json(f"aspect_v{version}").get("NUM_FRAMES_MAP", {}) | counts).items():
+        given = text if text[-1] in "xs" else int(float(text))  # the fixture spells numbers as they were given
+        assert geometry.named_num_frames(given) == expected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pixels(version, golden_json):
+    for name, expected in golden_json(f"aspect_fn_v{version}").get("num_pixels", {}).items():
+        assert geometry.num_pixels(name) == expected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_even_sizes(version, golden_json):
+    for key, expected in golden_json(f"aspect_fn_v{version}").get("get_h_w", {}).items():
+        ratio, pixels = key.split("|")
+        assert geometry.even_size(float(ratio), int(pixels)) == tuple(expected)
