@@ -1,0 +1,141 @@
+"""Images and videos brought to a model's size, as the published models' training data was.
+
+An image goes through Pillow's bicubic filter, which averages over what it shrinks; a video is sampled bilinearly,
+point by point, which is fast and what the models saw. The two also round a crop's offset differently: by half a pixel
+at most, and kept. Videos are tensors whose last two dimensions are height and width; what stands before is free.
+"""
+
+import math
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from opensora.errors import OpenSoraError
+
+
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    """Frames as `read_video` returns them, uint8 (T, H, W, 3), as a video in [-1, 1], float32 (3, T, H, W).
+
+    Raises:
+        OpenSoraError: another type or shape.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4:
+        raise OpenSoraError(
+            f"got frames {frames.dtype} {frames.shape}; expected uint8 (frames, height, width, channels)"
+        )
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
+
+
+def fill_image(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image resized (bicubic) until it covers height x width, and cropped to it around the centre."""
+    _check_size(height, width)
+    rows, columns = _covering_size(image.height, image.width, height, width)
+    resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return resized.crop((left, top, left + width, top + height))
+
+
+def square_image(image: Image.Image, side: int) -> Image.Image:
+    """The largest square in the centre of an image, at side x side.
+
+    An image twice as large or more is halved (each pixel the mean of four) as often as that holds; what is left to do
+    is bicubic.
+    """
+    _check_size(side, side)
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def fill_video(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The video resized (bilinear) until it covers height x width, and cropped to it around the centre.
+
+    Args:
+        video: float (..., H, W).
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        float (..., height, width).
+    """
+    _check_size(height, width)
+    rows, columns = _covering_size(video.shape[-2], video.shape[-1], height, width)
+    resized = _as_images(video, lambda images: _bilinear(images, size=(rows, columns)))
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return resized[..., top : top + height, left : left + width]
+
+
+def square_video(video: torch.Tensor, side: int) -> torch.Tensor:
+    """The largest square in the centre of a video (..., H, W), resized (bilinear) to (..., side, side)."""
+    _check_size(side, side)
+    shorter = min(video.shape[-2:])
+    scale = side / shorter
+    while math.floor(shorter * scale) < side:  # side / shorter * shorter may come out a rounding error below side
+        scale = math.nextafter(scale, math.inf)
+    resized = _as_images(video, lambda images: _bilinear(images, scale_factor=scale))
+    top, left = (round((edge - side) / 2) for edge in resized.shape[-2:])
+    return resized[..., top : top + side, left : left + side]
+
+
+def random_window(length: int, num_frames: int, rng: random.Random) -> tuple[int, int]:
+    """A window of `length` frames somewhere in a video, as (first, one past the last).
+
+    As in the published models' training, the very last window is drawn only where no other fits; a shorter video is
+    taken whole.
+
+    Args:
+        length: frames wanted, 1 or more.
+        num_frames: frames there are, 1 or more.
+        rng: where the draw comes from (one draw).
+
+    Raises:
+        OpenSoraError: a length or a number of frames below 1.
+    """
+    if length < 1 or num_frames < 1:
+        raise OpenSoraError(f"got a window of {length} in {num_frames} frames; expected 1 or more of both")
+    first = rng.randint(0, max(0, num_frames - length - 1))
+    return first, min(first + length, num_frames)
+
+
+def spread_frames(first: int, end: int, count: int) -> np.ndarray:
+    """Indices, int (count,), of frames spread evenly over first .. end - 1, both of them taken; rounded down.
+
+    Raises:
+        OpenSoraError: an empty window, or fewer frames in it than wanted.
+    """
+    if count < 1 or end - first < count:
+        raise OpenSoraError(
+            f"cannot take {count} frames from {first} to {end - 1}; expected 1 to {max(end - first, 0)}"
+        )
+    return np.linspace(first, end - 1, count, dtype=int)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise OpenSoraError(f"got a size of {height}x{width} (height x width); expected 1 pixel or more")
+
+
+def _covering_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """The smallest size of the same shape that covers height x width: one side fits, the other is rounded."""
+    vertical, horizontal = height / rows, width / columns
+    if vertical > horizontal:
+        return height, round(columns * vertical)
+    return round(rows * horizontal), width
+
+
+def _as_images(video: torch.Tensor, resize) -> torch.Tensor:
+    """Applies a function of (N, 1, H, W) to (..., H, W)."""
+    resized = resize(video.reshape(-1, 1, *video.shape[-2:]))
+    return resized.reshape(*video.shape[:-2], *resized.shape[-2:])
+
+
+def _bilinear(images: torch.Tensor, size: tuple[int, int] | None = None, scale_factor: float | None = None):
+    return functional.interpolate(
+        images, size=size, scale_factor=scale_factor, mode="bilinear", align_corners=False, antialias=False
+    )
