@@ -1,6 +1,18 @@
-"""Prompts before they reach a tokenizer: one list of sentences, none of them empty."""
+"""Prompts before they reach a tokenizer, and everything that Open-Sora's users write into them.
 
+A plain prompt is a sentence. Around it the published models know: scores, in which the captions of the training videos
+ended (`... aesthetic score: 6.5.`); one text for each loop of a long video (`|0|a cat|2|a dog`: loops 0 and 1 show the
+cat); a JSON object at the end that names reference files and a mask strategy; and that mask strategy, which says which
+frames of which reference go where. All of it is read as data; spelling mistakes are errors.
+"""
+
+import itertools
+import json
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from opensora.errors import OpenSoraError
 
@@ -57,3 +69,219 @@ def pair_prompts(
         negatives = negatives * (len(prompts) // len(negatives))
         negatives = [sentence for sentence in negatives for _ in range(count)]
     return [sentence for sentence in prompts for _ in range(count)], negatives
+
+
+# ---- scores
+
+
+def append_scores(
+    prompt: str, *, aesthetic: float | None = None, flow: float | None = None, camera_motion: str | None = None
+) -> str:
+    """The prompt with the scores at its end, as in the captions the 1.2 models were trained on.
+
+    A score the prompt names already stays as it is.
+
+    Args:
+        prompt: the sentence.
+        aesthetic: how beautiful, about 4 to 7.
+        flow: how much moves, 0 and up.
+        camera_motion: in words, such as "pan left" or "static".
+
+    Raises:
+        OpenSoraError: a score that is not finite, or an empty camera motion.
+    """
+    for name, score in (("aesthetic", aesthetic), ("flow", flow)):
+        if score is not None and not math.isfinite(score):
+            raise OpenSoraError(f"{name} score is {score}, expected a number such as 6.5")
+    if camera_motion is not None and not camera_motion.strip():
+        raise OpenSoraError("camera motion is empty; say it in words such as 'pan left', or leave it out")
+    scores = {
+        "aesthetic score:": None if aesthetic is None else f"{aesthetic:.1f}",
+        "motion score:": None if flow is None else f"{flow:.1f}",
+        "camera motion:": camera_motion,
+    }
+    return prompt + "".join(
+        f" {name} {score}." for name, score in scores.items() if score is not None and name not in prompt
+    )
+
+
+# ---- one text for each loop
+
+
+def split_loops(prompt: str) -> tuple[list[str], list[int] | None]:
+    """The texts of `|0|a cat|2|a dog`, stripped, and the loops they begin at: (["a cat", "a dog"], [0, 2]).
+
+    A prompt that does not begin with `|0|` is one text for all loops, and its loops are None.
+
+    Raises:
+        OpenSoraError: something other than loop number and text in turns, or numbers that do not rise.
+    """
+    pieces = _loop_pieces(prompt)
+    if pieces is None:
+        return [prompt], None
+    return [text.strip() for _, text in pieces], [start for start, _ in pieces]
+
+
+def join_loops(texts: Sequence[str], starts: Sequence[int] | None) -> str:
+    """Undoes `split_loops`.
+
+    Raises:
+        OpenSoraError: not one loop number for each text, or several texts without numbers.
+    """
+    if starts is None and len(texts) == 1:
+        return texts[0]
+    if starts is None or len(starts) != len(texts):
+        given = "no loop numbers" if starts is None else f"{len(starts)} loop numbers"
+        raise OpenSoraError(f"got {given} for {len(texts)} texts; expected one number for each")
+    return "".join(f"|{start}|{text}" for start, text in zip(starts, texts, strict=True))
+
+
+def prompt_of_loop(prompt: str, loop: int) -> str:
+    """The text that loop number `loop` (0 is the first) of a long video shows; the last text lasts to the end.
+
+    Raises:
+        OpenSoraError: as `split_loops`, or a negative loop.
+    """
+    if loop < 0:
+        raise OpenSoraError(f"loop is {loop}; expected 0 for the first or more")
+    pieces = _loop_pieces(prompt)
+    if pieces is None:
+        return prompt
+    return [text for start, text in pieces if start <= loop][-1]
+
+
+def _loop_pieces(prompt: str) -> list[tuple[int, str]] | None:
+    if not prompt.startswith("|0|"):
+        return None
+    pieces = prompt.split("|")[1:]
+    starts, texts = pieces[::2], pieces[1::2]
+    if len(starts) != len(texts) or not all(re.fullmatch(r"\d+", start, re.ASCII) for start in starts):
+        raise OpenSoraError(
+            f"the prompt {prompt!r} begins with |0|, so loop number and text must take turns: |0|first|2|from loop 2 on"
+        )
+    numbers = [int(start) for start in starts]
+    if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
+        raise OpenSoraError(f"the loops of the prompt begin at {numbers}; expected rising numbers")
+    return list(zip(numbers, texts, strict=True))
+
+
+# ---- a JSON object at the end
+
+
+@dataclass(frozen=True)
+class PromptReferences:
+    """What the JSON object at the end of a prompt may say.
+
+    Attributes:
+        reference_path: files of images or videos, separated by `;`; empty for none.
+        mask_strategy: which of their frames go where, see `parse_mask_strategy`; empty for none.
+    """
+
+    reference_path: str = ""
+    mask_strategy: str = ""
+
+
+def split_json(prompt: str) -> tuple[str, dict[str, Any]]:
+    """The prompt without the JSON object at its end, and that object (empty where there is none).
+
+    A prompt holds no braces of its own: the object begins at the first one.
+
+    Raises:
+        OpenSoraError: what begins at the first brace is not one JSON object up to the end.
+    """
+    text, brace, rest = prompt.partition("{")
+    if not brace:
+        return prompt, {}
+    try:
+        return text, json.loads(brace + rest)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise OpenSoraError(
+            f"the prompt ends in {brace + rest!r}, which is not a JSON object ({reason}); "
+            'expected for example {"reference_path": "first.png", "mask_strategy": "0"}'
+        ) from None
+
+
+def split_references(prompt: str) -> tuple[str, PromptReferences]:
+    """As `split_json`, for the two entries that name references.
+
+    Raises:
+        OpenSoraError: as `split_json`; another entry, or one that is not text.
+    """
+    text, entries = split_json(prompt)
+    known = [field.name for field in fields(PromptReferences)]
+    for name, value in entries.items():
+        if name not in known:
+            raise OpenSoraError(f"the JSON object of the prompt has an entry {name!r}; known: {', '.join(known)}")
+        if not isinstance(value, str):
+            raise OpenSoraError(f"{name} in the JSON object of the prompt is {value!r}; expected text in quotes")
+    return text, PromptReferences(**entries)
+
+
+# ---- mask strategies
+
+
+@dataclass(frozen=True)
+class FramePlacement:
+    """Frames of a reference that are placed into a clip: one entry of a mask strategy.
+
+    Attributes:
+        loop: the loop of a long video this is for, 0 is the first.
+        reference: which reference, 0 is the first; -1 is the last.
+        reference_start: its first latent frame that is taken; negative counts from its end.
+        target_start: the latent frame of the clip it is placed at; negative counts from its end.
+        length: how many latent frames, as far as reference and clip reach.
+        edit_ratio: how much of them is made anew, 0 (they stay) to 1 (nothing is left of them).
+    """
+
+    loop: int = 0
+    reference: int = 0
+    reference_start: int = 0
+    target_start: int = 0
+    length: int = 1
+    edit_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loop < 0:
+            raise OpenSoraError(f"a mask strategy names loop {self.loop}; expected 0 for the first or more")
+        if self.length < 1:
+            raise OpenSoraError(f"a mask strategy takes {self.length} frames; expected 1 or more")
+        if not 0 <= self.edit_ratio <= 1:
+            raise OpenSoraError(f"a mask strategy has edit ratio {self.edit_ratio}; expected 0 (kept) to 1 (made anew)")
+
+    def __str__(self) -> str:
+        """Open-Sora's spelling, all six fields."""
+        return ",".join(str(getattr(self, field.name)) for field in fields(self))
+
+
+def parse_mask_strategy(text: str | None) -> list[FramePlacement]:
+    """The entries of a mask strategy such as `"0;0,1,0,-1,1"`.
+
+    Entries are separated by `;`, their fields by `,`, in the order of `FramePlacement`; fields left out at the end have
+    their default. So `"0"` places the first frame of the first reference at the beginning, and `"0;0,1,0,-1,1"` also
+    the first frame of the second reference at the end.
+
+    Args:
+        text: the strategy; None or an empty one places nothing.
+
+    Raises:
+        OpenSoraError: an entry with too many fields, one that is no number, or values that `FramePlacement` refuses.
+    """
+    return [_parse_placement(entry) for entry in text.split(";")] if text and text.strip() else []
+
+
+def _parse_placement(entry: str) -> FramePlacement:
+    names = [field.name for field in fields(FramePlacement)]
+    spelled = [value.strip() for value in entry.split(",")]
+    if len(spelled) > len(names):
+        raise OpenSoraError(
+            f"the entry {entry!r} of a mask strategy has {len(spelled)} fields; expected at most {','.join(names)}"
+        )
+    values: dict[str, Any] = {}
+    for name, value in zip(names, spelled, strict=False):
+        convert, kind = (float, "a number") if name == "edit_ratio" else (int, "a whole number")
+        try:
+            values[name] = convert(value)
+        except ValueError:
+            raise OpenSoraError(f"{name} in the entry {entry!r} of a mask strategy is not {kind}") from None
+    return FramePlacement(**values)
