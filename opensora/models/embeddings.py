@@ -86,6 +86,21 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: tuple[int
     return video[:, :, : size[0], : size[1], : size[2]]
 
 
+def position_code(positions: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of positions at `dim / 2` frequencies from 1 down to 1 / 10,000.
+
+    Args:
+        positions: (...,) float32, in steps of the finest frequency.
+        dim: even number of features.
+
+    Returns:
+        (..., dim), float32.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angles = positions[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def position_embedding_2d(h: int, w: int, dim: int, scale: Tensor, *, base_size: int | None = None) -> Tensor:
     """Sine-cosine code of the patch positions of a frame; the first half of the features codes the column.
 
@@ -101,15 +116,11 @@ def position_embedding_2d(h: int, w: int, dim: int, scale: Tensor, *, base_size:
     Returns:
         (N, h * w, dim), float32.
     """
-    half = dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=scale.device) / half
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents)
 
     def along(length: int) -> Tensor:
         stretch = 1.0 if base_size is None else base_size / length
         positions = torch.arange(length, dtype=torch.float32, device=scale.device) * stretch
-        angles = (positions / scale.float()[:, None])[..., None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, length, half)
+        return position_code(positions / scale.float()[:, None], dim // 2)  # (N, length, dim / 2)
 
     columns = along(w)[:, None].expand(-1, h, -1, -1)
     rows = along(h)[:, :, None].expand(-1, -1, w, -1)

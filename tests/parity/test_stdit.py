@@ -1,0 +1,93 @@
+"""STDiT against the reference, number by number: version 1.0, and its frame-masked form."""
+
+import pytest
+import torch
+from reference_config import transformer_config
+
+from opensora.models.stdit import STDiT
+
+
+def load(fixture) -> STDiT:
+    model = STDiT(**transformer_config(fixture)).eval().requires_grad_(False)
+    model.load_state_dict(fixture.under("sd"))
+    return model
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(golden):
+    fixture = golden("stdit_v1_0")
+    return fixture, load(fixture)
+
+
+@pytest.fixture(scope="module")
+def masked(golden):
+    fixture = golden("stdit_v1_1plus_xmask")
+    return fixture, load(fixture)
+
+
+def inputs(fixture) -> dict[str, torch.Tensor]:
+    """Arguments of `forward`, without masks."""
+    return {
+        "hidden_states": fixture["in.x"],
+        "timestep": fixture["in.timestep"],
+        "encoder_hidden_states": fixture["in.y"].squeeze(1),
+    }
+
+
+@pytest.mark.parametrize("variant", ["masked", "nomask", "mask_scattered"])
+def test_outputs(plain, variant):
+    fixture, model = plain
+    if f"out.{variant}" not in fixture:
+        pytest.skip("the fixture lacks this variant")
+    masks = {"masked": "in.mask", "mask_scattered": "in.mask_scattered"}
+    mask = fixture[masks[variant]] if variant in masks else None
+    close(model(**inputs(fixture), encoder_attention_mask=mask).sample, fixture[f"out.{variant}"])
+
+
+def test_guidance_batch(plain):
+    """Conditional and null rows in one batch; the null rows read as many tokens as the conditional ones."""
+    fixture, model = plain
+    text = fixture["in.y"].squeeze(1)
+    null = model.null_text[: text.shape[1]].expand_as(text)
+    context = model.encode_text(torch.cat([text, null]), fixture["in.mask"].repeat(2, 1))
+    sample = model(fixture["in.x"].repeat(2, 1, 1, 1, 1), fixture["in.timestep"].repeat(2), text_context=context).sample
+    close(sample, fixture["out.cfg_batch"])
+
+
+def test_intermediates(plain):
+    fixture, model = plain
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _module, _args, out, name=name: seen.update({name.replace(".", "_"): out}))
+        for name, module in model.named_modules()
+        if name
+    ]
+    model(**inputs(fixture), encoder_attention_mask=fixture["in.mask"])
+    for hook in hooks:
+        hook.remove()
+    compared = {name: expected for name, expected in fixture.under("mid").items() if name in seen}
+    if not compared:
+        pytest.skip("the fixture holds no intermediates of these modules")
+    for name, expected in compared.items():
+        close(seen[name].reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("version", ["plain", "masked"])
+def test_position_tables(request, version):
+    """Ours are those of the weights, so that deriving them anew changes nothing."""
+    fixture, model = request.getfixturevalue(version)
+    fresh = STDiT(**transformer_config(fixture))
+    for name in ("pos_embed", "pos_embed_temporal"):
+        close(fresh.get_buffer(name), fixture[f"sd.{name}"])
+
+
+@pytest.mark.parametrize("variant", ["nomaskx", "x_mask"])
+def test_frame_mask(masked, variant):
+    fixture, model = masked
+    frame_mask = fixture["in.x_mask"].bool() if variant == "x_mask" else None
+    sample = model(**inputs(fixture), encoder_attention_mask=fixture["in.mask"], frame_mask=frame_mask).sample
+    close(sample, fixture[f"out.{variant}"])

@@ -1,0 +1,108 @@
+"""STDiT2 against the reference, number by number, with and without normed queries and keys."""
+
+import pytest
+import torch
+from reference_config import transformer_config
+
+from opensora.models.stdit2 import STDiT2
+
+
+@pytest.fixture(scope="module", params=["stdit2_v1_1_noqknorm", "stdit2_v1_1_qknorm"])
+def fixture(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(fixture) -> STDiT2:
+    model = STDiT2(**transformer_config(fixture)).eval().requires_grad_(False)
+    model.load_state_dict(fixture.under("sd"))
+    return model
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def cases(fixture) -> list[str]:
+    return sorted({name.split(".")[1] for name in fixture.tensors if name.startswith("in.")})
+
+
+CONDITIONS = {"fps": "fps", "height": "height", "width": "width", "num_frames": "num_frames", "height_to_width": "ar"}
+
+
+def inputs(fixture, case: str) -> dict[str, torch.Tensor]:
+    """Arguments of `forward`, without masks."""
+    named = fixture.under(f"in.{case}")
+    conditions = {ours: named[theirs] for ours, theirs in CONDITIONS.items()}
+    text = named["y"].squeeze(1)
+    return {"hidden_states": named["x"], "timestep": named["timestep"], "encoder_hidden_states": text, **conditions}
+
+
+def test_outputs(fixture, model):
+    compared = 0
+    for case in cases(fixture):
+        mask, frame_mask = fixture[f"in.{case}.mask"], fixture[f"in.{case}.x_mask"].bool()
+        for variant, masks in {
+            "nomaskx": {"encoder_attention_mask": mask},
+            "x_mask": {"encoder_attention_mask": mask, "frame_mask": frame_mask},
+            "no_text_mask": {},
+        }.items():
+            if f"out.{case}.{variant}" in fixture:
+                close(model(**inputs(fixture, case), **masks).sample, fixture[f"out.{case}.{variant}"])
+                compared += 1
+    assert compared >= 2
+
+
+def test_guidance_batch(fixture, model):
+    """Conditional and null rows in one batch; the null rows read as many tokens as the conditional ones."""
+    compared = 0
+    for case in cases(fixture):
+        for variant in ("cfg_batch", "cfg_batch_xmask"):
+            if f"out.{case}.{variant}" not in fixture:
+                continue
+            arguments = inputs(fixture, case)
+            text = arguments.pop("encoder_hidden_states")
+            null = model.null_text[: text.shape[1]].expand_as(text)
+            context = model.encode_text(torch.cat([text, null]), fixture[f"in.{case}.mask"].repeat(2, 1))
+            twice = {name: torch.cat([value, value]) for name, value in arguments.items()}
+            if variant.endswith("xmask"):
+                twice["frame_mask"] = fixture[f"in.{case}.x_mask"].bool().repeat(2, 1)
+            close(model(**twice, text_context=context).sample, fixture[f"out.{case}.{variant}"])
+            compared += 1
+    if not compared:
+        pytest.skip("the fixture holds no guidance batch")
+
+
+def test_intermediates(fixture, model):
+    """What the submodules return, for the cases that record it (all without frame mask)."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _module, _args, out, name=name: seen.update({name.replace(".", "_"): out}))
+        for name, module in model.named_modules()
+        if name
+    ]
+    compared = 0
+    for case in cases(fixture):
+        recorded = fixture.under(f"mid.{case}")
+        model(**inputs(fixture, case), encoder_attention_mask=fixture[f"in.{case}.mask"])
+        for name, expected in recorded.items():
+            if name in seen:
+                close(seen[name].reshape(expected.shape), expected)
+                compared += 1
+    for hook in hooks:
+        hook.remove()
+    if not compared:
+        pytest.skip("the fixture holds no intermediates of these modules")
+
+
+def test_defaults_are_those_of_the_sizes(fixture, model):
+    """What the samples say of length and ratio is what the model derives from latents and pixels."""
+    for case in cases(fixture):
+        arguments = inputs(fixture, case)
+        ratio = arguments["height"] / arguments["width"]
+        frames = torch.full_like(ratio, arguments["hidden_states"].shape[2])
+        told = {name: arguments.pop(name) for name in ("height_to_width", "num_frames")}
+        if not (torch.allclose(told["height_to_width"], ratio) and torch.equal(told["num_frames"], frames)):
+            continue
+        sample = model(**arguments, encoder_attention_mask=fixture[f"in.{case}.mask"]).sample
+        close(sample, fixture[f"out.{case}.nomaskx"])
