@@ -15,27 +15,36 @@ from opensora.models.guidance import ChannelGuidance, default_guider
 
 STEP: dict[str, Any] = {"step": 0, "num_inference_steps": 1, "timestep": 500.0}
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
-CASE = re.compile(r"out\.(?:(?P<raw>raw\w*)\.)?scale(?P<scale>[\d.]+?)\.cfg(?P<channels>\w+)")
+CASE = re.compile(r"out\.(?:(?P<raw>raw\w*)\.)?scale(?P<scale>[\d.]+?)\.cfg(?P<channels>None|\d+)")
 
 
 def guide(cond, uncond, scale, channels, latent_channels):
     return ChannelGuidance(default_guider(scale), channels, latent_channels)(cond, uncond, **STEP)
 
 
+def cases_of(fixture, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+    """Every output of the fixture; one whose name says something else fails the test."""
+    matches = [(name, pattern.fullmatch(name)) for name in fixture.tensors if name.startswith("out.")]
+    assert matches
+    assert not [name for name, match in matches if match is None]
+    return [match for _, match in matches if match is not None]
+
+
 @pytest.mark.parametrize("version", ["v1_0", "v1_1", "v1_2"])
 def test_iddpm_guides_the_first_channels(golden, version):
     fixture = golden(f"cfg_iddpm_{version}")
     rows, latent = fixture.meta["B"], fixture["in.x"].shape[1]
-    cases = [match for name in fixture.tensors if (match := CASE.fullmatch(name))]
-    assert cases
-    for case in cases:
+    for case in cases_of(fixture, CASE):
         raw, expected = fixture[f"in.{case['raw'] or 'raw'}"], fixture[case.string]
-        cond, uncond, expected = raw[:rows], raw[rows:], expected[:rows]
+        cond, uncond = raw[:rows], raw[rows:]
         scale = float(case["scale"])
         # Without a number the reference takes half of the output channels: the latent, if there are variances too.
         asked = raw.shape[1] // 2 if case["channels"] == "None" else int(case["channels"])
         if asked <= latent:
-            torch.testing.assert_close(guide(cond, uncond, scale, asked, latent), expected, **TOLERANCE)
+            guided = guide(cond, uncond, scale, asked, latent)
+            torch.testing.assert_close(guided, expected[:rows], **TOLERANCE)
+            # The half that the reference drops later holds the guided channels too.
+            torch.testing.assert_close(guided[:, :asked], expected[rows:, :asked], **TOLERANCE)
         else:
             with pytest.raises(OpenSoraError, match="cfg_channels"):
                 guide(cond, uncond, scale, asked, latent)
@@ -46,10 +55,10 @@ def test_all_channels_are_the_latent_with_or_without_variances(golden, version):
     """Departure: with no number the reference guides half of a network output without variances, we guide all of it."""
     fixture = golden(f"cfg_iddpm_{version}")
     rows, latent = fixture.meta["B"], fixture["in.x"].shape[1]
-    for name in [name for name in fixture.tensors if (match := CASE.fullmatch(name)) and match["channels"] == "None"]:
-        case = CASE.fullmatch(name)
-        assert case is not None
-        raw, expected = fixture[f"in.{case['raw'] or 'raw'}"], fixture[name][:rows]
+    for case in cases_of(fixture, CASE):
+        if case["channels"] != "None":
+            continue
+        raw, expected = fixture[f"in.{case['raw'] or 'raw'}"], fixture[case.string][:rows]
         cond, uncond, scale = raw[:rows], raw[rows:], float(case["scale"])
         guided = guide(cond, uncond, scale, None, latent)
         half = raw.shape[1] // 2
@@ -63,27 +72,23 @@ def test_variance_channels_are_never_guided(golden, version):
     """Departure: a number beyond the latent makes the reference guide variances too; here it is an error."""
     fixture = golden(f"cfg_iddpm_{version}")
     rows, latent = fixture.meta["B"], fixture["in.x"].shape[1]
-    for name in fixture.tensors:
-        case = CASE.fullmatch(name)
-        if case is None or case["channels"] == "None" or int(case["channels"]) <= latent:
+    for case in cases_of(fixture, CASE):
+        if case["channels"] == "None" or int(case["channels"]) <= latent:
             continue
-        raw, expected = fixture["in.raw"], fixture[name][:rows]
+        raw, expected = fixture[f"in.{case['raw'] or 'raw'}"], fixture[case.string][:rows]
         guided = guide(raw[:rows], raw[rows:], float(case["scale"]), "all", latent)
         torch.testing.assert_close(guided[:, :latent], expected[:, :latent], **TOLERANCE)
         assert torch.equal(guided[:, latent:], raw[:rows, latent:])
 
 
-@pytest.mark.parametrize(("sampler", "output"), [("dpm", "noise"), ("rflow", "v")])
-def test_other_samplers_guide_every_latent_channel(golden, sampler, output):
+def test_other_samplers_guide_every_latent_channel(golden):
     fixture = golden("cfg_dpm_rflow")
     rows, latent = fixture.meta["B"], fixture["in.x"].shape[1]
     raw = fixture["in.raw"]
-    cases = [m for name in fixture.tensors if (m := re.fullmatch(rf"out\.{sampler}\.scale([\d.]+)\.{output}", name))]
-    assert cases
-    for case in cases:
-        scale, expected = float(case[1]), fixture[case.string]
+    for case in cases_of(fixture, re.compile(r"out\.(?:dpm\.scale([\d.]+)\.noise|rflow\.scale([\d.]+)\.v)")):
+        scale, expected = float(case[1] or case[2]), fixture[case.string]
         first, second = raw[:rows], raw[rows:]
         # The DPM solver puts the unconditional rows first, and at scale 1 asks for the conditional ones alone.
-        cond, uncond = (second, first) if sampler == "dpm" and scale != 1 else (first, second)
+        cond, uncond = (second, first) if case[1] and scale != 1 else (first, second)
         guided = guide(cond, uncond, scale, "all", latent)
         torch.testing.assert_close(guided[:, :latent], expected, **TOLERANCE)

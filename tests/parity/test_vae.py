@@ -43,6 +43,11 @@ def under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
+def check_all_read(fixture, pattern: str) -> None:
+    """No number of the reference goes by unseen because of its name."""
+    assert not [name for name in fixture.under("out") if not re.fullmatch(pattern, name)]
+
+
 def refused(autoencoder: VideoAutoencoder, video: torch.Tensor) -> bool:
     """Whether a clip does not fill its latent cells: the reference cuts such a clip, we refuse it."""
     if all(edge % autoencoder.spatial_factor == 0 for edge in video.shape[-2:]):
@@ -58,6 +63,7 @@ def refused(autoencoder: VideoAutoencoder, video: torch.Tensor) -> bool:
 @pytest.fixture
 def kl(golden):
     fixture = golden("vae_kl_v1_2")
+    check_all_read(fixture, r"posterior\.(mean|logvar)|(encode_mode|encode_sample|decode)(_mb\d+)?")
     weights = fixture.under("sd")
     factor = float(fixture.meta["config"].get("scaling", REFERENCE_FACTOR))
     autoencoder = VideoAutoencoder(
@@ -79,7 +85,9 @@ def test_frames_encode(kl):
     close(posterior.mean, to_clips(fixture["out.posterior.mean"], len(video)))
     close(posterior.logvar, to_clips(fixture["out.posterior.logvar"], len(video)))
     noise = to_clips(fixture["in.noise"], len(video))
-    close(autoencoder.encode(video, sample=True, frame_noise=noise), fixture["out.encode_sample"])
+    for size, name in micro_batch_cases(fixture, "encode_sample"):
+        autoencoder.micro_batch_size = size
+        close(autoencoder.encode(video, sample=True, frame_noise=noise), fixture[name])
     for size, name in micro_batch_cases(fixture, "encode_mode"):
         autoencoder.micro_batch_size = size
         close(autoencoder.encode(video), fixture[name])
@@ -112,6 +120,7 @@ def test_temporal(golden):
     autoencoder.load_state_dict(weights)
     lengths = cases(fixture)
     assert lengths
+    check_all_read(fixture, rf"({'|'.join(lengths)})\.(mean|logvar|kl|nll|decode_of_mean)")
     for case in lengths:
         frame_latents = fixture[f"in.{case}.x"]
         posterior = autoencoder.encode(frame_latents)
@@ -163,6 +172,8 @@ def test_pipeline(pipeline):
     fixture, autoencoder = pipeline
     micro_frame_size = autoencoder.micro_frame_size
     assert cases(fixture)
+    kinds = r"z_mode|z_sample|decode_of_z_mode|latent_size|z_mode_nomicro|z_sample_nomicro|decode_nomicro"
+    check_all_read(fixture, rf"({'|'.join(cases(fixture))})\.({kinds})")
     for case in cases(fixture):
         video = fixture[f"in.{case}.x"]
         num_frames = video.shape[2]
