@@ -79,7 +79,7 @@ def test_intermediates(plain):
 @pytest.mark.parametrize("version", ["plain", "masked"])
 def test_position_tables(request, version):
     """Ours are those of the weights, so that deriving them anew changes nothing."""
-    fixture, model = request.getfixturevalue(version)
+    fixture, _ = request.getfixturevalue(version)
     fresh = STDiT(**transformer_config(fixture))
     for name in ("pos_embed", "pos_embed_temporal"):
         close(fresh.get_buffer(name), fixture[f"sd.{name}"])
