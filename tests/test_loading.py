@@ -21,6 +21,10 @@ from opensora.checkpoints.loading import load_pipeline, model_hash
 from opensora.checkpoints.published import BUNDLED, BundledModel
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.stdit import STDiT
+from opensora.models.stdit2 import STDiT2
+from opensora.models.stdit3 import STDiT3
 from opensora.pipeline import OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
@@ -112,6 +116,11 @@ def test_weights_of_another_precision_are_run_in_float32(saved, tmp_path):
     exact = make_transformer().rope(100)
     for loaded in (pipe, half):
         assert all(torch.equal(a, b) for a, b in zip(loaded.transformer.rope(100), exact, strict=True))
+
+
+@pytest.mark.parametrize("network", [STDiT, STDiT2, STDiT3, VideoAutoencoder])
+def test_diffusers_knows_a_component_by_the_base_class_beside_it(network):
+    assert sys.modules[network.__module__].ModelMixin in network.__mro__
 
 
 def test_saved_folders_hold_no_paths(saved, tmp_path):

@@ -20,6 +20,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
