@@ -1,9 +1,12 @@
 """STDiT2 against the reference, number by number, with and without normed queries and keys."""
 
+import math
+
 import pytest
 import torch
 from reference_config import transformer_config
 
+from opensora.models.embeddings import position_embedding_2d
 from opensora.models.stdit2 import STDiT2
 
 
@@ -38,6 +41,13 @@ def inputs(fixture, case: str) -> dict[str, torch.Tensor]:
     return {"hidden_states": named["x"], "timestep": named["timestep"], "encoder_hidden_states": text, **conditions}
 
 
+def test_every_output_is_read(fixture):
+    """No number of the reference goes by unseen because of its name."""
+    variants = {"nomaskx", "x_mask", "no_text_mask", "cfg_batch", "cfg_batch_xmask"}
+    assert {name.partition(".")[0] for name in fixture.under("out")} <= set(cases(fixture))
+    assert {name.partition(".")[2] for name in fixture.under("out")} <= variants
+
+
 def test_outputs(fixture, model):
     compared = 0
     for case in cases(fixture):
@@ -50,7 +60,7 @@ def test_outputs(fixture, model):
             if f"out.{case}.{variant}" in fixture:
                 close(model(**inputs(fixture, case), **masks).sample, fixture[f"out.{case}.{variant}"])
                 compared += 1
-    assert compared >= 2
+    assert compared
 
 
 def test_guidance_batch(fixture, model):
@@ -84,15 +94,30 @@ def test_intermediates(fixture, model):
     compared = 0
     for case in cases(fixture):
         recorded = fixture.under(f"mid.{case}")
+        recorded.pop("pos_emb", None)  # test_patch_positions
         model(**inputs(fixture, case), encoder_attention_mask=fixture[f"in.{case}.mask"])
         for name, expected in recorded.items():
-            if name in seen:
-                close(seen[name].reshape(expected.shape), expected)
-                compared += 1
+            assert name in seen, f"no module returns {name}"
+            close(seen[name].reshape(expected.shape), expected)
+            compared += 1
     for hook in hooks:
         hook.remove()
     if not compared:
         pytest.skip("the fixture holds no intermediates of these modules")
+
+
+def test_patch_positions(fixture, model):
+    compared = 0
+    for case in cases(fixture):
+        if f"mid.{case}.pos_emb" not in fixture:
+            continue
+        named, expected = fixture.under(f"in.{case}"), fixture[f"mid.{case}.pos_emb"]
+        h, w = (-(-n // p) for n, p in zip(named["x"].shape[3:], model.patch_size[1:], strict=True))
+        scale = torch.sqrt(named["height"][:1] * named["width"][:1]) / model.input_sq_size
+        close(position_embedding_2d(h, w, expected.shape[-1], scale, base_size=round(math.sqrt(h * w))), expected)
+        compared += 1
+    if not compared:
+        pytest.skip("the fixture holds no positions")
 
 
 def test_defaults_are_those_of_the_sizes(fixture, model):
