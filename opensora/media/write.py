@@ -36,8 +36,9 @@ TRUE_SIZE_KEY = "opensora_size"
 SHEET_KEY = "opensora_sheet"
 EXIF_IMAGE_DESCRIPTION = 0x010E
 
-# Visually lossless for the small synthetic clips as well as for film.
-_X264_QUALITY = {"crf": "16", "preset": "medium"}
+# Visually lossless for the small synthetic clips as well as for film. Without macroblock-tree rate control, whose
+# assembly reads memory that nobody wrote: the same frames must make the same bytes.
+_X264_QUALITY = {"crf": "16", "preset": "medium", "mbtree": "0"}
 
 
 def format_of(path: str | Path, format: str | None = None) -> str:
