@@ -57,4 +57,4 @@ def toybox_iddpm() -> Recipe:
         defaults={**DEFAULTS, "num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=100, decay=0.5)
-    return Recipe("toybox_iddpm", objective, LoopConfig(steps=2500, optimizer=optimizer, preview_every=500))
+    return Recipe("toybox_iddpm", objective, LoopConfig(steps=1500, optimizer=optimizer, preview_every=500))
