@@ -177,12 +177,12 @@ def _load_component(
     cls = _find_class(library, class_name, folder)
     if override_latent_space is not None:
         model = cls.from_pretrained(folder, override_latent_space=override_latent_space)
-        return _cast(model, dtype).eval()
+        return cast_weights(model, dtype).eval()
     if issubclass(cls, nn.Module):
         # Loading a model must not change what a seed gives afterwards.
         with torch.random.fork_rng(devices=[]), _WithoutRandomInit():
             model = _build_model(cls, folder)
-        load_weights(_cast(model, dtype), read_weights(folder), source=str(folder))
+        load_weights(cast_weights(model, dtype), read_weights(folder), source=str(folder))
         return model.eval()
     if hasattr(cls, "from_config"):
         config = _read_json(folder / cls.config_name)
@@ -226,7 +226,7 @@ def _build_model(cls: Any, folder: Path) -> nn.Module:
         raise OpenSoraError(f"{path} does not describe a {cls.__name__}: {_first_line(error)}") from error
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model in this precision, but for the modules that it wants to keep in float32."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, module in model.named_modules():

@@ -32,27 +32,42 @@ TEXT_ENCODER = {
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
 }
+AUTOENCODER = RUNS / "toybox_vae_pixels" / "model"
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8}
+FLOW_DEFAULTS = {**DEFAULTS, "num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None}
+
+
+def toybox_base() -> Recipe:
+    """Text to video with rectified flow, from scratch: colours, places, shapes, then sizes and motions."""
+    objective = DiffusionObjectiveConfig(
+        diffusion="flow",
+        autoencoder=AUTOENCODER,
+        transformer=TRANSFORMER,
+        text_encoder=TEXT_ENCODER,
+        defaults=FLOW_DEFAULTS,
+    )
+    optimizer = OptimizerConfig(muon_lr=0.02, lr=1e-3, warmup_steps=100, decay=0.4)
+    return Recipe("toybox_base", objective, LoopConfig(steps=4200, optimizer=optimizer, preview_every=500))
 
 
 def toybox() -> Recipe:
-    """Text to video with rectified flow."""
+    """`toybox_base` trained on at noisier times, where the direction of a motion is decided."""
     objective = DiffusionObjectiveConfig(
         diffusion="flow",
-        autoencoder=RUNS / "toybox_vae_pixels" / "model",
-        transformer=TRANSFORMER,
-        text_encoder=TEXT_ENCODER,
-        defaults={**DEFAULTS, "num_inference_steps": 20, "guidance_scale": 3.0, "cfg_channels": None},
+        autoencoder=AUTOENCODER,
+        init_from=RUNS / "toybox_base" / "model",
+        t_loc=1.0,
+        defaults=FLOW_DEFAULTS,
     )
-    optimizer = OptimizerConfig(muon_lr=0.02, lr=1e-3, warmup_steps=100, decay=0.4)
-    return Recipe("toybox", objective, LoopConfig(steps=4200, optimizer=optimizer, preview_every=500))
+    optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=50, decay=0.7)
+    return Recipe("toybox", objective, LoopConfig(steps=1200, optimizer=optimizer, preview_every=300))
 
 
 def toybox_iddpm() -> Recipe:
     """Text to video with learned-variance IDDPM, fine-tuned from the rectified-flow model."""
     objective = DiffusionObjectiveConfig(
         diffusion="iddpm",
-        autoencoder=RUNS / "toybox_vae_pixels" / "model",
+        autoencoder=AUTOENCODER,
         init_from=RUNS / "toybox" / "model",
         defaults={**DEFAULTS, "num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
     )

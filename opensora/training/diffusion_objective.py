@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from opensora import flow, gaussian
+from opensora.checkpoints.loading import cast_weights
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import load_judge
@@ -44,6 +45,8 @@ class DiffusionObjectiveConfig:
         text_encoder: configuration of the T5 encoder, for training from scratch.
         init_from: exported pipeline folder to start from instead.
         batch_size: B, clips a step.
+        t_loc: mean of the logit of rectified flow's training times; above 0 trains more on noisy clips, where a
+            motion's direction is decided.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches.
         num_previews: held-out prompts generated and read by the judge at every preview.
@@ -59,6 +62,7 @@ class DiffusionObjectiveConfig:
     text_encoder: dict[str, Any] | None = None
     init_from: Path | None = None
     batch_size: int = 48
+    t_loc: float = 0.0
     drop_text: float = 0.1
     object_weight: float = 5.0
     num_previews: int = 40
@@ -177,7 +181,7 @@ class DiffusionObjective(Objective):
         pipeline = copy.deepcopy(self.pipeline())
         if self.config.export_dtype == "bfloat16":
             for part in (pipeline.transformer, pipeline.text_encoder, pipeline.autoencoder):
-                part.to(torch.bfloat16)
+                cast_weights(part, torch.bfloat16)
         pipeline.save_pretrained(folder)
 
     def pipeline(self) -> OpenSoraPipeline:
@@ -197,13 +201,12 @@ class FlowObjective(DiffusionObjective):
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         super().__init__(config, device)
-        self.scheduler = RectifiedFlowScheduler(sample_method="logit-normal")
+        self.scheduler = RectifiedFlowScheduler(sample_method="logit-normal", sample_loc=config.t_loc)
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         clean, noise = batch.latents, batch.noise
-        t = flow.sample_logit_normal(len(clean), generator=draw.generator("t")).to(clean.device)
-        noisy = flow.interpolate(clean, noise, t)
-        timestep = t * self.scheduler.num_train_timesteps
+        timestep = self.scheduler.draw_timesteps(len(clean), generator=draw.generator("t")).to(clean.device)
+        noisy = flow.interpolate(clean, noise, timestep / self.scheduler.num_train_timesteps)
         prediction = self.predict(noisy, timestep, batch)[:, : clean.shape[1]]
         error = (prediction - flow.velocity_target(clean, noise)).square()
         return {"velocity": mean(error * self.weights(batch)), "_mse": mean(error)}
