@@ -153,6 +153,23 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
+def velocity_weights(tables: GaussianTables, prediction_type: PredictionType, *, most: float = 10.0) -> Tensor:
+    """(N,) factors that make squared errors count as those of the velocity x - e do on a straight path, up to a bound.
+
+    With a = sqrt(abar), s = sqrt(1 - abar), an error in x is (a + s) / s as large in the velocity, one in e (a + s) / a
+    (compare Salimans and Ho 2022, https://arxiv.org/abs/2202.00512, section 4). Plain squared errors of the noise teach
+    next to nothing about the clip where it is almost noise, and that is where layout and motion are decided.
+
+    Args:
+        tables: of the schedule to train on.
+        prediction_type: ``epsilon`` or ``sample``.
+        most: bound, because the factors grow without limit towards one end.
+    """
+    a, s = tables.sqrt_alphas_cumprod, tables.sqrt_one_minus_alphas_cumprod
+    factor = (a + s) / (a if prediction_type == "epsilon" else s)
+    return factor.square().clamp(max=most)
+
+
 # --- which steps to train on ------------------------------------------------------------------------------------------
 
 

@@ -3,14 +3,16 @@
 Text is encoded once and turned into every layer's keys and values once; noise is walked to latents by the scheduler,
 each step on the conditional and the unconditional branch in one batch; the autoencoder turns latents into pixels.
 Latents stay in float32 whatever precision the networks run in. What a model samples best with (guidance, steps, size,
-frame rate) stands in the pipeline's own `model_index.json`, so a folder is complete in itself.
+frame rate) stands in the pipeline's own `model_index.json`, so a folder is complete in itself; only the bundled
+toybox-iddpm uses toybox's autoencoder, and has none of its own until it is saved.
 
 Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T frames, (H, W) pixels.
 """
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from opensora.models.guidance import (
     merge_cfg_channel_alias,
 )
 from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.text.encoders import encode_prompts, null_prompts
 from opensora.models.text.prompts import pair_prompts
 
@@ -67,6 +70,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         guidance_scale: default strength of classifier-free guidance, 1 = none.
         num_inference_steps: default number of steps.
         cfg_channels: default for which latent channels are guided: the first k, a list of indices, or None for all.
+            Left out: 3 for the IDDPM family, as its published samplers guide, and all for rectified flow.
         height: default height in pixels.
         width: default width in pixels.
         num_frames: default number of frames.
@@ -92,7 +96,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         tokenizer: Any,
         guidance_scale: float = 7.0,
         num_inference_steps: int = 30,
-        cfg_channels: int | list[int] | None = None,
+        cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
         height: int = 240,
         width: int = 424,
         num_frames: int = 51,
@@ -106,6 +110,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
                 f"{autoencoder.latent_channels}; they must come from one model"
             )
         _check_time_shift(scheduler, autoencoder)
+        if isinstance(cfg_channels, NotGiven):
+            cfg_channels = min(3, autoencoder.latent_channels) if isinstance(scheduler, IDDPMScheduler) else None
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -123,6 +129,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             fps=fps,
             max_frames=max_frames,
         )
+        self._current_timestep: Tensor | None = None
 
     @torch.no_grad()
     def __call__(
@@ -192,17 +199,20 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
         sample = self._initial_latents(latents, len(prompts), size, generators, device)
         text_context = self._text_context(prompts, negative_prompts, guided, device)
-        with self.progress_bar(total=num_steps) as progress:
+        with self.progress_bar(total=num_steps) as progress, self._hooks_left_clean():
             for i, t in timesteps:
+                self._current_timestep = t
                 num_branches = 2 if guided[i] else 1
-                prediction = network(
-                    self.scheduler.scale_model_input(sample, t).repeat(num_branches, 1, 1, 1, 1).to(network.dtype),
-                    t.expand(num_branches * len(prompts)),
-                    text_context=text_context[num_branches],
-                    fps=fps,
-                    height=size.height,
-                    width=size.width,
-                ).sample.float()
+                # What a cache keeps has the batch size of its branches, so each number of branches has its own.
+                with network.cache_context(f"{num_branches} branches", step_index=i, num_inference_steps=num_steps):
+                    prediction = network(
+                        self.scheduler.scale_model_input(sample, t).repeat(num_branches, 1, 1, 1, 1).to(network.dtype),
+                        t.expand(num_branches * len(prompts)),
+                        text_context=text_context[num_branches],
+                        fps=fps,
+                        height=size.height,
+                        width=size.width,
+                    ).sample.float()
                 cond, uncond = prediction.chunk(2) if guided[i] else (prediction, None)
                 prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
                 sample = self.scheduler.step(prediction, t, sample, generator=generators).prev_sample
@@ -226,6 +236,20 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             **_describe_guidance(guidance),
         }
         return OpenSoraPipelineOutput(frames, settings)
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Where the denoising loop is, for caches that ask; None outside it."""
+        return self._current_timestep
+
+    @contextlib.contextmanager
+    def _hooks_left_clean(self) -> Iterator[None]:
+        """Clears what caches and offloading keep between steps, also after an error or Ctrl-C."""
+        try:
+            yield
+        finally:
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
 
     # --- before the loop ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from opensora.gaussian_losses import (
     speed_tables,
     training_losses,
     variational_bound,
+    velocity_weights,
 )
 
 TABLES = gaussian.make_tables(gaussian.linear_betas(100))
@@ -185,3 +186,29 @@ def test_short_schedule_without_flat_steps_is_meaningful_throughout() -> None:
     tables = gaussian.make_tables(gaussian.linear_betas(30))
     assert speed_tables(tables, flat=0.0).meaningful_steps <= len(tables)
     assert speed_tables(tables, flat=-1.0).meaningful_steps == len(tables)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_velocity_weights_turn_an_error_into_the_velocitys(prediction_type) -> None:
+    tables = gaussian.make_tables(gaussian.linear_betas(1000))
+    weights = velocity_weights(tables, prediction_type, most=1e9)
+    t = 400
+    a, s = tables.sqrt_alphas_cumprod[t], tables.sqrt_one_minus_alphas_cumprod[t]
+    clean, noise, error = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
+    noisy = a * clean + s * noise
+    if prediction_type == "epsilon":
+        predicted_noise = noise + error
+        predicted_clean = (noisy - s * predicted_noise) / a
+    else:
+        predicted_clean = clean + error
+        predicted_noise = (noisy - a * predicted_clean) / s
+    velocity_error = (predicted_clean - predicted_noise) - (clean - noise)
+    # Both sides are of a path whose noise level is s / (a + s), on which the network's input is noisy / (a + s).
+    torch.testing.assert_close(weights[t] * error.square(), velocity_error.square())
+
+
+def test_velocity_weights_are_bounded() -> None:
+    tables = gaussian.make_tables(gaussian.linear_betas(1000))
+    weights = velocity_weights(tables, "epsilon", most=10.0)
+    assert weights.min() >= 1
+    assert weights.max() == 10

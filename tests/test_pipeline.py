@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 from tiny_pipeline import DEFAULTS, make_pipeline, seeded
 
@@ -199,6 +200,25 @@ def test_cfg_channel_is_the_same_option(pipe):
 def test_the_models_own_channels_are_the_default(pipelines):
     assert torch.equal(latents_of(pipelines["iddpm"]), latents_of(pipelines["iddpm"], cfg_channels=3))
     assert torch.equal(latents_of(pipelines["flow"]), latents_of(pipelines["flow"], cfg_channels=4))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("flow", None), ("iddpm", 3)])
+def test_the_family_decides_the_channels_that_nobody_chose(kind, channels):
+    made = make_pipeline(kind)
+    assert OpenSoraPipeline(**made.components).config.cfg_channels == channels
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e9])
+def test_a_cache_of_diffusers_works_in_the_loop_and_leaves_nothing_behind(threshold):
+    plain = make_pipeline()
+    expected = plain("a ball", generator=seeded(3), num_inference_steps=6).frames
+    cached = make_pipeline()
+    cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    first = cached("a ball", generator=seeded(3), num_inference_steps=6).frames
+    again = cached("a ball", generator=seeded(3), num_inference_steps=6).frames
+    assert torch.equal(first, again)
+    assert torch.equal(first, expected) == (threshold == 0.0)
+    assert cached.current_timestep is None
 
 
 def test_guiders_replace_plain_guidance(pipe):

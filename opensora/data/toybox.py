@@ -1,5 +1,6 @@
 """Clips of the toybox world as training data: rendered on demand, or encoded once into captioned latents."""
 
+import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.captions import caption
 from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
@@ -85,7 +87,14 @@ class CaptionedLatents:
         A cache made with other clips or another autoencoder is made again.
         """
         specs = sample_specs(n, 0, clips.world, "train")
-        made_from = json.dumps({"clips": asdict(clips), "n": n, "autoencoder": fingerprint(autoencoder)})
+        made_from = json.dumps(
+            {
+                "clips": asdict(clips),
+                "n": n,
+                "autoencoder": fingerprint(autoencoder),
+                "latent_space": autoencoder.latent_space.to_dict(),
+            }
+        )
         path = cache / "latents.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
@@ -118,11 +127,20 @@ def encode_clips(
 def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
     """Latent cells that an object covers to more than a tenth at some time; (B, 1, T, h, w) uint8."""
     time, space = autoencoder.temporal_factor, autoencoder.spatial_factor
+    if mask.shape[2] > (autoencoder.micro_frame_size or mask.shape[2]):
+        raise OpenSoraError(
+            f"clips of {mask.shape[2]} frames, but training takes one chunk of the autoencoder; "
+            f"set objective.clips.num_frames to {autoencoder.micro_frame_size} or less"
+        )
     cells = F.avg_pool3d(mask, (1, space, space))
     cells = F.pad(cells, (0, 0, 0, 0, -cells.shape[2] % time, 0))
     return (F.max_pool3d(cells, (time, 1, 1)) > 0.1).to(torch.uint8)
 
 
-def fingerprint(autoencoder: VideoAutoencoder) -> float:
-    """A number that differs between differently trained autoencoders."""
-    return float(sum(p.detach().double().abs().sum() for p in autoencoder.parameters()))
+def fingerprint(autoencoder: VideoAutoencoder) -> str:
+    """SHA-256 over weights and buffers, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -33,8 +33,7 @@ TEXT_ENCODER = {
     "dropout_rate": 0.0,
 }
 AUTOENCODER = RUNS / "toybox_vae_pixels" / "model"
-DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8}
-FLOW_DEFAULTS = {**DEFAULTS, "num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None}
+FLOW_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None}
 
 
 def toybox_base() -> Recipe:
@@ -69,7 +68,9 @@ def toybox_iddpm() -> Recipe:
         diffusion="iddpm",
         autoencoder=AUTOENCODER,
         init_from=RUNS / "toybox" / "model",
-        defaults={**DEFAULTS, "num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
+        new_last_layer=True,
+        prediction_type="sample",
+        defaults={"num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
     )
-    optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=100, decay=0.5)
+    optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-3, warmup_steps=50, decay=0.6)
     return Recipe("toybox_iddpm", objective, LoopConfig(steps=1500, optimizer=optimizer, preview_every=500))

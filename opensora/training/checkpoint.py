@@ -11,19 +11,18 @@ from typing import Any
 import torch
 
 from opensora.errors import OpenSoraError
+from opensora.files import replacing
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Writes `state` as the checkpoint of `step` and removes all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
-    for old in list_checkpoints(folder)[:-keep]:
+    killed = folder.glob(".step-*.part")  # what a killed run left half-written
+    for old in [*list_checkpoints(folder)[:-keep], *killed]:
         old.unlink()
     return path
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from opensora.errors import OpenSoraError
 from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
 
@@ -16,7 +17,8 @@ class LoopConfig:
         seed: root of every random draw.
         microbatches: batches accumulated into one step.
         precision: "bf16" runs matrix products under autocast; weights stay float32.
-        compile: compile the repeated blocks of the network; faster after a first step of many seconds.
+        compile: compile the repeated blocks of the network; faster after a first step of many seconds. A compiled run
+            resumes up to rounding only: its kernels depend on the batch shapes that the process has met.
         ema_decay: decay of the moving average of the weights.
         max_grad_norm: gradients are scaled down to this global norm.
         max_bad_steps: non-finite steps in a row after which the run stops; each is skipped and counted.
@@ -38,6 +40,16 @@ class LoopConfig:
     preview_every: int = 0
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "microbatches", "max_bad_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise OpenSoraError(f"loop.{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("log_every", "checkpoint_every", "preview_every"):
+            if getattr(self, name) < 0:
+                raise OpenSoraError(f"loop.{name} is {getattr(self, name)}; give a number of steps, or 0 for never")
+        if not 0 <= self.ema_decay < 1:
+            raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
 
 
 class ObjectiveConfig(Protocol):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from opensora import flow, gaussian
-from opensora.checkpoints.loading import cast_weights
+from opensora.checkpoints.loading import load_component
+from opensora.checkpoints.weights import cast_weights
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import load_judge
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
-from opensora.gaussian_losses import training_losses
+from opensora.gaussian_losses import training_losses, velocity_weights
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
@@ -44,6 +45,9 @@ class DiffusionObjectiveConfig:
         transformer: configuration of the STDiT3, for training from scratch.
         text_encoder: configuration of the T5 encoder, for training from scratch.
         init_from: exported pipeline folder to start from instead.
+        new_last_layer: begin with a last layer of zeros, for a model that learns to predict something else than the one
+            it starts from; what lies below would be torn apart otherwise.
+        prediction_type: what "iddpm" predicts besides the variance: "epsilon" the noise, "sample" the clean latents.
         batch_size: B, clips a step.
         t_loc: mean of the logit of rectified flow's training times; above 0 trains more on noisy clips, where a
             motion's direction is decided.
@@ -51,7 +55,7 @@ class DiffusionObjectiveConfig:
         object_weight: extra weight of errors on latent cells that an object touches.
         num_previews: held-out prompts generated and read by the judge at every preview.
         export_dtype: precision of the exported weights; checkpoints are always float32.
-        defaults: generation defaults recorded in the exported pipeline.
+        defaults: how the exported pipeline samples (steps, guidance, limits); size and rate come from the clips.
     """
 
     diffusion: Literal["flow", "iddpm"]
@@ -61,6 +65,8 @@ class DiffusionObjectiveConfig:
     transformer: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
     init_from: Path | None = None
+    new_last_layer: bool = False
+    prediction_type: gaussian.PredictionType = "epsilon"
     batch_size: int = 48
     t_loc: float = 0.0
     drop_text: float = 0.1
@@ -94,7 +100,7 @@ class DiffusionObjective(Objective):
         self.config, self.device = config, device
         if not config.autoencoder.exists():
             raise OpenSoraError(f"no autoencoder in {config.autoencoder}; train it first, or set objective.autoencoder")
-        self.autoencoder = VideoAutoencoder.from_pretrained(config.autoencoder).to(device).eval().requires_grad_(False)
+        self.autoencoder = load_component(config.autoencoder, VideoAutoencoder).to(device).requires_grad_(False)
         self.tokenizer = build_tokenizer()
         self.transformer, self.text_encoder = self.load_networks()
         self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
@@ -108,14 +114,16 @@ class DiffusionObjective(Objective):
                 raise OpenSoraError(
                     f"no model to start from in {config.init_from}; train it, or set objective.init_from"
                 )
-            transformer = STDiT3.from_pretrained(config.init_from / "transformer", torch_dtype=torch.float32)
-            text_encoder = T5EncoderModel.from_pretrained(config.init_from / "text_encoder", dtype=torch.float32)
+            transformer = load_component(config.init_from / "transformer", STDiT3)
+            text_encoder = load_component(config.init_from / "text_encoder", T5EncoderModel)
+            if config.new_last_layer:
+                nn.init.zeros_(transformer.final_layer.linear.weight)
+                nn.init.zeros_(transformer.final_layer.linear.bias)
             return transformer.train(), text_encoder.train()
         if config.transformer is None or config.text_encoder is None:
             raise OpenSoraError(
                 "objective.transformer and objective.text_encoder are needed without objective.init_from"
             )
-        torch.manual_seed(0)
         text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
         return STDiT3(**config.transformer), T5EncoderModel(text_config)
 
@@ -167,7 +175,9 @@ class DiffusionObjective(Objective):
 
     def preview(self, folder: Path, step: int) -> dict[str, float]:
         """A contact sheet of held-out prompts, and the share of their words that the judge reads off the clips."""
-        samples = held_out_samples(self.config.num_previews)
+        if not self.config.num_previews:
+            return {}
+        samples = held_out_samples(self.config.num_previews, world=self.config.clips.world)
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         clips = generate(pipeline, samples)
@@ -185,13 +195,18 @@ class DiffusionObjective(Objective):
         pipeline.save_pretrained(folder)
 
     def pipeline(self) -> OpenSoraPipeline:
-        """The current weights as a pipeline."""
+        """The current weights as a pipeline, which by default makes clips like those it was trained on."""
+        clips = self.config.clips
         return OpenSoraPipeline(
             transformer=self.transformer,
             scheduler=self.scheduler,
             autoencoder=self.autoencoder,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
+            num_frames=clips.num_frames,
+            height=clips.height,
+            width=clips.width,
+            fps=clips.fps,
             **self.config.defaults,
         )
 
@@ -201,7 +216,12 @@ class FlowObjective(DiffusionObjective):
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         super().__init__(config, device)
-        self.scheduler = RectifiedFlowScheduler(sample_method="logit-normal", sample_loc=config.t_loc)
+        self.scheduler = RectifiedFlowScheduler(
+            sample_method="logit-normal",
+            sample_loc=config.t_loc,
+            temporal_factor=self.autoencoder.temporal_factor,
+            micro_frame_size=self.autoencoder.micro_frame_size,
+        )
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         clean, noise = batch.latents, batch.noise
@@ -213,22 +233,33 @@ class FlowObjective(DiffusionObjective):
 
 
 class GaussianObjective(DiffusionObjective):
-    """IDDPM: the noise at uniform steps, and the variance through the variational bound."""
+    """IDDPM: noise or clean latents at uniform steps, and the variance through the variational bound."""
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         super().__init__(config, device)
-        self.scheduler = IDDPMScheduler()
-        self.tables = gaussian.make_tables(gaussian.linear_betas(1000)).to(device)
+        self.scheduler = IDDPMScheduler(prediction_type=config.prediction_type)
+        self.tables = self.scheduler.train_tables.to(device)
+        self.timestep_weights = velocity_weights(self.tables, config.prediction_type).float()
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         clean, noise = batch.latents, batch.noise
         t = torch.randint(len(self.tables), (len(clean),), generator=draw.generator("t")).to(clean.device)
         noisy = gaussian.q_sample(self.tables, clean, t, noise)
         prediction = self.predict(noisy, t.float(), batch)
-        losses = training_losses(self.tables, prediction, clean=clean, noisy=noisy, noise=noise, t=t)
+        losses = training_losses(
+            self.tables,
+            prediction,
+            clean=clean,
+            noisy=noisy,
+            noise=noise,
+            t=t,
+            prediction_type=self.config.prediction_type,
+        )
         assert losses.mse is not None and losses.vb is not None
-        error = (prediction[:, : clean.shape[1]] - noise).square()
-        return {"epsilon": mean(error * self.weights(batch)), "vb": losses.vb, "_mse": losses.mse}
+        target = noise if self.config.prediction_type == "epsilon" else clean
+        error = (prediction[:, : clean.shape[1]] - target).square()
+        weighted = mean(error * self.weights(batch)) * self.timestep_weights[t]
+        return {self.config.prediction_type: weighted, "vb": losses.vb, "_mse": losses.mse}
 
 
 def mean(error: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from opensora.files import replacing
+
 
 class Metrics:
     """Appends one JSON object a logged step to `metrics.jsonl`, and the same figures to TensorBoard event files.
@@ -18,9 +20,8 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(self.path)
+            with replacing(self.path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

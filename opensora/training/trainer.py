@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.settings import read_json, save_settings, to_dict
 from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -43,6 +44,7 @@ class Trainer:
         on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     ) -> None:
         self.loop, self.folder, self.device, self.on_step = recipe.loop, folder, device, on_step
+        torch.manual_seed(recipe.loop.seed)  # for the weights that a network begins with
         self.objective = recipe.objective.build(device)
         self.module = self.objective.module.to(device)
         if self.loop.compile:
@@ -83,11 +85,11 @@ class Trainer:
             figures = {**terms, "grad_norm": grad_norm, "step_s": seconds, "bad_steps": float(self.bad_steps)}
             if self.on_step is not None:
                 self.on_step(self.step, loop.steps, figures)
-            if self.step % loop.log_every == 0 or self.step == loop.steps:
+            if self.due(loop.log_every) or self.step == loop.steps:
                 metrics.write(self.step, figures)
-            if loop.preview_every and self.step % loop.preview_every == 0:
+            if self.due(loop.preview_every):
                 metrics.write(self.step, self.preview())
-            if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or self.stop_requested:
+            if self.due(loop.checkpoint_every) or self.step == loop.steps or self.stop_requested:
                 self.checkpoint()
             if self.stop_requested:
                 metrics.close()
@@ -95,14 +97,19 @@ class Trainer:
         metrics.close()
         return self.export()
 
+    def due(self, every: int) -> bool:
+        """Whether what happens `every` so many steps (0 = never) happens now."""
+        return every > 0 and self.step % every == 0
+
     def accumulate_gradients(self) -> dict[str, float]:
         """Forward and backward of every microbatch; returns the mean of each loss term."""
         self.module.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for microbatch in range(self.loop.microbatches):
             draw = Draw(self.loop.seed, self.step, microbatch=microbatch)
+            torch.manual_seed(derive_seed(self.loop.seed, "layers", self.step, microbatch))  # dropout and its like
             batch = self.objective.prepare(draw)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.loop.precision == "bf16"):
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
                 terms = self.objective.loss(batch, draw)
             minimised = [term.mean() for name, term in terms.items() if not name.startswith("_")]
             loss = torch.stack(minimised).sum() / self.loop.microbatches
@@ -119,7 +126,7 @@ class Trainer:
             if self.bad_steps >= self.loop.max_bad_steps:
                 raise OpenSoraError(
                     f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
-                    "lower the learning rate or resume with loop.precision=fp32"
+                    "start again in another --output with a lower learning rate or loop.precision=fp32"
                 )
             return
         self.bad_steps = 0
@@ -165,7 +172,16 @@ class Trainer:
         self.step, self.bad_steps = state["step"], state["bad_steps"]
 
 
-FREE_TO_CHANGE = {f"loop.{name}" for name in ("log_every", "checkpoint_every", "preview_every", "keep_checkpoints")}
+FREE_TO_CHANGE = (
+    "loop.log_every",
+    "loop.checkpoint_every",
+    "loop.preview_every",
+    "loop.keep_checkpoints",
+    "objective.num_previews",
+    "objective.export_dtype",
+    "objective.defaults",
+)
+"""Settings, and groups of settings, that do not decide the weights."""
 
 
 def record_recipe(recipe: Recipe, path: Path) -> None:
@@ -176,8 +192,7 @@ def record_recipe(recipe: Recipe, path: Path) -> None:
     """
     if path.exists():
         before, now = flatten(read_json(path)), flatten(to_dict(recipe))
-        # A setting that the record lacks is younger than the run, and its default is what the run did.
-        changed = sorted(k for k in before if before[k] != now.get(k) and k not in FREE_TO_CHANGE)
+        changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE_TO_CHANGE))
         if changed:
             values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
             raise OpenSoraError(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora.checkpoints.loading import load_component
 from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
@@ -75,10 +76,9 @@ class VAEObjective(Objective):
                     f"stage {self.config.stage!r} starts from {self.config.init_from}, which is not there; "
                     "train the stage before, or set objective.init_from"
                 )
-            return VideoAutoencoder.from_pretrained(self.config.init_from)
+            return load_component(self.config.init_from, VideoAutoencoder)
         if self.config.autoencoder is None:
             raise OpenSoraError(f"stage {self.config.stage!r} needs objective.autoencoder or objective.init_from")
-        torch.manual_seed(0)
         return VideoAutoencoder(**self.config.autoencoder)
 
     def reconstruction_loss(self, reconstruction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

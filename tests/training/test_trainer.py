@@ -83,7 +83,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, las
     with pytest.raises(Interrupted):
         Trainer(recipe(), tmp_path / "cut", on_step=interrupt_after(last_step)).run()
     resumed = Trainer(recipe(), tmp_path / "cut")
-    assert resumed.step == last_step - last_step % 3 if last_step % 3 else last_step - 3
+    expected = (last_step - 1) // 3 * 3  # a checkpoint is written after its step has been told
+    assert resumed.step == expected
     resumed.run()
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
 
@@ -114,7 +115,9 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
             process.kill()
             break
     process.wait()
-    Trainer(recipe(), tmp_path / "killed").run()
+    resumed = Trainer(recipe(), tmp_path / "killed")
+    assert resumed.step >= 6
+    resumed.run()
     Trainer(recipe(), tmp_path / "whole").run()
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
 
@@ -137,6 +140,17 @@ def test_half_written_checkpoint_is_never_picked_up(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
     (tmp_path / "step-00000006.partial").write_bytes(b"half")
     assert [load_checkpoint(p)["step"] for p in list_checkpoints(tmp_path)] == [3]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003.pt.123.part").write_bytes(b"half")
+    path = save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_may_have_a_number(tmp_path: Path) -> None:
+    Trainer(recipe(steps=1, precision="bf16"), tmp_path, "cpu:0").run()
+    assert all(torch.isfinite(w).all() for w in final_weights(tmp_path).values())
 
 
 def test_checkpoint_retention_keeps_the_newest(tmp_path: Path) -> None:
@@ -168,6 +182,32 @@ def test_resuming_with_other_settings_is_refused_and_named(tmp_path: Path) -> No
     Trainer(recipe(steps=3, checkpoint_every=1), tmp_path)
     with pytest.raises(OpenSoraError, match=r"loop\.seed=7 \(was 0\)"):
         Trainer(recipe(steps=3, seed=7), tmp_path)
+
+
+@pytest.mark.parametrize("record_lacks", [False, True])
+def test_a_setting_that_the_record_lacks_counts_as_changed(tmp_path: Path, record_lacks: bool) -> None:
+    Trainer(recipe(steps=3), tmp_path).run()
+    record = tmp_path / "recipe.json"
+    if record_lacks:
+        record.write_text(record.read_text().replace('"seed": 0,', ""))
+        with pytest.raises(OpenSoraError, match=r"loop\.seed=0 \(was None\)"):
+            Trainer(recipe(steps=3), tmp_path)
+    else:
+        Trainer(recipe(steps=3), tmp_path)
+
+
+def test_zero_means_never(tmp_path: Path) -> None:
+    Trainer(recipe(steps=3, log_every=0, checkpoint_every=0), tmp_path).run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.pt"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"microbatches": 0}, {"keep_checkpoints": 0}, {"log_every": -1}, {"ema_decay": 1.0}]
+)
+def test_impossible_loops_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(OpenSoraError, match=f"loop.{next(iter(wrong))}"):
+        LoopConfig(**({"steps": 1} | wrong))
 
 
 def test_loss_falls(tmp_path: Path) -> None:
