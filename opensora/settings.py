@@ -122,16 +122,20 @@ def apply_overrides(settings: T, overrides: Sequence[str]) -> T:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise OpenSoraError(f"override {override!r} must look like key=value, for example training.lr=3e-4")
-        settings = _override(settings, key.strip().split("."), text.strip(), key.strip())
+        settings = _override(settings, type(settings), key.strip().split("."), text.strip(), key.strip())
     return settings
 
 
-def _override(settings: Any, path: list[str], text: str, full_key: str) -> Any:
+def _override(settings: Any, annotation: Any, path: list[str], text: str, full_key: str) -> Any:
     if isinstance(settings, dict):
         head, *rest = path
         if rest and head not in settings:
             raise OpenSoraError(f"unknown setting {full_key}{nearest_name(head, settings)}")
-        return {**settings, head: _override(settings[head], rest, text, full_key) if rest else _json_or_text(text)}
+        inner = _values_of(annotation)
+        changed = (
+            _override(settings[head], inner, rest, text, full_key) if rest else _build_from_text(inner, text, full_key)
+        )
+        return {**settings, head: changed}
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
         raise OpenSoraError(
             f"setting {full_key} does not exist: {'.'.join(full_key.split('.')[: -len(path)])} is a value"
@@ -145,7 +149,7 @@ def _override(settings: Any, path: list[str], text: str, full_key: str) -> Any:
     if rest == [TYPE_KEY] and _dataclasses_in(hints[head]):
         changed = _build_union(hints[head], typing.get_args(hints[head]), {TYPE_KEY: text}, ".".join(path[:1]), "")
     elif rest:
-        changed = _override(current, rest, text, full_key)
+        changed = _override(current, hints[head], rest, text, full_key)
     else:
         changed = _build_from_text(hints[head], text, full_key)
     return dataclasses.replace(settings, **{head: changed})
@@ -297,6 +301,13 @@ def _build_sequence(
         _build(kind_, item, f"{key}[{i}]", place) for i, (kind_, item) in enumerate(zip(inner, value, strict=True))
     ]
     return tuple(built) if kind is tuple else built
+
+
+def _values_of(annotation: Any) -> Any:
+    """What a dictionary of this annotation holds: `int` for `dict[str, int] | None`, `Any` where nothing is said."""
+    members = typing.get_args(annotation) if typing.get_origin(annotation) is not dict else (annotation,)
+    held = [typing.get_args(member)[1] for member in members if typing.get_origin(member) is dict]
+    return held[0] if held else Any
 
 
 def _dataclasses_in(annotation: Any) -> list[type]:

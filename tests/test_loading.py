@@ -1,7 +1,6 @@
 """Folders on disk: saved and loaded again, and every way in which one can be wrong."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -14,10 +13,11 @@ from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_pipeline, make_transformer, seeded
+from transformers import T5EncoderModel
 
 import opensora
 from opensora.checkpoints import loading
-from opensora.checkpoints.loading import load_pipeline, model_hash
+from opensora.checkpoints.loading import load_component, load_pipeline, model_hash
 from opensora.checkpoints.published import BUNDLED, BundledModel
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
@@ -38,7 +38,7 @@ class Exploit:
         self.path = path
 
     def __reduce__(self):
-        return os.mknod, (str(self.path),)
+        return open, (str(self.path), "w")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,64 @@ def test_an_override_of_the_latent_space_is_used_and_recorded(saved):
     assert described["replaces"]["shift"] == [pytest.approx(value) for value in (0.1, -0.2, 0.3, 0.0)]
 
 
+def test_an_override_settles_a_quarrel_of_configuration_and_weights(folder):
+    path = folder / "autoencoder" / WEIGHTS
+    change_weights(path, lambda weights: weights["scale"].fill_(7.0))
+    assert "two different latent spaces" in refusal(folder)
+    space = load_pipeline(folder, override_latent_space=LatentSpace(scaling_factor=0.5)).describe()["latent_space"]
+    assert space["scaling_factor"] == 0.5 and space["replaces"]["scale"] == [7.0] * 4
+
+
+def test_an_override_excuses_no_damage(folder):
+    path, override = folder / "autoencoder" / WEIGHTS, {"override_latent_space": LatentSpace()}
+    name = next(name for name in load_file(path) if name.endswith("conv_in.weight"))
+    change_weights(path, lambda weights: weights[name].fill_(torch.nan))
+    assert f"NaN or infinite values in {name}" in refusal(folder, **override)
+    change_weights(path, lambda weights: weights.pop(name))
+    assert f"missing tensors ({name})" in refusal(folder, **override)
+
+
+@pytest.mark.parametrize(
+    ("name", "network"), [("transformer", STDiT3), ("autoencoder", VideoAutoencoder), ("text_encoder", T5EncoderModel)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_component_alone_is_what_from_pretrained_gives(saved, tmp_path, name, network, dtype):
+    make_pipeline("flow").to(dtype).save_pretrained(tmp_path)
+    ours, theirs = load_component(tmp_path / name, network), network.from_pretrained(tmp_path / name).float()
+    assert not ours.training and {tensor.dtype for tensor in ours.parameters()} == {torch.float32}
+    first, second = (dict(model.named_parameters()) for model in (ours, theirs))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert all(parameter.requires_grad == second[key].requires_grad for key, parameter in first.items())
+    first, second = (dict(model.named_buffers()) for model in (ours, theirs))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_component_alone_is_checked_as_well(folder):
+    path = folder / "transformer" / WEIGHTS
+    for change, message in (
+        (lambda weights: weights["t_block.1.bias"].fill_(torch.nan), "NaN or infinite values in t_block.1.bias"),
+        (lambda weights: weights.pop("t_block.1.bias"), "missing tensors"),
+    ):
+        change_weights(path, change)
+        with pytest.raises(OpenSoraError, match=message):
+            load_component(folder / "transformer", STDiT3)
+    with pytest.raises(OpenSoraError, match="is missing"):
+        load_component(folder / "nowhere", STDiT3)
+
+
+def test_a_bundled_model_shares_its_component_by_whatever_path(saved, tmp_path, monkeypatch):
+    borrower = Path(shutil.copytree(saved["iddpm"], tmp_path / "borrower"))
+    shutil.rmtree(borrower / "autoencoder")
+    assert "autoencoder is missing" in refusal(borrower)
+    monkeypatch.setitem(BUNDLED, "lender", BundledModel(saved["flow"], "a test"))
+    monkeypatch.setitem(BUNDLED, "borrower", BundledModel(borrower, "a test", shared={"autoencoder": "lender"}))
+    (tmp_path / "link").symlink_to(borrower)
+    monkeypatch.chdir(tmp_path)
+    for name in ("borrower", "./borrower", tmp_path / "link", borrower / ".." / "borrower"):
+        quiet(load_pipeline(name))
+    assert model_hash(tmp_path / "link") == model_hash(borrower) == model_hash(saved["iddpm"])
+
+
 def test_a_bundled_name_is_its_folder(saved, monkeypatch):
     monkeypatch.setitem(BUNDLED, "tiny", BundledModel(saved["iddpm"], "a test"))
     assert opensora.load_pipeline("tiny").config.cfg_channels == 3
@@ -179,6 +237,7 @@ def test_the_hash_tells_models_apart_and_nothing_else(folder, saved):
     assert before != model_hash(saved["iddpm"])
     change_json(folder / "model_index.json", guidance_scale=1.0)
     (folder / "README.md").write_text("a note")
+    shutil.copytree(folder / "transformer", folder / "old transformer")
     assert model_hash(folder) == before
     change_json(folder / "scheduler" / "scheduler_config.json", transform_scale=2.0)
     configured = model_hash(folder)
@@ -186,9 +245,11 @@ def test_the_hash_tells_models_apart_and_nothing_else(folder, saved):
     assert len({before, configured, model_hash(folder)}) == 3
 
 
-def test_no_weights_have_no_hash(tmp_path):
+def test_no_weights_have_no_hash(folder):
+    for path in folder.glob("*/*.safetensors"):
+        path.unlink()
     with pytest.raises(OpenSoraError, match="holds no weights"):
-        model_hash(tmp_path)
+        model_hash(folder)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -266,6 +327,40 @@ def test_components_come_from_known_libraries_only(folder):
     assert "which is no class" in refusal(folder)
     change_json(folder / "model_index.json", scheduler=None)
     assert "names no scheduler" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "kind"),
+    [
+        ("tokenizer", "AutoTokenizer", "PreTrainedTokenizerBase"),
+        ("tokenizer", "T5EncoderModel", "PreTrainedTokenizerBase"),
+        ("scheduler", "T5Config", "SchedulerMixin"),
+        ("text_encoder", "AutoModel", "Module"),
+        ("transformer", "TokenizersBackend", "Module"),
+    ],
+)
+def test_every_place_wants_its_own_kind(folder, name, cls, kind):
+    change_json(folder / "model_index.json", **{name: ["transformers", cls]})
+    assert refusal(folder) == f"{name} is to be a {cls} of 'transformers', which is no {kind}"
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("transformer/config.json", {"hidden_size": "many"}),
+        ("transformer/config.json", {"num_heads": 0}),
+        ("transformer/config.json", {"patch_size": None}),
+        ("transformer/config.json", {"depth": -1, "hidden_size": -48}),
+        ("autoencoder/config.json", {"spatial": 3}),
+        ("autoencoder/config.json", {"latent_space": [1]}),
+        ("text_encoder/config.json", {"d_model": "wide"}),
+        ("text_encoder/config.json", {"num_heads": None}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "all"}),
+    ],
+)
+def test_configurations_of_nothing_name_their_file(folder, file, values):
+    change_json(folder / file, **values)
+    assert f"model/{file}" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

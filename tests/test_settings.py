@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -39,6 +39,8 @@ class Recipe:
     output: Path = Path("runs")
     training: Training = field(default_factory=Training)
     notes: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, float | None] | None = field(default_factory=lambda: {"low": 0.0})
+    network: dict[str, Any] | None = field(default_factory=lambda: {"depth": 2, "spatial": {"groups": 4}})
 
 
 def full() -> Recipe:
@@ -77,6 +79,12 @@ def test_defaults_fill_what_the_file_leaves_out():
         ("name=a=b", lambda r: r.name, "a=b"),
         ("output=else/where", lambda r: r.output, Path("else/where")),
         ("notes.b=2", lambda r: r.notes, {"b": 2}),
+        ("limits.low=3", lambda r: r.limits["low"], 3.0),
+        ("limits.low=none", lambda r: r.limits["low"], None),
+        ("network.depth=3", lambda r: r.network["depth"], 3),
+        ("network.kind=folded", lambda r: r.network["kind"], "folded"),
+        ("network.spatial.groups=8", lambda r: r.network["spatial"], {"groups": 8}),
+        ("network.sizes=[1, 2]", lambda r: r.network["sizes"], [1, 2]),
     ],
 )
 def test_overrides(override, read, expected):
@@ -100,6 +108,10 @@ def test_overrides(override, read, expected):
         ("training.optimizer.betas=0.8", "has 1 entries, expected 2"),
         ("training.compile=2", "expected bool"),
         ("training", "must look like key=value"),
+        ("notes.b=two", "notes.b is 'two', expected int"),
+        ("notes.b=2.5", "notes.b is 2.5, expected int"),
+        ("limits.low=wide", "limits.low is 'wide', expected float or none"),
+        ("network.spatail.groups=8", "did you mean spatial?"),
     ],
 )
 def test_bad_overrides_are_one_line(override, message):

@@ -1,5 +1,6 @@
 """The models this package knows by name, in one table."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ _WEIGHTS = Path(__file__).parent.parent / "toybox" / "weights"
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A complete pipeline folder that is shipped inside the package.
+    """A pipeline folder that is shipped inside the package, complete but for what it shares with another one.
 
     Attributes:
         folder: where it lies.
@@ -32,8 +33,12 @@ BUNDLED: dict[str, BundledModel] = {
 }
 
 
-def component_folders(folder: Path) -> dict[str, Path]:
-    """Component name -> folder, for a pipeline's folder: its own subfolders, and those a bundled model shares."""
-    own = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    shared = next((model.shared for model in BUNDLED.values() if model.folder == folder), {})
-    return own | {name: BUNDLED[model].folder / name for name, model in shared.items() if name not in own}
+def component_folders(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Component name -> folder: a subfolder of the pipeline's own, or one that a bundled model shares."""
+    here = folder.resolve()
+    shared = next((model.shared for model in BUNDLED.values() if model.folder.resolve() == here), {})
+    own = {name: folder / name for name in names}
+    return {
+        name: BUNDLED[shared[name]].folder / name if name in shared and not part.is_dir() else part
+        for name, part in own.items()
+    }

@@ -92,6 +92,7 @@ class EvaluateToyboxVae:
     def run(self) -> None:
         import torch
 
+        from opensora.checkpoints.loading import load_component
         from opensora.evaluation.judge import load_judge
         from opensora.models.autoencoders.video import VideoAutoencoder
 
@@ -100,7 +101,7 @@ class EvaluateToyboxVae:
             raise OpenSoraError(f"no autoencoder in {self.autoencoder}; give the folder that holds its config.json")
         device = choose_device(self.device)
         judge = load_judge(device=device)
-        autoencoder = VideoAutoencoder.from_pretrained(self.autoencoder).eval()
+        autoencoder = load_component(self.autoencoder, VideoAutoencoder)
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
         print_table(read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))

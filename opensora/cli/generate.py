@@ -105,12 +105,14 @@ class Generate:
         jobs = self._jobs(record)
         model = self.model or (record.model if record else DEFAULT_MODEL)
         negative_prompt = record.negative_prompt if record else self.negative_prompt
+        texts = [job.prompt for job in jobs] + ([negative_prompt] if negative_prompt else [])
         if model in TOYBOX_MODELS:
-            _check_words(model, [job.prompt for job in jobs], negative_prompt)
+            _check_toybox_words(model, texts)
         for job in jobs:
             check_writable(job.path)
 
         pipe, model_hash = self._load(model, record)
+        _check_words(pipe, texts)
         sampling = record.sampling if record else self._sampling(pipe)
         size = VideoSize(sampling.num_frames, sampling.height, sampling.width).check(pipe.size_rule())
 
@@ -262,13 +264,29 @@ def parse_cfg_channels(text: str | None) -> int | list[int] | str | None:
     return numbers if "," in text else numbers[0]
 
 
-def _check_words(model: str, prompts: list[str], negative_prompt: str | None) -> None:
-    from opensora.toybox.captions import describe_vocabulary, unknown_words
+def _check_toybox_words(model: str, texts: list[str]) -> None:
+    """What `_check_words` would find, before the model is loaded, and the shapes it was never shown."""
+    from opensora.toybox.captions import describe_vocabulary, unknown_words, words_of
 
-    texts = [*prompts, negative_prompt or ""]
     unknown = list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
     if unknown:
         raise OpenSoraError(f"{model} does not know: {', '.join(unknown)}. It knows {describe_vocabulary()}")
+    for text in texts:
+        if not words_of(text):
+            raise OpenSoraError(f"the prompt {text!r} holds no word. {model} knows {describe_vocabulary()}")
+
+
+def _check_words(pipe: "OpenSoraPipeline", texts: list[str]) -> None:
+    """All prompts, before the first of them is sampled."""
+    from opensora.models.text.encoders import check_words
+    from opensora.toybox.captions import VOCABULARY, describe_vocabulary
+
+    try:
+        check_words(pipe.tokenizer, texts)
+    except OpenSoraError as error:
+        if set(VOCABULARY) <= pipe.tokenizer.get_vocab().keys():
+            raise OpenSoraError(f"{error}. It knows {describe_vocabulary()}") from None
+        raise
 
 
 def _sample(

@@ -91,7 +91,7 @@ class Results:
         os.replace(partial, path)  # noqa: PTH105  (atomic, unlike a second write)
 
     def resume(self, path: Path) -> None:
-        """Takes over the samples that `path` already holds.
+        """Takes over the samples and gates that `path` already holds.
 
         Raises:
             OpenSoraError: `path` is not a results file, or one of other settings.
@@ -102,6 +102,7 @@ class Results:
             content = json.loads(path.read_text())
             settings = content["settings"]
             read = {row["id"]: row["read"] for row in content["samples"]}
+            gates = dict(content["gates"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
         for name in sorted(self.settings.keys() | settings.keys()):
@@ -111,6 +112,7 @@ class Results:
                     f"{path} was made with {name} = {theirs!r}, this run has {mine!r}; choose another --output"
                 )
         self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
+        self.gates = gates | self.gates
 
 
 def held_out_samples(n: int, seed: int = 0, world: World = EASY_WORLD) -> list[Sample]:
@@ -194,10 +196,11 @@ def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
 
 
 def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, Any]:
-    """What decides the outcome of an evaluation: the weights, the sampling defaults and the seed."""
+    """What decides the outcome of an evaluation: the weights, the sampling defaults, the seed, and the arithmetic."""
     names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
     defaults = {name: pipeline.config[name] for name in names}
-    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **defaults}
+    arithmetic = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **defaults, **arithmetic}
 
 
 def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:

@@ -32,6 +32,7 @@ class NoisePipeline:
             "cfg_channels": None,
         }
         self.device = torch.device("cpu")
+        self.tokenizer = None
         self.scheduler = SimpleNamespace(timesteps=[])
         self.calls = []
         self.fail_at_step = None
@@ -197,6 +198,8 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         (["--prompt-path", "empty.txt"], "holds no prompt"),
         (["a zebra eats gras"], "toybox does not know: zebra, eats, gras. It knows"),
         ([PROMPT, "--negative-prompt", "ugly"], "toybox does not know: ugly"),
+        (["!!!"], "the prompt '!!!' holds no word. toybox knows one object"),
+        ([PROMPT, "--negative-prompt", "🦓"], "holds no word"),
         ([PROMPT, "--height", "20"], "height 20 must be a multiple of 8; the nearest valid is 16 or 24"),
         ([PROMPT, "--width", "0"], "nearest valid is 8"),
         ([PROMPT, "--num-frames", "16"], "the nearest valid is 13 or 17"),

@@ -101,6 +101,20 @@ def test_damaged_models(model, damage, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a zebra eats grass", [], "does not know: zebra, eats. It knows one object (small, large;"),
+        (PROMPT, ["--negative-prompt", "ugly"], "does not know: ugly. It knows"),
+        ("!!!", [], "'!!!' holds no word"),
+    ],
+)
+def test_a_folder_knows_its_words_as_well(model, prompt, options, message, capsys):
+    assert main(["generate", prompt, "--model", "model", "--output", "clip.mp4", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--height", "20"], "nearest valid is 16 or 24"),

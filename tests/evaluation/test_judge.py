@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensora.errors import OpenSoraError
-from opensora.evaluation.judge import WEIGHTS, Judge, load_judge
+from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.toybox import real_accuracy
 from opensora.recipes.toybox_judge import JudgeObjectiveConfig, spoil, toybox_judge
 from opensora.toybox.world import ATTRIBUTES, World, render, sample_specs
@@ -84,12 +84,10 @@ def test_the_recipe_exports_a_judge_in_half_precision(tmp_path):
     assert next(load_judge(tmp_path).parameters()).dtype == torch.float32
 
 
-@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
 def test_the_bundled_judge_reads_real_held_out_clips():
     accuracy = real_accuracy(load_judge(), n=60, seed=11)
     assert min(accuracy[name] for name in ATTRIBUTES) >= 0.96
 
 
-@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
 def test_the_bundled_judge_reads_other_sizes_and_lengths():
     assert min(real_accuracy(load_judge(), n=24, seed=12, size=(33, 96, 96), batch_size=8).values()) >= 0.85

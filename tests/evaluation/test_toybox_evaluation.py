@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_autoencoder, make_pipeline
 
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
-from opensora.evaluation.judge import WEIGHTS, Judge
+from opensora.evaluation.judge import Judge
 from opensora.evaluation.toybox import (
     Results,
     contact_sheet,
@@ -94,6 +95,15 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(tmp_path):
     assert len(json.loads(output.read_text())["samples"]) == 7
 
 
+def test_going_on_keeps_gates_that_were_read_before(tmp_path):
+    output, first, second = tmp_path / "r.json", fresh_results(2), fresh_results(3)
+    first.gates = {"real, 4 clips": {"shape": 0.5}, "autoencoder, 4 clips": {"shape": 0.25}}
+    first.save(output)
+    second.gates["real, 4 clips"] = {"shape": 1.0}
+    second.resume(output)
+    assert second.gates == {"real, 4 clips": {"shape": 1.0}, "autoencoder, 4 clips": {"shape": 0.25}}
+
+
 def test_other_settings_and_foreign_files_are_not_resumed(tmp_path):
     output = tmp_path / "r.json"
     fresh_results(2).save(output)
@@ -163,7 +173,6 @@ def test_mistakes_on_the_command_line_are_one_line(args: list[str], message: str
     assert error.count("\n") == 1
 
 
-@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
 def test_the_command_evaluates_a_folder_and_goes_on(kind: str, tmp_path, capsys):
     make_pipeline(kind).save_pretrained(tmp_path / "model")
@@ -173,6 +182,7 @@ def test_the_command_evaluates_a_folder_and_goes_on(kind: str, tmp_path, capsys)
     first = json.loads(output.read_text())
     assert main([*args, "--num-prompts", "3", "--num-gate-clips", "4", "--contact-sheet", str(sheet)]) == 0
     second = json.loads(output.read_text())
+    assert first["settings"]["dtype"] == "float32" and first["settings"]["device"] in ("cpu", "cuda", "mps")
     assert second["samples"][:2] == first["samples"]
     assert len(second["samples"]) == 3
     assert len(second["gates"]) == 2
@@ -182,7 +192,15 @@ def test_the_command_evaluates_a_folder_and_goes_on(kind: str, tmp_path, capsys)
     assert sheet.exists()
 
 
-@pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the judge is not trained yet")
+def test_the_command_refuses_a_damaged_autoencoder(tmp_path, capsys):
+    make_autoencoder().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight * torch.nan for name, weight in load_file(path).items()}, path)
+    assert main(["evaluate", "toybox-vae", "--autoencoder", str(tmp_path), "--num-clips", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "NaN or infinite values" in error and error.count("\n") == 1
+
+
 def test_the_command_reads_through_an_autoencoder(tmp_path, capsys):
     make_autoencoder().save_pretrained(tmp_path)
     size = ["--num-frames", "5", "--height", "32", "--width", "32"]

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from opensora.errors import OpenSoraError
-from opensora.models.text.encoders import encode_prompts, null_prompts
+from opensora.models.text.encoders import check_words, encode_prompts, null_prompts
 from opensora.models.text.prompts import as_prompt_list, pair_prompts
 from opensora.toybox.captions import build_tokenizer
 
@@ -52,6 +54,33 @@ def test_dtype_is_that_asked_for(tokenizer, text_encoder):
 def test_a_prompt_that_is_too_long_is_refused(tokenizer, text_encoder):
     with pytest.raises(OpenSoraError, match=r"has 31 tokens, but this model reads 24"):
         encode_prompts(tokenizer, text_encoder, ["a ball", " ".join(["ball"] * 30)], LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a zebra eats a red Zebra"], "does not know: zebra, eats, Zebra$"),
+        (["a red ball", "un été, zebra!"], "does not know: un, été, zebra$"),
+        (["a <unk> ball"], "does not know: <unk>$"),
+        (["!!!"], "the prompt '!!!' holds no word"),
+        (["a ball", "🦓"], "the prompt '🦓' holds no word"),
+    ],
+)
+def test_words_that_no_token_stands_for_are_named(tokenizer, text_encoder, prompts, message):
+    with pytest.raises(OpenSoraError, match=message):
+        encode_prompts(tokenizer, text_encoder, prompts, LENGTH)
+
+
+@torch.no_grad()
+def test_punctuation_and_capitals_are_no_words(tokenizer, text_encoder):
+    odd, _ = encode_prompts(tokenizer, text_encoder, ["A  red, BALL!"], LENGTH)
+    plain, _ = encode_prompts(tokenizer, text_encoder, ["a red ball"], LENGTH)
+    assert torch.equal(odd, plain)
+
+
+def test_a_tokenizer_of_pieces_reads_any_word():
+    pieces = Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0))
+    check_words(PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>"), ["abzebra", "!!!"])
 
 
 def test_null_rows_repeat_the_embedding_and_keep_the_prompts_mask():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_objectives import CLIPS, diffusion_config, vae_config
 from tiny_pipeline import make_autoencoder
 from torch import Tensor
@@ -140,6 +141,24 @@ def test_training_goes_on_from_a_trained_model(kind, tmp_path):
     second = diffusion_config("flow", tmp_path, **changes).build("cpu")
     for name, average in first.ema.average.items():
         assert torch.equal(second.module.state_dict()[name], average), name
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "transformer", "text_encoder"])
+def test_training_does_not_go_on_from_damaged_weights(part, tmp_path):
+    diffusion_config("flow", tmp_path).build("cpu").export(tmp_path / "model")
+    start = {"init_from": tmp_path / "model", "autoencoder": tmp_path / "model" / "autoencoder"}
+    path = next((tmp_path / "model" / part).glob("*.safetensors"))
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("norm.weight") or "conv_in" in name or "t_block" in name)
+    save_file({key: weight for key, weight in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(OpenSoraError, match="missing tensors"):
+        diffusion_config("flow", tmp_path, **start).build("cpu")
+    save_file(weights | {name: weights[name] * torch.nan}, path, {"format": "pt"})
+    with pytest.raises(OpenSoraError, match="NaN or infinite"):
+        diffusion_config("flow", tmp_path, **start).build("cpu")
+    if part == "autoencoder":
+        with pytest.raises(OpenSoraError, match="NaN or infinite"):
+            vae_config("pixels", autoencoder=None, init_from=path.parent).build("cpu")
 
 
 def test_stages_of_the_autoencoder_follow_each_other(tmp_path):

@@ -11,6 +11,7 @@ Letters: B prompts, L text length of the transformer, D width of the encoder's s
 from typing import Any
 
 import torch
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
@@ -38,8 +39,9 @@ def encode_prompts(
         `text_states` (B, L, D), the encoder's last hidden state, and `text_mask` (B, L) bool, True for tokens of text.
 
     Raises:
-        OpenSoraError: a prompt is longer than L tokens.
+        OpenSoraError: a prompt is longer than L tokens, or `check_words` refuses it.
     """
+    check_words(tokenizer, prompts)
     lengths = [len(ids) for ids in tokenizer(prompts, return_attention_mask=False)["input_ids"]]
     longest = max(range(len(prompts)), key=lambda i: lengths[i])
     if lengths[longest] > max_length:
@@ -52,6 +54,26 @@ def encode_prompts(
     text_mask = tokens["attention_mask"].to(encoder_device)
     states = text_encoder(input_ids=tokens["input_ids"].to(encoder_device), attention_mask=text_mask)[0]
     return states.to(device=device, dtype=dtype), text_mask.to(device=device, dtype=torch.bool)
+
+
+def check_words(tokenizer: Any, prompts: list[str]) -> None:
+    """Refuses what a word-level tokenizer would drop or turn into its unknown token; others read any text.
+
+    Raises:
+        OpenSoraError: words outside the vocabulary, each named once, or a prompt without any word.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, WordLevel) or tokenizer.unk_token_id is None:
+        return
+    tokens = tokenizer(prompts, return_attention_mask=False, return_offsets_mapping=True)
+    unknown: list[str] = []
+    for prompt, ids, places in zip(prompts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        words = [(token, prompt[start:end]) for token, (start, end) in zip(ids, places, strict=True) if end > start]
+        if not words:
+            raise OpenSoraError(f"the prompt {_start_of(prompt)!r} holds no word; say what the video should show")
+        unknown += [word for token, word in words if token == tokenizer.unk_token_id]
+    if unknown:
+        raise OpenSoraError(f"this model does not know: {', '.join(dict.fromkeys(unknown))}")
 
 
 def null_prompts(null_text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
