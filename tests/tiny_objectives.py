@@ -17,7 +17,7 @@ AUTOENCODER: dict[str, Any] = {
 }
 TRANSFORMER = {"hidden_size": 48, "depth": 1, "num_heads": 2, "caption_channels": 16, "model_max_length": 24}
 TEXT_ENCODER = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-DEFAULTS = {"height": 16, "width": 24, "num_frames": 5, "fps": 8, "num_inference_steps": 2}
+DEFAULTS = {"num_inference_steps": 2}
 
 
 def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObjectiveConfig:
