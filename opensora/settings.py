@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from opensora.errors import OpenSoraError
+from opensora.files import replacing
 
 T = TypeVar("T")
 
@@ -74,12 +75,9 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def save_settings(settings: Any, path: str | Path) -> None:
-    """Writes a dataclass as JSON, under a temporary name first so that no half file is ever seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes a dataclass as JSON; no half file is ever seen."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_settings(cls: type[T], path: str | Path) -> T:

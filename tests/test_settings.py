@@ -55,6 +55,20 @@ def test_a_recipe_survives_the_file(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.json"
+    save_settings(full(), path)
+
+    def half(self, *_, **__):
+        self.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_settings(Recipe("y"), path)
+    assert load_settings(Recipe, path) == full() and list(tmp_path.iterdir()) == [path]
+
+
 def test_defaults_fill_what_the_file_leaves_out():
     assert from_dict(Recipe, {"name": "x"}) == Recipe("x")
 

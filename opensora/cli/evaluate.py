@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from opensora.cli.devices import choose_device
 from opensora.errors import OpenSoraError
+from opensora.files import check_writable
 
 if TYPE_CHECKING:
-    import torch
-
     from opensora.evaluation.judge import Judge
 
 
@@ -45,6 +45,8 @@ class EvaluateToybox:
         check_count("--num-prompts", self.num_prompts, least=0)
         check_count("--batch-size", self.batch_size)
         check_count("--num-gate-clips", self.num_gate_clips)
+        check_output("--output", self.output, ".json")
+        check_output("--contact-sheet", self.contact_sheet, ".png")
         device = choose_device(self.device)
         judge = load_judge(device=device)
         pipeline = opensora.load_pipeline(self.model, device=device)
@@ -141,14 +143,13 @@ def check_count(option: str, value: int, least: int = 1) -> None:
         raise OpenSoraError(f"{option} is {value}; give {least} or more")
 
 
-def choose_device(name: str | None) -> "torch.device":
-    """The device of that name; for None an accelerator if there is one, else the CPU."""
-    import torch
-
-    from opensora.checkpoints.loading import resolve_device
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return resolve_device(name or accelerator or "cpu")
+def check_output(option: str, path: Path | None, suffix: str) -> None:
+    """Raises `OpenSoraError` for a file that could not be written at the end, or whose ending says something else."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise OpenSoraError(f"{option} is {path}; give a file that ends in {suffix}")
+    check_writable(path)
 
 
 def read_gates(

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
+from opensora.cli.devices import choose_device
 from opensora.cli.jobs import Job, plan, read_prompts
 from opensora.cli.record import (
+    DTYPES,
     Record,
     Sampling,
     changed_versions,
@@ -26,8 +28,9 @@ from opensora.cli.record import (
     versions,
 )
 from opensora.errors import OpenSoraError
+from opensora.files import check_writable
 from opensora.geometry import VideoSize, num_pixels, parse_aspect_ratio, parse_num_frames, resolve_image_size
-from opensora.media.write import FORMATS, check_writable, format_of, write_video
+from opensora.media.write import FORMATS, check_fps, check_size, format_of, write_video
 from opensora.settings import nearest_name, save_settings
 
 if TYPE_CHECKING:
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "toybox"
 DEFAULT_SEED = 42
 DEFAULT_FOLDER = Path("outputs")
-DTYPES = ("float32", "bfloat16", "float16")
 TOYBOX_MODELS = ("toybox", "toybox-iddpm")
 
 # What --from does not take from the record.
@@ -108,13 +110,20 @@ class Generate:
         texts = [job.prompt for job in jobs] + ([negative_prompt] if negative_prompt else [])
         if model in TOYBOX_MODELS:
             _check_toybox_words(model, texts)
+        kind = format_of(jobs[0].path, self.format)  # all have the same ending
+        fps = record.sampling.fps if record else self.fps
+        if fps is not None:
+            check_fps(fps, kind)
         for job in jobs:
             check_writable(job.path)
+            check_writable(sidecar_path(job.path))
 
         pipe, model_hash = self._load(model, record)
         _check_words(pipe, texts)
         sampling = record.sampling if record else self._sampling(pipe)
         size = VideoSize(sampling.num_frames, sampling.height, sampling.width).check(pipe.size_rule())
+        check_fps(sampling.fps, kind)
+        check_size(kind, size.num_frames, size.height, size.width)
 
         sampling_s = 0.0
         for job in jobs:
@@ -127,7 +136,7 @@ class Generate:
                     prompt=job.prompt,
                     negative_prompt=negative_prompt,
                     seed=job.seed,
-                    model=model,
+                    model=model if model in TOYBOX_MODELS else Path(model).expanduser().resolve().name,
                     model_hash=model_hash,
                     sampling=sampling,
                     device=str(pipe.device),
@@ -135,10 +144,11 @@ class Generate:
                     pipeline={name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
                     versions=versions(),
                 )
-            kind = format_of(job.path, self.format)
             write_video(job.path, frames, sampling.fps, made.as_metadata() if made else None, format=kind)
             if made:
                 save_settings(made, sidecar_path(job.path))
+            else:  # one that is there tells of the clip that was there
+                sidecar_path(job.path).unlink(missing_ok=True)
             print(job.path, flush=True)
         clips = "" if len(jobs) == 1 else f"{len(jobs)} times "
         _say(
@@ -162,8 +172,6 @@ class Generate:
                 raise OpenSoraError(f"unknown {name} {value!r}{nearest_name(value, known)}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise OpenSoraError(f"--guidance-scale is {self.guidance_scale:g}, expected 0 or more")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise OpenSoraError(f"--fps is {self.fps:g}, expected a number above 0 and at most 1000")
         if self.resolution is not None:
             num_pixels(self.resolution)
         if self.aspect_ratio is not None:
@@ -174,7 +182,9 @@ class Generate:
     def _jobs(self, record: Record | None) -> list[Job]:
         output = self.output or DEFAULT_FOLDER
         if record and self.from_:
-            suffix = ".mp4" if self.from_.suffix == ".json" else self.from_.suffix
+            clip = self.from_.with_suffix("") if self.from_.suffix.lower() == ".json" else self.from_
+            suffix = clip.suffix.lower()
+            suffix = suffix if suffix.removeprefix(".") in FORMATS else ".mp4"
             return plan([record.prompt], 1, record.seed, output, self.format, suffix)
         prompts = read_prompts(self.prompt, self.prompt_path)
         num_videos = 1 if self.num_videos is None else self.num_videos
@@ -189,16 +199,19 @@ class Generate:
 
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
-        found = model_hash(find_model(model))
+        device = choose_device(self.device or (record.device if record else None))
+        try:
+            found = model_hash(find_model(model))
+        except OpenSoraError as error:
+            if record is None or self.model is not None:
+                raise
+            raise OpenSoraError(f"{error}; --model says where the model is that made this clip") from error
         if record:
             check_same_model(record, found)
             if changed := changed_versions(record):
                 _say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
         dtype = self.dtype or (record.dtype if record else None)
-        device = self.device or (record.device if record else None)
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        pipe = load_pipeline(model, device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
+        pipe = load_pipeline(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
         pipe.set_progress_bar_config(disable=True)
         return pipe, found
 
@@ -311,18 +324,34 @@ def _sample(
             progress.update(task, completed=step + 1, total=total, description=text)
             return values
 
-        output: Any = pipe(
-            job.prompt,
-            negative_prompt,
-            **dataclasses.asdict(sampling),
-            generator=torch.Generator("cpu").manual_seed(job.seed),
-            output_type="np",
-            callback_on_step_end=step_done,
-        )
+        try:
+            output: Any = pipe(
+                job.prompt,
+                negative_prompt,
+                **dataclasses.asdict(sampling),
+                generator=torch.Generator("cpu").manual_seed(job.seed),
+                output_type="np",
+                callback_on_step_end=step_done,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OpenSoraError(
+                f"out of memory for {sampling.num_frames} frames of {sampling.height}x{sampling.width}; "
+                "choose fewer --num-frames, or a smaller --resolution or --height and --width"
+            ) from error
     frames = np.asarray(output.frames[0])
     if not np.isfinite(frames).all():
         raise OpenSoraError("the decoded frames hold NaN or infinite values; try --dtype float32, or check the weights")
     return np.clip(frames * 255, 0, 255).round().astype(np.uint8), output.settings
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Accelerators have an exception of their own; the CPU's allocator and some backends only say it."""
+    import torch
+
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def _process_seconds() -> float:

@@ -60,7 +60,7 @@ def read_prompts(prompt: str | None, prompt_path: Path | None) -> list[str]:
             raise OpenSoraError("the prompt is empty; say what the video should show")
         return [prompt.strip()]
     try:
-        lines = prompt_path.read_text(encoding="utf-8").splitlines()
+        lines = prompt_path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise OpenSoraError(f"prompt file {prompt_path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -30,6 +30,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except OpenSoraError as error:
         print(f"opensora: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:  # not about a file, so no mistake of the user's
+            raise
+        print(f"opensora: {' '.join(f'{error.filename}: {error.strerror}'.split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
         print(f"opensora: {interrupt.args[0] if interrupt.args else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED

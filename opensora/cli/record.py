@@ -4,12 +4,15 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from opensora import __version__
 from opensora.errors import OpenSoraError
 from opensora.media.read import read_metadata
 from opensora.settings import from_dict, to_dict
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(DType)
 
 # Libraries whose version can change the numbers.
 _LIBRARIES = ("torch", "diffusers", "transformers")
@@ -36,7 +39,8 @@ class Record:
         prompt: as given.
         negative_prompt: as given.
         seed: of this clip alone, whatever clips were made along with it.
-        model: name or path, as given.
+        model: name of a bundled model, or of the model's folder alone: a record is passed on, and the path tells of
+            the machine.
         model_hash: SHA-256 over the model's weights and configuration.
         sampling: the resolved settings.
         device: where it ran.
@@ -52,7 +56,7 @@ class Record:
     model_hash: str
     sampling: Sampling
     device: str
-    dtype: str
+    dtype: DType
     pipeline: dict[str, Any]
     versions: dict[str, str]
 

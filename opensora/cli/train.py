@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from opensora.cli.devices import choose_device
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Train:
     """Settings to change, as KEY=VALUE."""
     output: Path | None = None
     """Folder of the run; runs/RECIPE by default. What it holds is resumed."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
     threads: int | None = None
     """CPU threads; all cores by default. Bit-for-bit resumption needs the same number."""
     dry_run: bool = False
@@ -49,12 +50,13 @@ class Train:
                 raise OpenSoraError(f"--threads is {self.threads}; give 1 or more")
             torch.set_num_threads(self.threads)
         recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
+        device = str(choose_device(self.device))
         folder = self.output or Path("runs") / recipe.name
         if self.dry_run:
-            describe(recipe, folder, self.device)
+            describe(recipe, folder, device)
             return
         with Progress() as progress:
-            trainer = Trainer(recipe, folder, self.device, on_step=progress.update)
+            trainer = Trainer(recipe, folder, device, on_step=progress.update)
             progress.start(trainer, folder)
             with stopping_between_steps(trainer):
                 model = trainer.run()

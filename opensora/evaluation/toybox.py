@@ -7,7 +7,6 @@ reconstructions (does the autoencoder keep what has to be read?).
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from opensora.checkpoints.loading import find_model, model_hash
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
+from opensora.files import replacing
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
 
@@ -85,10 +85,8 @@ class Results:
             if s.id in self.read
         ]
         content = {"settings": self.settings, "accuracy": self.accuracy(), "gates": self.gates, "samples": rows}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)  # noqa: PTH105  (atomic, unlike a second write)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def resume(self, path: Path) -> None:
         """Takes over the samples and gates that `path` already holds.
@@ -279,5 +277,5 @@ def contact_sheet(clips: Iterable[tuple[str, Tensor]], path: Path, columns: int 
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             image = image.resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(image, (gap + column * (cell_width + gap), top + line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as partial:
+        sheet.save(partial, format="PNG")

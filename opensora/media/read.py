@@ -9,9 +9,28 @@ import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from opensora.errors import OpenSoraError
-from opensora.media.write import EXIF_IMAGE_DESCRIPTION, METADATA_KEY, SHEET_KEY, TRUE_SIZE_KEY, sheet_columns
+from opensora.media.write import (
+    CLIP_KEY,
+    EXIF_IMAGE_DESCRIPTION,
+    METADATA_KEY,
+    TRUE_SIZE_KEY,
+    frame_durations_ms,
+    sheet_columns,
+)
 
 _IMAGE_SUFFIXES = {".gif", ".webp", ".png", ".jpg", ".jpeg", ".bmp"}
+
+# What the libraries raise for a file that is not what it seems, or is too big to be opened safely.
+_BROKEN = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    av.FFmpegError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+)
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
@@ -26,7 +45,7 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     path = _existing(path)
     try:
         return _read_images(path) if path.suffix.lower() in _IMAGE_SUFFIXES else _read_stream(path)
-    except (UnidentifiedImageError, OSError, EOFError, ValueError, av.FFmpegError) as error:
+    except _BROKEN as error:
         if isinstance(error, OpenSoraError):
             raise
         raise OpenSoraError(f"{path} is damaged or not a video: {_one_line(error)}") from error
@@ -42,27 +61,27 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            text = path.read_text(encoding="utf-8")
+            metadata = json.loads(path.read_text(encoding="utf-8"))
         elif suffix in _IMAGE_SUFFIXES:
-            text = _image_metadata(path)
+            with Image.open(path) as image:
+                metadata = _notes(image).get(METADATA_KEY)
         else:
-            with av.open(str(path)) as container:
-                text = container.metadata.get(METADATA_KEY)
-    except (UnidentifiedImageError, OSError, EOFError, ValueError, av.FFmpegError) as error:
-        raise OpenSoraError(f"{path} cannot be read: {_one_line(error)}") from error
-    if text is None:
-        raise OpenSoraError(f"{path} does not say how it was made (written without metadata, or by another program)")
-    try:
-        metadata = json.loads(text)
+            with av.open(str(path.absolute())) as container:
+                metadata = json.loads(container.metadata.get(METADATA_KEY, "null"))
     except json.JSONDecodeError as error:
         raise OpenSoraError(f"{path} holds metadata that is not JSON: {error.msg}") from None
+    except _BROKEN as error:
+        raise OpenSoraError(f"{path} cannot be read: {_one_line(error)}") from error
+    if metadata is None:
+        raise OpenSoraError(f"{path} does not say how it was made (written without metadata, or by another program)")
     if not isinstance(metadata, dict):
         raise OpenSoraError(f"{path} holds metadata that is not a JSON object")
     return metadata
 
 
 def _read_stream(path: Path) -> tuple[np.ndarray, float]:
-    with av.open(str(path)) as container:
+    # An absolute path, because FFmpeg takes "12:30.mp4" for an address.
+    with av.open(str(path.absolute())) as container:
         if not container.streams.video:
             raise OpenSoraError(f"{path} holds no video stream")
         stream = container.streams.video[0]
@@ -85,21 +104,34 @@ def _read_stream(path: Path) -> tuple[np.ndarray, float]:
 
 def _read_images(path: Path) -> tuple[np.ndarray, float]:
     with Image.open(path) as image:
-        sheet = image.info.get(SHEET_KEY)
-        frames, durations_ms = [], []
+        clip, image_format = _notes(image).get(CLIP_KEY), str(image.format)
+        pages, durations_ms = [], []
         for page in ImageSequence.Iterator(image):
-            frames.append(np.asarray(page.convert("RGB")))
+            pages.append(np.asarray(page.convert("RGB")))
             durations_ms.append(page.info.get("duration", 0) or 0)
-    if sheet is not None:
-        layout = json.loads(sheet)
-        return _cut_sheet(frames[0], *layout["size"]), float(layout["fps"])
-    if len(frames) == 1:
-        return np.stack(frames), 1000 / durations_ms[0] if durations_ms[0] else 1.0
-    # These formats keep one picture for a run of equal frames and show it longer.
+    pictures = np.stack(pages)
+    if clip is not None:
+        (num_frames, height, width), fps = clip["size"], float(clip["fps"])
+        if image_format == "PNG":
+            return _cut_sheet(pictures[0], num_frames, height, width), fps
+        wanted_ms = frame_durations_ms(num_frames, fps, image_format)
+        if any(durations_ms) and sum(durations_ms) < sum(wanted_ms):
+            raise OpenSoraError(f"{path} is truncated: {sum(durations_ms)} of {sum(wanted_ms)} ms can be read")
+        return pictures[_picture_of_each_frame(durations_ms, wanted_ms)], fps
+    if len(pages) == 1:
+        return pictures, 1000 / durations_ms[0] if durations_ms[0] else 1.0
+    # Another program's: as if the picture shown shortest were one frame, and the others runs of equal ones.
     shortest = max(min(durations_ms), 1)
     repeats = [max(1, round(duration / shortest)) for duration in durations_ms]
     total_ms = max(sum(durations_ms), 1)
-    return np.repeat(np.stack(frames), repeats, axis=0), sum(repeats) * 1000 / total_ms
+    return np.repeat(pictures, repeats, axis=0), sum(repeats) * 1000 / total_ms
+
+
+def _picture_of_each_frame(durations_ms: list[int], wanted_ms: list[int]) -> np.ndarray:
+    """Which picture is on screen when each frame is due: one picture stands for a run of equal frames."""
+    shown_from = np.cumsum([0, *durations_ms[:-1]])
+    due = np.cumsum([0, *wanted_ms[:-1]])
+    return np.searchsorted(shown_from, due, side="right") - 1
 
 
 def _cut_sheet(sheet: np.ndarray, num_frames: int, height: int, width: int) -> np.ndarray:
@@ -108,16 +140,16 @@ def _cut_sheet(sheet: np.ndarray, num_frames: int, height: int, width: int) -> n
     return np.ascontiguousarray(cells.reshape(-1, height, width, 3)[:num_frames])
 
 
-def _image_metadata(path: Path) -> str | None:
-    with Image.open(path) as image:
-        if image.format == "GIF":
-            text = image.info.get("comment")
-            # Any program may leave a comment; ours is a JSON object.
-            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            return text if text and text.lstrip().startswith("{") else None
-        if image.format == "PNG":
-            return image.info.get(METADATA_KEY)
-        return image.getexif().get(EXIF_IMAGE_DESCRIPTION)
+def _notes(image: Image.Image) -> dict[str, Any]:
+    """What `write_video` noted inside an image: the clip's measures and its metadata, by key."""
+    if image.format == "PNG":
+        return {key: json.loads(image.info[key]) for key in (CLIP_KEY, METADATA_KEY) if key in image.info}
+    text = image.info.get("comment") if image.format == "GIF" else image.getexif().get(EXIF_IMAGE_DESCRIPTION)
+    try:
+        notes = json.loads(text or "null")
+    except (ValueError, TypeError):  # any program may leave a comment
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def _existing(path: str | Path) -> Path:

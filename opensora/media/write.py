@@ -1,23 +1,21 @@
 """Writing videos: mp4, gif, webp or png, with what made them inside the file.
 
-| format | what is written                                                    | metadata inside                       |
-|--------|--------------------------------------------------------------------|---------------------------------------|
-| mp4    | H.264, 4:2:0, BT.709; plays everywhere                              | key `opensora` of the container       |
-| gif    | one palette for all frames; frame times in hundredths of a second  | comment block                         |
-| webp   | animated, lossy at high quality                                    | EXIF image description                |
-| png    | exact pixels: one frame as it is, several as one sheet, row by row | text chunk `opensora`                 |
+| format | what is written                                                    | notes inside                    |
+|--------|--------------------------------------------------------------------|---------------------------------|
+| mp4    | H.264, 4:2:0, BT.709; plays everywhere                             | key `opensora` of the container |
+| gif    | one palette for all frames; frame times in hundredths of a second  | comment block, as JSON          |
+| webp   | animated, lossy at high quality                                    | EXIF image description, as JSON |
+| png    | exact pixels: one frame as it is, several as one sheet, row by row | a text chunk each, as JSON      |
 
 H.264 with 4:2:0 colour cannot hold an odd height or width. Such a video gets its last row or column doubled and its
-true size noted in the container, so that `read_video` returns the frames that were given. Every file is written under a
-temporary name beside its target and renamed when complete: an interruption leaves either the whole file or none.
+true size noted in the container. Gif and webp keep one picture for a run of equal frames, png one for all of them:
+number, size and rate of the frames are noted in the file (`CLIP_KEY`). So `read_video` returns the frames that were
+given. Every file is written whole or not at all.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,14 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from opensora.errors import OpenSoraError
+from opensora.files import check_writable, replacing
 
 FORMATS = ("mp4", "gif", "webp", "png")
 
 METADATA_KEY = "opensora"
 # Written whether or not the caller gives metadata: `read_video` needs them to return the frames that were given.
 TRUE_SIZE_KEY = "opensora_size"
-SHEET_KEY = "opensora_sheet"
+CLIP_KEY = "opensora_clip"
 EXIF_IMAGE_DESCRIPTION = 0x010E
 
 # Visually lossless for the small synthetic clips as well as for film. Without macroblock-tree rate control, whose
@@ -59,24 +58,24 @@ def format_of(path: str | Path, format: str | None = None) -> str:
     return format or suffix
 
 
-def check_writable(path: str | Path) -> None:
-    """Proves, before the work starts, that a file can be written there; makes its folder if there is none.
+def check_fps(fps: float, format: str) -> None:
+    """Raises `OpenSoraError` for a number of frames per second that a file of that format cannot hold."""
+    highest = 100 if format == "gif" else 1000  # a gif counts hundredths of a second
+    if not 0.01 <= fps <= highest:
+        raise OpenSoraError(f"fps is {fps:g}, expected a number from 0.01 to {highest} for {format}")
 
-    Raises:
-        OpenSoraError: it is a folder, or the folder cannot be made or written to.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise OpenSoraError(f"output {path} is a folder; name a file in it")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(13, "the file there is write-protected")
-    except OSError as error:
-        raise OpenSoraError(f"output {path} cannot be written: {error.strerror or error}") from None
+
+def check_size(format: str, num_frames: int, height: int, width: int) -> None:
+    """Raises `OpenSoraError` for a clip that `read_video` could not read back: a png sheet of too many pixels."""
+    # Beyond twice its limit Pillow refuses to open an image.
+    limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+    columns = sheet_columns(num_frames, height, width)
+    pixels = columns * width * math.ceil(num_frames / columns) * height
+    if format == "png" and pixels > limit:
+        raise OpenSoraError(
+            f"a png sheet of {num_frames} frames of {height}x{width} has {pixels:,} pixels, expected at most "
+            f"{limit:,}; write an mp4, or fewer or smaller frames"
+        )
 
 
 def as_frames(video: Any) -> np.ndarray:
@@ -124,38 +123,29 @@ def write_video(
     path = Path(path)
     kind = format_of(path, format)
     frames = as_frames(video)
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise OpenSoraError(f"fps is {fps}, expected a number above 0 and at most 1000")
+    check_fps(fps, kind)
+    check_size(kind, *frames.shape[:3])
     check_writable(path)
-    text = None if metadata is None else json.dumps(metadata)
+    notes = {CLIP_KEY: {"size": frames.shape[:3], "fps": float(fps)}}
+    notes |= {} if metadata is None else {METADATA_KEY: metadata}
     write = {"mp4": _write_mp4, "gif": _write_gif, "webp": _write_webp, "png": _write_png}[kind]
     try:
         with replacing(path) as temporary:
-            write(temporary, frames, fps, text)
+            write(temporary, frames, fps, notes)
     except (OSError, av.FFmpegError) as error:
         raise OpenSoraError(f"output {path} cannot be written: {error}") from error
     return path
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it on success and removed on any failure, interruption included."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str | None) -> None:
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, notes: dict[str, Any]) -> None:
     num_frames, height, width, _ = frames.shape
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
-        if text is not None:
-            container.metadata[METADATA_KEY] = text
+    options = {"movflags": "use_metadata_tags+faststart"}
+    # An absolute path, because FFmpeg takes "12:30.mp4" for an address.
+    with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
+        if METADATA_KEY in notes:
+            container.metadata[METADATA_KEY] = json.dumps(notes[METADATA_KEY])
         if padded.shape != frames.shape:
             container.metadata[TRUE_SIZE_KEY] = f"{height}x{width}"
         stream = container.add_stream("libx264", rate=rate, options=dict(_X264_QUALITY))
@@ -171,7 +161,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str | None) -> 
         container.mux(stream.encode(None))
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float, text: str | None) -> None:
+def _write_gif(path: Path, frames: np.ndarray, fps: float, notes: dict[str, Any]) -> None:
     # One palette for the whole clip, so that flat areas do not flicker. A few frames stand for all.
     sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).round().astype(int)]
     palette = Image.fromarray(np.concatenate(list(sample), axis=0)).quantize(256, method=Image.Quantize.MEDIANCUT)
@@ -181,36 +171,33 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float, text: str | None) -> 
         format="GIF",
         save_all=True,
         append_images=images[1:],
-        duration=_durations_ms(len(frames), fps, step_ms=10),
+        duration=frame_durations_ms(len(frames), fps, "GIF"),
         loop=0,
-        **({} if text is None else {"comment": text.encode()}),
+        comment=json.dumps(notes).encode(),
     )
 
 
-def _write_webp(path: Path, frames: np.ndarray, fps: float, text: str | None) -> None:
+def _write_webp(path: Path, frames: np.ndarray, fps: float, notes: dict[str, Any]) -> None:
     images = [Image.fromarray(frame) for frame in frames]
     exif = Image.Exif()
-    if text is not None:
-        exif[EXIF_IMAGE_DESCRIPTION] = text
+    exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(notes)
     images[0].save(
         path,
         format="WEBP",
         save_all=True,
         append_images=images[1:],
-        duration=_durations_ms(len(frames), fps, step_ms=1),
+        duration=frame_durations_ms(len(frames), fps, "WEBP"),
         loop=0,
         quality=92,
         method=4,
-        **({} if text is None else {"exif": exif.tobytes()}),
+        exif=exif.tobytes(),
     )
 
 
-def _write_png(path: Path, frames: np.ndarray, fps: float, text: str | None) -> None:
-    num_frames, height, width, _ = frames.shape
+def _write_png(path: Path, frames: np.ndarray, fps: float, notes: dict[str, Any]) -> None:
     chunks = PngImagePlugin.PngInfo()
-    if text is not None:
-        chunks.add_text(METADATA_KEY, text)
-    chunks.add_text(SHEET_KEY, json.dumps({"size": [num_frames, height, width], "fps": fps}))
+    for key, note in notes.items():
+        chunks.add_text(key, json.dumps(note))
     Image.fromarray(frame_sheet(frames)).save(path, format="PNG", pnginfo=chunks)
 
 
@@ -237,7 +224,11 @@ def frame_sheet(frames: np.ndarray) -> np.ndarray:
     return sheet.reshape(rows * height, columns * width, channels)
 
 
-def _durations_ms(num_frames: int, fps: float, step_ms: int) -> list[int]:
-    """Frame times in whole steps that do not drift (8 fps in a gif alternates 120 and 130 ms)."""
+def frame_durations_ms(num_frames: int, fps: float, image_format: str) -> list[int]:
+    """How long an animation shows each frame: whole steps of the format that do not drift.
+
+    A gif of 8 fps alternates 120 and 130 ms, because it counts hundredths of a second; webp counts thousandths.
+    """
+    step_ms = 10 if image_format == "GIF" else 1
     ticks = [round(index * 1000 / fps / step_ms) for index in range(num_frames + 1)]
     return [max(1, after - before) * step_ms for before, after in itertools.pairwise(ticks)]

@@ -37,6 +37,7 @@ class NoisePipeline:
         self.calls = []
         self.fail_at_step = None
         self.nan = False
+        self.error = None
 
     def size_rule(self):
         return SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
@@ -47,6 +48,8 @@ class NoisePipeline:
     def __call__(self, prompt, negative_prompt, *, generator, output_type, callback_on_step_end, **sampling):
         self.calls.append(SimpleNamespace(prompt=prompt, negative_prompt=negative_prompt, **sampling))
         assert output_type == "np"
+        if self.error:
+            raise self.error
         self.scheduler.timesteps = list(range(3))
         for step in range(3):
             if step == self.fail_at_step:
@@ -63,7 +66,7 @@ def pipe(monkeypatch, tmp_path):
     fake, loading = NoisePipeline(), types.ModuleType("opensora.checkpoints.loading")
 
     def find_model(name):
-        if name not in ("toybox", "toybox-iddpm", "other"):
+        if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
         return name
 
@@ -72,7 +75,9 @@ def pipe(monkeypatch, tmp_path):
         return fake
 
     fake.hash = "a" * 64
-    loading.__dict__.update(find_model=find_model, load_pipeline=load_pipeline, model_hash=lambda _: fake.hash)
+    loading.__dict__.update(
+        find_model=find_model, load_pipeline=load_pipeline, model_hash=lambda _: fake.hash, resolve_device=torch.device
+    )
     monkeypatch.setitem(sys.modules, "opensora.checkpoints.loading", loading)
     monkeypatch.chdir(tmp_path)
     return fake
@@ -103,6 +108,19 @@ def test_without_metadata(pipe, tmp_path):
         read_metadata("clip.mp4")
 
 
+def test_without_metadata_no_record_of_an_older_clip_stays(pipe, tmp_path):
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 0
+    assert main(["generate", PROMPT, "--output", "clip.mp4", "--no-metadata", "--seed", "1"]) == 0
+    assert files(tmp_path) == ["clip.mp4"]
+
+
+def test_a_record_that_cannot_be_written_is_found_before_the_work(pipe, tmp_path, capsys):
+    (tmp_path / "clip.mp4.json").mkdir()
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 2
+    assert "output clip.mp4.json is a folder" in capsys.readouterr().err
+    assert not pipe.calls and files(tmp_path) == []
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "webp", "png"])
 def test_from_makes_the_same_frames_again(pipe, tmp_path, suffix, capsys):
     options = ["--seed", "9", "--height", "24", "--negative-prompt", "blue", "--cfg-channels", "0,2", "--fps", "12"]
@@ -125,6 +143,43 @@ def test_from_keeps_device_and_dtype(pipe):
     assert pipe.asked.dtype is torch.float32 and pipe.asked.device == "cpu"  # what the pipeline reported
 
 
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [("one.gif.json", "gif"), ("one.GIF", "gif"), ("one.json", "mp4"), ("one.v2.JSON", "mp4"), ("one.Png.json", "png")],
+)
+def test_from_writes_the_format_it_was_given(pipe, tmp_path, name, ending, capsys):
+    assert main(["generate", PROMPT, "--output", "made.gif"]) == 0
+    (tmp_path / ("made.gif.json" if name.lower().endswith(".json") else "made.gif")).rename(tmp_path / name)
+    capsys.readouterr()
+    assert main(["generate", "--from", name]) == 0
+    assert capsys.readouterr().out.strip() == f"outputs/a-small-red-ball-rolls-left-42.{ending}"
+
+
+def test_a_record_tells_no_folders_and_from_asks_for_the_model(pipe, tmp_path, capsys):
+    folder = "/home/somebody/other"
+    assert main(["generate", PROMPT, "--model", folder, "--output", "one.png"]) == 0
+    assert b"somebody" not in (tmp_path / "one.png").read_bytes()
+    assert read_metadata("one.png")["model"] == "other" and "somebody" not in (tmp_path / "one.png.json").read_text()
+    record = json.loads((tmp_path / "one.png.json").read_text())
+    (tmp_path / "moved.json").write_text(json.dumps(record | {"model": "elsewhere"}))
+    capsys.readouterr()
+    assert main(["generate", "--from", "moved.json"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "unknown model 'elsewhere'" in err and "--model says where" in err
+    assert main(["generate", "--from", "moved.json", "--model", folder, "--output", "two.png"]) == 0
+    assert np.array_equal(read_video("two.png")[0], read_video("one.png")[0])
+
+
+def test_from_refuses_numbers_nobody_computes_in(pipe, tmp_path, capsys):
+    assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
+    record = json.loads((tmp_path / "one.mp4.json").read_text())
+    for dtype in ["float99", "Tensor", "int8"]:
+        (tmp_path / "odd.json").write_text(json.dumps(record | {"dtype": dtype}))
+        capsys.readouterr()
+        assert main(["generate", "--from", "odd.json"]) == 2
+        assert f"dtype in odd.json is '{dtype}', expected one of float32" in capsys.readouterr().err
+
+
 def test_from_refuses_another_model(pipe, tmp_path, capsys):
     assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
     pipe.hash = "b" * 64
@@ -143,6 +198,12 @@ def test_from_says_which_versions_changed(pipe, tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", "--from", "old.json"]) == 0
     assert "note: torch 1.0 -> " in capsys.readouterr().err
+
+
+def test_a_prompt_file_as_windows_writes_it(pipe, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + PROMPT.encode() + b"\r\n")
+    assert main(["generate", "--prompt-path", "prompts.txt", "--output", "a.png"]) == 0
+    assert [call.prompt for call in pipe.calls] == [PROMPT]
 
 
 def test_each_of_several_clips_can_be_made_alone(pipe, tmp_path, capsys):
@@ -224,7 +285,11 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         ([PROMPT, "--num-inference-steps", "0"], "--num-inference-steps is '0'"),
         ([PROMPT, "--num-videos", "0"], "--num-videos is 0"),
         ([PROMPT, "--seed=-1"], "--seed is -1"),
-        ([PROMPT, "--fps", "0"], "--fps is 0"),
+        ([PROMPT, "--fps", "0"], "fps is 0, expected a number from 0.01 to 1000 for mp4"),
+        ([PROMPT, "--fps", "0.001"], "fps is 0.001"),
+        ([PROMPT, "--fps", "nan"], "fps is nan"),
+        ([PROMPT, "--fps", "120", "--format", "gif"], "fps is 120, expected a number from 0.01 to 100 for gif"),
+        ([PROMPT, "--output", "a" * 300 + ".mp4"], "name too long"),
         (["--from", "no.mp4"], "no.mp4 does not exist"),
         (["--from", "empty.txt"], "empty.txt cannot be read"),
         (["--from", "strange.json"], "strange.json"),
@@ -265,6 +330,32 @@ def test_frames_that_are_not_finite_are_an_error(pipe, tmp_path, capsys):
     pipe.nan = True
     assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 2
     assert "NaN" in capsys.readouterr().err and files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("MPS backend out of memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line(pipe, tmp_path, capsys, error):
+    pipe.error = error
+    assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("opensora: out of memory for 5 frames of 16x16; choose fewer") and err.count("\n") == 1
+    assert files(tmp_path) == []
+    pipe.error = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["generate", PROMPT, "--output", "clip.mp4"])
+
+
+def test_a_sheet_too_big_is_found_before_sampling(pipe, capsys, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    assert main(["generate", PROMPT, "--output", "clip.png"]) == 2
+    assert "png sheet of 5 frames" in capsys.readouterr().err and not pipe.calls
 
 
 def test_another_model_may_know_other_words(pipe):

@@ -74,9 +74,31 @@ def test_exit_codes(monkeypatch, capsys):
     with_command(monkeypatch, OpenSoraError("two\nlines"))
     assert main(["broken"]) == 2
     assert capsys.readouterr().err == "opensora: two lines\n"
-    with_command(monkeypatch, ZeroDivisionError())
-    with pytest.raises(ZeroDivisionError):  # a mistake of ours shows where it is
-        main(["broken"])
+    with_command(monkeypatch, PermissionError(13, "Permission denied", "/secret\nplace"))
+    assert main(["broken"]) == 2
+    assert capsys.readouterr().err == "opensora: /secret place: Permission denied\n"
+    for error in [ZeroDivisionError(), OSError(5, "Input/output error")]:
+        with_command(monkeypatch, error)
+        with pytest.raises(type(error)):  # a mistake of ours shows where it is
+            main(["broken"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "a red ball rolls left", "--output", "a" * 300 + ".mp4"],
+        ["generate", "a red ball rolls left", "--output", "a" * 300],
+        ["generate", "--from", "a" * 300 + ".mp4"],
+        ["generate", "a red ball rolls left", "--model", "a" * 300],
+        ["evaluate", "toybox", "--output", "a" * 300 + ".json"],
+    ],
+)
+def test_a_name_no_file_can_have_is_one_line(args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("opensora: ") and "name too long" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @dataclass

@@ -157,11 +157,30 @@ def test_contact_sheet_is_a_grid_of_frames(tmp_path):
         contact_sheet([], path)
 
 
+def test_an_interruption_leaves_the_old_contact_sheet(tmp_path, monkeypatch):
+    from PIL import Image
+
+    def half(self, path, **_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "sheet.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        contact_sheet([("a clip", torch.zeros(3, 2, 8, 8))], path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["toybox", "--num-prompts", "-1"], "--num-prompts is -1; give 0 or more"),
         (["toybox", "--batch-size", "0"], "--batch-size is 0; give 1 or more"),
+        (["toybox", "--output", "results.txt"], "--output is results.txt; give a file that ends in .json"),
+        (["toybox", "--contact-sheet", "sheet.gif"], "--contact-sheet is sheet.gif; give a file that ends in .png"),
+        (["toybox", "--output", "/proc/nowhere/a.json"], "output /proc/nowhere/a.json cannot be written"),
+        (["toybox", "--contact-sheet", "/proc/nowhere/a.png"], "output /proc/nowhere/a.png cannot be written"),
         (["toybox-vae", "--autoencoder", "nowhere"], "no autoencoder in nowhere"),
         (["toybox-vae", "--autoencoder", ".", "--num-clips", "0"], "--num-clips is 0"),
     ],

@@ -1,0 +1,45 @@
+"""Writing files: proven possible before the work starts, and then whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from opensora.errors import OpenSoraError
+
+
+def check_writable(path: str | Path) -> None:
+    """Proves, before the work starts, that a file can be written there; makes its folder if there is none.
+
+    Raises:
+        OpenSoraError: it is a folder, or the folder cannot be made or written to.
+    """
+    path = Path(path)
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    try:
+        if path.is_dir():
+            raise OpenSoraError(f"output {path} is a folder; name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "the file there is write-protected")
+    except OSError as error:
+        raise OpenSoraError(f"output {path} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it on success and removed on any failure, interruption included.
+
+    The folder is made if there is none. The temporary name starts with a dot and ends in `.part`, so no pattern that
+    matches `path` by its ending finds half a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
