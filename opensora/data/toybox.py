@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.captions import caption
 from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
@@ -102,9 +103,8 @@ class CaptionedLatents:
                     return cls(specs, file.get_tensor("latents"), file.get_tensor("object_mask"))
         latents, object_mask = encode_clips(specs, clips, autoencoder, device)
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents, "object_mask": object_mask}, partial, {"made_from": made_from})
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({"latents": latents, "object_mask": object_mask}, partial, {"made_from": made_from})
         return cls(specs, latents, object_mask)
 
 
@@ -117,7 +117,7 @@ def encode_clips(
     for start in range(0, len(specs), batch_size):
         part = specs[start : start + batch_size]
         video, mask = render(part, clips.num_frames, clips.height, clips.width, device)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             encoded = autoencoder.encode(video)
         latents.append(encoded.half().cpu())
         masks.append(latent_cells(mask, autoencoder).cpu())

@@ -33,7 +33,7 @@ TEXT_ENCODER = {
     "dropout_rate": 0.0,
 }
 AUTOENCODER = RUNS / "toybox_vae_pixels" / "model"
-FLOW_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None}
+FLOW_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None, "max_frames": 34}
 
 
 def toybox_base() -> Recipe:
@@ -70,7 +70,8 @@ def toybox_iddpm() -> Recipe:
         init_from=RUNS / "toybox" / "model",
         new_last_layer=True,
         prediction_type="sample",
-        defaults={"num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3},
+        sampler="ddim",  # the learned variance of so small a model is too large to draw with (docs/log.md)
+        defaults={"num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3, "max_frames": 34},
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-3, warmup_steps=50, decay=0.6)
     return Recipe("toybox_iddpm", objective, LoopConfig(steps=1500, optimizer=optimizer, preview_every=500))

@@ -48,6 +48,7 @@ class DiffusionObjectiveConfig:
         new_last_layer: begin with a last layer of zeros, for a model that learns to predict something else than the one
             it starts from; what lies below would be torn apart otherwise.
         prediction_type: what "iddpm" predicts besides the variance: "epsilon" the noise, "sample" the clean latents.
+        sampler: how an exported "iddpm" pipeline samples.
         batch_size: B, clips a step.
         t_loc: mean of the logit of rectified flow's training times; above 0 trains more on noisy clips, where a
             motion's direction is decided.
@@ -67,6 +68,7 @@ class DiffusionObjectiveConfig:
     init_from: Path | None = None
     new_last_layer: bool = False
     prediction_type: gaussian.PredictionType = "epsilon"
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
     batch_size: int = 48
     t_loc: float = 0.0
     drop_text: float = 0.1
@@ -237,7 +239,7 @@ class GaussianObjective(DiffusionObjective):
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         super().__init__(config, device)
-        self.scheduler = IDDPMScheduler(prediction_type=config.prediction_type)
+        self.scheduler = IDDPMScheduler(prediction_type=config.prediction_type, sampler=config.sampler)
         self.tables = self.scheduler.train_tables.to(device)
         self.timestep_weights = velocity_weights(self.tables, config.prediction_type).float()
 

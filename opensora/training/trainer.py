@@ -179,6 +179,7 @@ FREE_TO_CHANGE = (
     "loop.keep_checkpoints",
     "objective.num_previews",
     "objective.export_dtype",
+    "objective.sampler",
     "objective.defaults",
 )
 """Settings, and groups of settings, that do not decide the weights."""
