@@ -24,15 +24,7 @@ PROMPT = "a small red ball rolls left over the grass"
 PACKAGE = Path(opensora.__file__).parent
 SHIPPED = PACKAGE / "toybox" / "weights"
 
-models = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.skipif(not model.folder.is_dir(), reason=f"{name} is not part of the package yet")
-        )
-        for name, model in BUNDLED.items()
-    ],
-)
+models = pytest.mark.parametrize("name", list(BUNDLED))
 
 
 @models
