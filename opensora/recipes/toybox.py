@@ -3,13 +3,10 @@
 They learn on the latents of the autoencoder in `toybox_vae.py`, which is trained first.
 """
 
-from pathlib import Path
-
+from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion_objective import DiffusionObjectiveConfig
 from opensora.training.optimizer import OptimizerConfig
-
-RUNS = Path("runs")
 
 TRANSFORMER = {
     "in_channels": 4,

@@ -23,7 +23,7 @@ from opensora.data.toybox import CaptionedLatents, ToyboxClips
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import load_judge
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
-from opensora.gaussian_losses import training_losses, velocity_weights
+from opensora.gaussian_losses import mean_per_sample, training_losses, velocity_weights
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
@@ -231,7 +231,7 @@ class FlowObjective(DiffusionObjective):
         noisy = flow.interpolate(clean, noise, timestep / self.scheduler.num_train_timesteps)
         prediction = self.predict(noisy, timestep, batch)[:, : clean.shape[1]]
         error = (prediction - flow.velocity_target(clean, noise)).square()
-        return {"velocity": mean(error * self.weights(batch)), "_mse": mean(error)}
+        return {"velocity": mean_per_sample(error * self.weights(batch)), "_mse": mean_per_sample(error)}
 
 
 class GaussianObjective(DiffusionObjective):
@@ -260,13 +260,8 @@ class GaussianObjective(DiffusionObjective):
         assert losses.mse is not None and losses.vb is not None
         target = noise if self.config.prediction_type == "epsilon" else clean
         error = (prediction[:, : clean.shape[1]] - target).square()
-        weighted = mean(error * self.weights(batch)) * self.timestep_weights[t]
+        weighted = mean_per_sample(error * self.weights(batch)) * self.timestep_weights[t]
         return {self.config.prediction_type: weighted, "vb": losses.vb, "_mse": losses.mse}
-
-
-def mean(error: Tensor) -> Tensor:
-    """Mean of every sample; (B, ...) -> (B,)."""
-    return error.flatten(1).mean(dim=1)
 
 
 def is_hidden_matrix(name: str) -> bool:
