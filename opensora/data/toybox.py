@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.captions import caption
@@ -96,7 +95,7 @@ class CaptionedLatents:
                 "latent_space": autoencoder.latent_space.to_dict(),
             }
         )
-        path = cache / "latents.safetensors"
+        path = cache / f"latents-{clips.num_frames}f.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("made_from") == made_from:
@@ -127,14 +126,10 @@ def encode_clips(
 def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
     """Latent cells that an object covers to more than a tenth at some time; (B, 1, T, h, w) uint8."""
     time, space = autoencoder.temporal_factor, autoencoder.spatial_factor
-    if mask.shape[2] > (autoencoder.micro_frame_size or mask.shape[2]):
-        raise OpenSoraError(
-            f"clips of {mask.shape[2]} frames, but training takes one chunk of the autoencoder; "
-            f"set objective.clips.num_frames to {autoencoder.micro_frame_size} or less"
-        )
     cells = F.avg_pool3d(mask, (1, space, space))
-    cells = F.pad(cells, (0, 0, 0, 0, -cells.shape[2] % time, 0))
-    return (F.max_pool3d(cells, (time, 1, 1)) > 0.1).to(torch.uint8)
+    chunks = cells.split(autoencoder.micro_frame_size or cells.shape[2], dim=2)
+    padded = [F.pad(chunk, (0, 0, 0, 0, -chunk.shape[2] % time, 0)) for chunk in chunks]
+    return (F.max_pool3d(torch.cat(padded, dim=2), (time, 1, 1)) > 0.1).to(torch.uint8)
 
 
 def fingerprint(autoencoder: VideoAutoencoder) -> str:

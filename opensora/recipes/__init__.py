@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
-from opensora.recipes.toybox import toybox, toybox_base, toybox_iddpm
+from opensora.recipes.toybox import toybox, toybox_base, toybox_given, toybox_iddpm, toybox_iddpm_given
 from opensora.recipes.toybox_judge import toybox_judge
 from opensora.recipes.toybox_vae import toybox_vae_frames, toybox_vae_latents, toybox_vae_pixels
 from opensora.settings import nearest_name
@@ -16,7 +16,9 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_judge,
     toybox_base,
     toybox,
+    toybox_given,
     toybox_iddpm,
+    toybox_iddpm_given,
 )
 
 

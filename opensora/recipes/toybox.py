@@ -5,7 +5,7 @@ They learn on the latents of the autoencoder in `toybox_vae.py`, which is traine
 
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+from opensora.training.diffusion_objective import DiffusionObjectiveConfig, OtherLength
 from opensora.training.optimizer import OptimizerConfig
 
 TRANSFORMER = {
@@ -31,6 +31,11 @@ TEXT_ENCODER = {
 }
 AUTOENCODER = RUNS / "toybox_vae_pixels" / "model"
 FLOW_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0, "cfg_channels": None, "max_frames": 34}
+IDDPM_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3, "max_frames": 34}
+
+# Images, a clip and one frame more (whose latent is its own chunk of the autoencoder, so it can be given), two chunks.
+OTHER_LENGTHS = (OtherLength(1, 0.08), OtherLength(18, 0.12), OtherLength(34, 0.15))
+FRAME_MASKS = {"image_head": 0.12, "head": 0.2, "tail": 0.12, "image_tail": 0.04, "image_head_tail": 0.12}
 
 
 def toybox_base() -> Recipe:
@@ -59,6 +64,21 @@ def toybox() -> Recipe:
     return Recipe("toybox", objective, LoopConfig(steps=1200, optimizer=optimizer, preview_every=300))
 
 
+def toybox_given() -> Recipe:
+    """`toybox` trained on with frames that are given, and with images and longer clips: the model that is shipped."""
+    objective = DiffusionObjectiveConfig(
+        diffusion="flow",
+        autoencoder=AUTOENCODER,
+        init_from=RUNS / "toybox" / "model",
+        other_lengths=OTHER_LENGTHS,
+        frame_masks=FRAME_MASKS,
+        t_loc=0.7,
+        defaults=FLOW_DEFAULTS,
+    )
+    optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=50, decay=0.7)
+    return Recipe("toybox_given", objective, LoopConfig(steps=1800, optimizer=optimizer, preview_every=300))
+
+
 def toybox_iddpm() -> Recipe:
     """Text to video with learned-variance IDDPM, fine-tuned from the rectified-flow model."""
     objective = DiffusionObjectiveConfig(
@@ -68,7 +88,23 @@ def toybox_iddpm() -> Recipe:
         new_last_layer=True,
         prediction_type="sample",
         sampler="ddim",  # the learned variance of so small a model is too large to draw with (docs/log.md)
-        defaults={"num_inference_steps": 50, "guidance_scale": 3.0, "cfg_channels": 3, "max_frames": 34},
+        defaults=IDDPM_DEFAULTS,
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-3, warmup_steps=50, decay=0.6)
     return Recipe("toybox_iddpm", objective, LoopConfig(steps=1500, optimizer=optimizer, preview_every=500))
+
+
+def toybox_iddpm_given() -> Recipe:
+    """`toybox_iddpm` trained on likewise: the model that is shipped."""
+    objective = DiffusionObjectiveConfig(
+        diffusion="iddpm",
+        autoencoder=AUTOENCODER,
+        init_from=RUNS / "toybox_iddpm" / "model",
+        other_lengths=OTHER_LENGTHS,
+        frame_masks=FRAME_MASKS,
+        prediction_type="sample",
+        sampler="ddim",
+        defaults=IDDPM_DEFAULTS,
+    )
+    optimizer = OptimizerConfig(muon_lr=0.007, lr=5e-4, warmup_steps=50, decay=0.7)
+    return Recipe("toybox_iddpm_given", objective, LoopConfig(steps=1200, optimizer=optimizer, preview_every=300))

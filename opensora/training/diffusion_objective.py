@@ -8,7 +8,8 @@ Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text 
 """
 
 import copy
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +20,34 @@ from transformers import T5Config, T5EncoderModel
 from opensora import flow, gaussian
 from opensora.checkpoints.loading import load_component
 from opensora.checkpoints.weights import cast_weights
+from opensora.conditioning import IMAGE_FPS
+from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import load_judge
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
 from opensora.gaussian_losses import mean_per_sample, training_losses, velocity_weights
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.schedulers.frames import choose_frames
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.stdit3 import STDiT3
 from opensora.pipeline import OpenSoraPipeline
 from opensora.toybox.captions import build_tokenizer
 from opensora.training.objective import Draw, Objective
+
+
+@dataclass(frozen=True)
+class OtherLength:
+    """Clips of another length than most.
+
+    Attributes:
+        num_frames: T; 1 for images.
+        share: of all steps, each of which has clips of one length.
+    """
+
+    num_frames: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,9 @@ class DiffusionObjectiveConfig:
         autoencoder: folder of the autoencoder whose latents are learnt.
         clips: where clips come from.
         num_clips: clips encoded once, before the first step.
+        other_lengths: clips of other lengths, which some steps have.
+        num_clips_of_other_lengths: clips of each, encoded once.
+        frame_masks: strategy -> share of the clips that have frames given so, see `data.frame_masks`.
         transformer: configuration of the STDiT3, for training from scratch.
         text_encoder: configuration of the T5 encoder, for training from scratch.
         init_from: exported pipeline folder to start from instead.
@@ -63,6 +83,9 @@ class DiffusionObjectiveConfig:
     autoencoder: Path
     clips: ToyboxClips = field(default_factory=ToyboxClips)
     num_clips: int = 20_000
+    other_lengths: tuple[OtherLength, ...] = ()
+    num_clips_of_other_lengths: int = 5_000
+    frame_masks: dict[str, float] = field(default_factory=dict)
     transformer: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
     init_from: Path | None = None
@@ -76,6 +99,12 @@ class DiffusionObjectiveConfig:
     num_previews: int = 40
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_ratios(self.frame_masks)
+        total = sum(length.share for length in self.other_lengths)
+        if total > 1 or any(length.share < 0 for length in self.other_lengths):
+            raise OpenSoraError(f"other_lengths have shares that sum to {total:g}; expected shares from 0 to 1 in all")
 
     def build(self, device: str) -> "DiffusionObjective":
         return {"flow": FlowObjective, "iddpm": GaussianObjective}[self.diffusion](self, device)
@@ -91,6 +120,8 @@ class Batch:
     tokens: Tensor  # (B, L) token ids
     text_mask: Tensor  # (B, L), 1 = token
     drop_text: Tensor  # (B,) bool
+    frame_mask: Tensor | None  # (B, T) bool, True = generated; None = all are
+    fps: float
 
 
 class DiffusionObjective(Objective):
@@ -107,7 +138,7 @@ class DiffusionObjective(Objective):
         self.transformer, self.text_encoder = self.load_networks()
         self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
         self.not_matrices = {n for n, _ in self.module.named_parameters() if not is_hidden_matrix(n)}
-        self.latents: CaptionedLatents | None = None
+        self.latents: list[CaptionedLatents] = []
 
     def load_networks(self) -> tuple[STDiT3, T5EncoderModel]:
         config = self.config
@@ -135,14 +166,26 @@ class DiffusionObjective(Objective):
 
     def set_up(self, cache: Path) -> None:
         config = self.config
-        self.latents = CaptionedLatents.load_or_encode(
-            cache, config.clips, self.autoencoder, config.num_clips, self.device
-        )
+        wanted = [(config.clips, config.num_clips)]
+        for length in config.other_lengths:
+            wanted.append((replace(config.clips, num_frames=length.num_frames), config.num_clips_of_other_lengths))
+        self.latents = [
+            CaptionedLatents.load_or_encode(cache, clips, self.autoencoder, num_clips, self.device)
+            for clips, num_clips in wanted
+        ]
 
     def prepare(self, draw: Draw) -> Batch:
-        assert self.latents is not None, "set_up first"
-        size, device = self.config.batch_size, self.device
-        clips = self.latents.sample(size, draw.generator("clips"))
+        assert self.latents, "set_up first"
+        config, size, device = self.config, self.config.batch_size, self.device
+        shares = [length.share for length in config.other_lengths]
+        rng = random.Random(draw.generator("frames").initial_seed())
+        (which,) = rng.choices(range(len(self.latents)), [1 - sum(shares), *shares])
+        clips = self.latents[which].sample(size, draw.generator("clips"))
+        num_frames = config.clips.num_frames if which == 0 else config.other_lengths[which - 1].num_frames
+        frame_mask = None
+        if config.frame_masks and num_frames > 1:
+            latent_frames = clips.latents.shape[2]
+            frame_mask = draw_frame_masks(config.frame_masks, size, latent_frames, rng, draw.generator("given"))
         text = self.tokenizer(clips.captions, padding=True, truncation=True, return_tensors="pt")
         noise = torch.randn(clips.latents.shape, generator=draw.generator("noise"))
         drop_text = torch.rand(size, generator=draw.generator("drop")) < self.config.drop_text
@@ -153,6 +196,8 @@ class DiffusionObjective(Objective):
             tokens=text["input_ids"].to(device),
             text_mask=text["attention_mask"].to(device),
             drop_text=drop_text.to(device),
+            frame_mask=None if frame_mask is None else frame_mask.to(device),
+            fps=IMAGE_FPS if num_frames == 1 else float(config.clips.fps),
         )
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
@@ -165,7 +210,8 @@ class DiffusionObjective(Objective):
             text_states,
             batch.text_mask,
             drop_text=batch.drop_text,
-            fps=float(clips.fps),
+            frame_mask=batch.frame_mask,
+            fps=batch.fps,
             height=float(clips.height),
             width=float(clips.width),
         ).sample.float()
@@ -229,9 +275,12 @@ class FlowObjective(DiffusionObjective):
         clean, noise = batch.latents, batch.noise
         timestep = self.scheduler.draw_timesteps(len(clean), generator=draw.generator("t")).to(clean.device)
         noisy = flow.interpolate(clean, noise, timestep / self.scheduler.num_train_timesteps)
+        if batch.frame_mask is not None:
+            noisy = choose_frames(batch.frame_mask, noisy, clean)
         prediction = self.predict(noisy, timestep, batch)[:, : clean.shape[1]]
         error = (prediction - flow.velocity_target(clean, noise)).square()
-        return {"velocity": mean_per_sample(error * self.weights(batch)), "_mse": mean_per_sample(error)}
+        mask = batch.frame_mask
+        return {"velocity": mean_per_sample(error * self.weights(batch), mask), "_mse": mean_per_sample(error, mask)}
 
 
 class GaussianObjective(DiffusionObjective):
@@ -246,7 +295,8 @@ class GaussianObjective(DiffusionObjective):
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         clean, noise = batch.latents, batch.noise
         t = torch.randint(len(self.tables), (len(clean),), generator=draw.generator("t")).to(clean.device)
-        noisy = gaussian.q_sample(self.tables, clean, t, noise)
+        steps = t if batch.frame_mask is None else gaussian.frame_timesteps(t, batch.frame_mask)
+        noisy = gaussian.q_sample(self.tables, clean, steps, noise)
         prediction = self.predict(noisy, t.float(), batch)
         losses = training_losses(
             self.tables,
@@ -256,11 +306,12 @@ class GaussianObjective(DiffusionObjective):
             noise=noise,
             t=t,
             prediction_type=self.config.prediction_type,
+            frame_mask=batch.frame_mask,
         )
         assert losses.mse is not None and losses.vb is not None
         target = noise if self.config.prediction_type == "epsilon" else clean
         error = (prediction[:, : clean.shape[1]] - target).square()
-        weighted = mean_per_sample(error * self.weights(batch)) * self.timestep_weights[t]
+        weighted = mean_per_sample(error * self.weights(batch), batch.frame_mask) * self.timestep_weights[t]
         return {self.config.prediction_type: weighted, "vb": losses.vb, "_mse": losses.mse}
 
 

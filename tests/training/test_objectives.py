@@ -18,15 +18,21 @@ from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes.toybox_judge import JudgeObjectiveConfig
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion_objective import OtherLength
 from opensora.training.objective import Draw, Objective
 from opensora.training.trainer import Trainer
 
-KINDS = ["flow", "iddpm", "frames", "latents", "pixels", "judge"]
+KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge"]
 
 
 def make_config(kind: str, folder: Path) -> Any:
     if kind in ("flow", "iddpm"):
         return diffusion_config(kind, folder)
+    if kind.endswith(" with frames"):
+        lengths = (OtherLength(1, 0.2), OtherLength(8, 0.4))
+        return diffusion_config(
+            kind.split()[0], folder, other_lengths=lengths, num_clips_of_other_lengths=4, frame_masks={"head": 0.9}
+        )
     if kind == "judge":
         return JudgeObjectiveConfig(batch_size=2, dim=8)
     return vae_config(kind)
@@ -187,6 +193,52 @@ def test_what_is_missing_is_named(make, message, tmp_path):
 
 
 NO_TIME = {"spatial": {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}}
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
+    """What the network says of a given frame costs nothing, and it sees such a frame clean."""
+    objective = diffusion_config(kind, tmp_path, frame_masks={"head": 1.0}).build("cpu")
+    objective.set_up(tmp_path / "cache")
+    draw = Draw(0, 0)
+    batch = objective.prepare(draw)
+    given = ~batch.frame_mask
+    assert given.any(dim=1).all() and batch.frame_mask.any(dim=1).all()
+    seen: list[Tensor] = []
+
+    def predicting(error: float):
+        def predict(noisy: Tensor, timestep: Tensor, batch: Any) -> Tensor:
+            seen.append(noisy)
+            channels = 2 * noisy.shape[1]
+            prediction = torch.ones(len(noisy), channels, *noisy.shape[2:])
+            return prediction + error * given[:, None, :, None, None]
+
+        return predict
+
+    losses = []
+    for error in (0.0, 100.0):
+        objective.predict = predicting(error)
+        losses.append(objective.loss(batch, draw))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[1][name])
+    apart = (seen[0] - batch.latents).abs().amax(dim=(1, 3, 4))
+    assert apart[given].max() < 0.1 < apart[batch.frame_mask].min()
+
+
+def test_lengths_come_in_their_shares(tmp_path):
+    config = diffusion_config(
+        "flow", tmp_path, other_lengths=(OtherLength(1, 0.3), OtherLength(14, 0.3)), num_clips_of_other_lengths=2
+    )
+    objective = config.build("cpu")
+    objective.set_up(tmp_path / "cache")
+    batches = [objective.prepare(Draw(0, step)) for step in range(60)]
+    lengths = [batch.latents.shape[2] for batch in batches]
+    # An image, 5 and 14 frames, four to a latent frame.
+    assert set(lengths) == {1, 2, 4} and 8 < lengths.count(1) < 30
+    assert {batch.fps for batch in batches if batch.latents.shape[2] == 1} == {120.0}
+    assert {batch.fps for batch in batches if batch.latents.shape[2] > 1} == {float(CLIPS.fps)}
+    with pytest.raises(OpenSoraError, match=r"1\.2"):
+        diffusion_config("flow", tmp_path, other_lengths=(OtherLength(1, 1.2),))
 
 
 # --- encoded once -----------------------------------------------------------------------------------------------------
