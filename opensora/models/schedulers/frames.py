@@ -3,7 +3,7 @@
 Letters: B batch, C latent channels, T latent frames.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,6 +31,16 @@ def choose_frames(chosen: Tensor, sample: Tensor, other: Tensor) -> Tensor:
 def noise_like(sample: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise; a list holds one generator per sample."""
     return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+
+
+def index_of(timestep: Tensor | float, timesteps: Sequence[float]) -> int:
+    """Which step of a run `timestep` is; `timesteps` are the numbers that the caller iterates over."""
+    if isinstance(timestep, Tensor) and timestep.numel() != 1:
+        raise OpenSoraError(f"got {timestep.numel()} timesteps; a step moves the whole batch at one timestep")
+    value = float(timestep)
+    if value not in timesteps:
+        raise unknown_timestep(value, timesteps)
+    return timesteps.index(value)
 
 
 def unknown_timestep(value: float, known: Collection[float]) -> OpenSoraError:

@@ -1,0 +1,270 @@
+"""DPM-Solver++ for the networks of Open-Sora 1.0 and 1.1: the quality of a hundred IDDPM steps in about twenty.
+
+A thin class over diffusers' ``DPMSolverMultistepScheduler``, whose formulas it uses as they are. Its own are the grid,
+which lies between the steps the network was trained on, and frames that are given. The diffusion is that of
+:class:`~opensora.models.schedulers.iddpm.IDDPMScheduler`, so a model's sampler can be swapped::
+
+    pipeline.scheduler = DPMSolverScheduler.from_config(pipeline.scheduler.config)
+
+Time runs over the *training steps*, 0 (almost clean) to N - 1, fractions included; log alpha is linear between them.
+Sampling visits (1 - i/n) of the way for i = 0..n-1, and the last step goes to training step 0, not to the clean
+latents: the noise left there is that of the first training step (1 % in the linear schedule).
+
+Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
+to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until that fraction of the way is left, is
+noised to it once, and is generated from there::
+
+    for timestep in scheduler.timesteps:
+        latents, frame_mask = scheduler.activate_frames(latents, timestep, frame_strength)
+        prediction = network(latents, timestep, frame_mask=frame_mask)
+        latents = scheduler.step(prediction, timestep, latents, frame_mask=frame_mask).prev_sample
+
+Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``, n steps, lambda log (alpha / sigma).
+Paper: Lu et al. 2022, https://arxiv.org/abs/2211.01095 (DPM-Solver++, algorithm 2).
+"""
+
+import inspect
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+
+from opensora import gaussian
+from opensora.errors import OpenSoraError
+from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
+from opensora.models.schedulers.iddpm import IDDPMScheduler
+
+# Below, the cosine schedule leaves so little signal that one step from there loses all digits; the linear one ends
+# before, at -5.06.
+_MIN_LAMBDA = -5.1
+# With fewer steps the last is too long to be extrapolated into.
+_MIN_STEPS_TO_END_IN_SECOND_ORDER = 10
+
+
+class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
+    """Deterministic multistep sampling of a discrete diffusion; variances that the network learned are not used.
+
+    Args:
+        num_train_timesteps: N, the number of steps the network was trained on.
+        beta_schedule: ``"linear"`` or ``"cosine"``.
+        beta_start: first beta of the linear schedule, for 1000 steps (scaled by 1000 / N).
+        beta_end: last beta of it, likewise.
+        prediction_type: the network's first C channels: ``"epsilon"`` the noise, ``"sample"`` the clean latents.
+        variance_type: ``"learned_range"`` (the network has C variance channels behind them), ``"fixed_small"`` or
+            ``"fixed_large"`` (it has not).
+        solver_order: 2, which looks back at the step before, or 1, which is DDIM.
+
+    Raises:
+        OpenSoraError: an unknown name or a number out of range.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_schedule: Literal["linear", "cosine"] = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        prediction_type: gaussian.PredictionType = "epsilon",
+        variance_type: gaussian.VarianceType = "learned_range",
+        solver_order: Literal[1, 2] = 2,
+    ) -> None:
+        if solver_order not in (1, 2):
+            raise OpenSoraError(f"got solver_order={solver_order!r}; expected 1 or 2")
+        diffusion = IDDPMScheduler(
+            num_train_timesteps, beta_schedule, beta_start, beta_end, prediction_type, variance_type
+        )
+        self.num_train_timesteps = num_train_timesteps
+        self.variance_type: gaussian.VarianceType = variance_type
+        self.solver_order = solver_order
+        abar = diffusion.train_tables.alphas_cumprod.numpy()
+        self._log_alphas = np.log(abar) / 2
+        self._start = int((self._log_alphas - np.log1p(-abar) / 2 >= _MIN_LAMBDA).sum()) - 1
+        if self._start < 1:
+            raise OpenSoraError(
+                f"got a {beta_schedule} schedule of {num_train_timesteps} training steps, which is too short for this "
+                "solver; expected at least 2 steps that leave some signal"
+            )
+        # Without a variance_type: it would cut the prediction to three channels. We cut it ourselves.
+        self._solver = _Formulas(solver_order=solver_order, prediction_type=prediction_type)
+        self.num_inference_steps: int | None = None
+        # As in every diffusers scheduler there is something to iterate before set_timesteps.
+        self._schedule(num_train_timesteps, device=None)
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """diffusers' hook of ``from_config``: leaves out what only :class:`IDDPMScheduler` has, without a warning."""
+        only_theirs = _keywords(IDDPMScheduler) - _keywords(cls)
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in only_theirs}, **kwargs)
+
+    # --- the schedule -------------------------------------------------------------------------------------------------
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay out the steps of one run in ``timesteps``, (n,) float32 training steps, descending from N - 1.
+
+        Args:
+            num_inference_steps: n >= 1.
+            device: where ``timesteps`` goes; ``None`` is the CPU.
+
+        Raises:
+            OpenSoraError: not a number of steps, or fewer than one.
+        """
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise OpenSoraError(
+                f"got num_inference_steps={num_inference_steps!r}; this solver takes a whole number of at least 1"
+            )
+        self._schedule(num_inference_steps, device)
+        self.num_inference_steps = num_inference_steps
+
+    def _schedule(self, num_steps: int, device: torch.device | str | None) -> None:
+        grid = np.linspace(self._start, 0, num_steps + 1)
+        self.timesteps = torch.tensor(grid[:-1], dtype=torch.float32).to(device=device)
+        self._values: list[float] = self.timesteps.tolist()
+        log_alphas = self._log_alphas_at(grid)
+        self._solver.sigmas = torch.tensor(np.sqrt(np.expm1(-2 * log_alphas)), dtype=torch.float32)
+        self._before: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        """Of the step before: its index, the clean latents it estimated, and the frames it moved, (B, T)."""
+
+    def _log_alphas_at(self, timesteps: np.ndarray) -> np.ndarray:
+        return np.interp(timesteps, np.arange(self.num_train_timesteps), self._log_alphas)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """Return ``sample``: the network takes it as it is."""
+        return sample
+
+    def activate_frames(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        frame_strength: torch.Tensor,
+        *,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Before the network is called: say which frames are generated at this step, and noise those that just began.
+
+        Args:
+            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            timestep: an entry of ``timesteps``.
+            frame_strength: (B, T) in [0, 1], the same throughout a run; see the module text. A bool mask is the special
+                case of frames that are generated entirely or not at all.
+            generator: source of ``noise``; a list holds one per sample.
+            noise: standard normal noise like ``sample``. It is drawn at every step, needed or not, so that a run's
+                random numbers do not depend on the strengths.
+
+        Returns:
+            The sample with the frames that begin at this step noised to ``timestep``, and ``frame_mask``, (B, T) bool,
+            True for the frames that are being generated: input of the network and of :meth:`step`.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
+        """
+        check_frames("frame_strength", frame_strength, sample)
+        index, num_steps = index_of(timestep, self._values), len(self._values)
+        noise = noise_like(sample, generator) if noise is None else noise
+        # In float32, where 0.29 is 29 / 100 and not a hair less.
+        strength = frame_strength.to(device=sample.device, dtype=torch.float32)
+        active = strength >= (num_steps - index) / num_steps
+        # At the first step, the frames of full strength are noise already.
+        before = strength >= min(1.0, (num_steps - index + 1) / num_steps)
+        noised = self.add_noise(sample, noise, self._values[index])
+        return choose_frames(active & ~before, noised, sample), active
+
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        *,
+        frame_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Walk from ``timestep`` to the next one, or to training step 0 from the last.
+
+        The step is of second order in frames that the step before moved too; a frame's first step is of first order.
+
+        Args:
+            prediction: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
+            timestep: an entry of ``timesteps``.
+            sample: latents at ``timestep``, (B, C, T, H, W).
+            frame_mask: (B, T) bool; frames where it is False are returned as they came.
+            generator: not used, the solver draws nothing; here for the interface all schedulers share.
+            noise: not used, likewise.
+            return_dict: ``False`` returns a tuple of one.
+
+        Returns:
+            ``.prev_sample`` of the shape and dtype of ``sample``.
+
+        Raises:
+            OpenSoraError: ``timestep`` is not in the schedule, the wrong number of channels, or a mask of wrong shape.
+        """
+        index = index_of(timestep, self._values)
+        output, _ = gaussian.split_prediction(prediction, sample.shape[1], self.variance_type)
+        moves = torch.ones(sample.shape[0], sample.shape[2], dtype=torch.bool) if frame_mask is None else frame_mask
+        check_frames("frame_mask", moves, sample)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        solver, noisy = self._solver.at(index), sample.to(dtype)
+        clean = solver.convert_model_output(output.to(dtype), sample=noisy)
+        before, self._before = self._before, (index, clean, moves)
+        if self._looks_back(index) and before is not None and before[0] == index - 1:
+            # Where there is no step before, the present estimate in its place makes the second-order term vanish.
+            earlier = choose_frames(before[2], before[1], clean)
+            stepped = solver.multistep_dpm_solver_second_order_update([earlier, clean], sample=noisy)
+        else:
+            stepped = solver.dpm_solver_first_order_update(clean, sample=noisy)
+        stepped = choose_frames(moves, stepped.to(sample.dtype), sample)
+        return SchedulerOutput(prev_sample=stepped) if return_dict else (stepped,)
+
+    def _looks_back(self, index: int) -> bool:
+        num_steps = len(self._values)
+        return self.solver_order == 2 and (index + 1 < num_steps or num_steps >= _MIN_STEPS_TO_END_IN_SECOND_ORDER)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Noise clean latents to training steps, whole or between two.
+
+        Args:
+            original_samples: clean latents, (B, C, T, H, W).
+            noise: standard normal, same shape.
+            timesteps: in [0, N - 1], a number, (B,), or (B, T) for a time of its own for every frame.
+
+        Returns:
+            Shape and dtype of ``original_samples``.
+
+        Raises:
+            OpenSoraError: timesteps out of range.
+        """
+        times = torch.as_tensor(timesteps).detach().cpu().double()
+        if not bool(((times >= 0) & (times <= len(self) - 1)).all()):
+            raise OpenSoraError(f"got timesteps {times.tolist()}; expected numbers in [0, {len(self) - 1}]")
+        times = times[:, None, :, None, None] if times.ndim == 2 else times.reshape(-1, 1, 1, 1, 1)
+        log_alpha = torch.from_numpy(self._log_alphas_at(times.numpy()))
+        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        alpha, sigma = (level.float().to(original_samples.device) for level in (alpha, sigma))
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+
+class _Formulas(DPMSolverMultistepScheduler):
+    """diffusers' solver without its own schedule and memory: it steps wherever it is put."""
+
+    def at(self, index: int) -> "_Formulas":
+        self._step_index = index
+        return self
+
+
+def _keywords(cls: type) -> set[str]:
+    return set(inspect.signature(cls.__init__).parameters)
