@@ -1,12 +1,17 @@
 """Weights: read from files that hold nothing but tensors, and put into models without a gap.
 
-Safetensors, whole or in shards, or a pickle that the restricted unpickler accepts. What is missing, damaged,
-unexpected, of another shape, NaN or infinite is an error that names the file and the tensor.
+Safetensors, whole or in shards, or pickles that the restricted unpickler accepts. Files are mapped, not read at once:
+`StoredWeights` fetches a tensor when it is asked for, `load_weights` copies portion by portion, so that a model needs
+little more memory than its own. What is missing, damaged, unexpected, of another shape, NaN or infinite is an error
+that names the file and the tensor.
 """
 
 import json
+import logging
 import pickle
 import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,199 @@ from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
 
-_WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+EMA_FILE = "ema.pt"
+
+# In the order in which they are looked for: diffusers' own, then those of transformers.
+_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+_PORTION_BYTES = 1 << 30
+
+logger = logging.getLogger(__name__)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of one network: the path itself, or a folder's file or shards.
+
+    Of a folder of a training run, which keeps its weights in a subfolder `model`, the moving average `ema.pt` beside
+    that is taken if there is one; a log line says so.
+
+    Raises:
+        OpenSoraError: nothing there, no weights in it, a missing shard, or several files to choose from.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise OpenSoraError(f"{path} is missing; expected a file of weights, or a folder that holds them")
+    if (path / "model").is_dir():
+        if not (path / EMA_FILE).is_file():
+            return weight_files(path / "model")
+        logger.warning("%s: taking the moving average, %s, not the weights in model/", path, EMA_FILE)
+        return [path / EMA_FILE]
+    for name in _NAMES:
+        if (path / f"{name}.index.json").is_file():
+            return _shards(path / f"{name}.index.json")
+        if (path / name).is_file():
+            return [path / name]
+    for suffixes in ((".safetensors",), PICKLES):
+        found = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+        if len(found) > 1:
+            names = _some([file.name for file in found])
+            raise OpenSoraError(f"{path} holds several files of weights ({names}); keep one, or name it")
+        if found:
+            return found
+    raise OpenSoraError(f"{path} holds no weights; expected {_NAMES[0]} or {_NAMES[1]}, or a .bin, .pt or .pth file")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(read_object(index).get("weight_map", {}).values()))
+    if not names:
+        raise OpenSoraError(f"{index} names no files of weights; it is damaged, get it again")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        what = f"{index.parent / missing[0]} is missing"
+        raise OpenSoraError(f"{what}, {len(missing)} of {len(names)} files of weights are; get them again")
+    return [index.parent / name for name in names]
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of some files, each fetched when it is asked for; only the file it comes from is open then.
+
+    Args:
+        files: safetensors or pickles.
+
+    Raises:
+        OpenSoraError: a file is missing or damaged, or a pickle holds more than tensors.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        self._file_of = {name: file for file in files for name in self._names(file)}
+
+    def _names(self, file: Path) -> list[str]:
+        if file.suffix == ".safetensors":
+            return _safetensors_names(file)
+        return list(self._unpickled(file))
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        if self._pickle is None or self._pickle[0] != file:
+            self._pickle = None  # let go of one before the next is read
+            self._pickle = (file, read_pickle(file))
+        return self._pickle[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        return _read_safetensors(file, name) if file.suffix == ".safetensors" else self._unpickled(file)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+class RenamedWeights(Mapping[str, Tensor]):
+    """Other weights under other names, some left out, some replaced.
+
+    Args:
+        stored: where they come from.
+        names: name here -> name there.
+        replaced: tensors by name here, which stand for themselves.
+    """
+
+    def __init__(
+        self, stored: Mapping[str, Tensor], names: Mapping[str, str], replaced: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._stored, self._replaced = stored, dict(replaced or {})
+        self._names = {name: there for name, there in names.items() if name not in self._replaced}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._replaced[name] if name in self._replaced else self._stored[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._replaced
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._replaced)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """All tensors of one component, from a file or from its folder; see `weight_files`.
+
+    Raises:
+        OpenSoraError: no weights, a shard or file is missing or damaged, or a pickle holds more than tensors.
+    """
+    return StoredWeights(weight_files(path))
+
+
+def _safetensors_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> OpenSoraError:
+    return OpenSoraError(f"{path} is damaged ({first_line(error)}); get it again")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped where its format allows it (every file since torch 1.6); see `unwrap`.
+
+    Raises:
+        OpenSoraError: it is damaged, or holds anything else; nothing in it is run.
+    """
+    try:
+        with warnings.catch_warnings():  # torch warns of pickles it then refuses
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # on rubbish, the restricted unpickler fails in every way a stack machine can
+        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+            raise OpenSoraError(
+                f"{path} is a pickle that holds more than tensors and could run code when opened; refused, "
+                "ask for the weights as safetensors"
+            ) from error
+        raise _damaged(path, error) from error
+    tensors = unwrap(state)
+    if tensors is None:
+        raise OpenSoraError(f"{path} holds something else than named tensors; expected a state dict")
+    return tensors
+
+
+def unwrap(state: Any) -> dict[str, Tensor] | None:
+    """The named tensors within what training scripts save: the moving average if there is one, else the network.
+
+    Names that all begin with "module." (networks saved by a distributed run) lose that.
+
+    Returns:
+        None for anything that holds no state dict.
+    """
+    for name in ("ema", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            return unwrap(state[name])
+    if not isinstance(state, Mapping) or not state:
+        return None
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        return None
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+# --- into models ------------------------------------------------------------------------------------------------------
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -32,7 +228,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
     """Copy weights into a model, which keeps its own dtype and device; every tensor must find its place.
 
     Args:
@@ -43,82 +239,49 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: str) -
     Raises:
         OpenSoraError: NaN or infinite values, or missing, unexpected or mis-shaped tensors, each named.
     """
-    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not _all_finite(tensor)]
-    if bad:
-        raise OpenSoraError(f"{source}: NaN or infinite values in {_some(bad)}; the file is damaged, get it again")
     own = dict(model.state_dict())
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except OpenSoraError:
-        raise
-    except RuntimeError as error:
-        shapes = [
-            f"{name} is {tuple(tensor.shape)} but the model has {tuple(own[name].shape)}"
-            for name, tensor in weights.items()
-            if name in own and tensor.shape != own[name].shape
-        ]
-        reason = f"mis-shaped tensors: {_some(shapes)}" if shapes else first_line(error)
-        raise OpenSoraError(f"{source}: {reason}; weights and configuration are of two different models") from error
+    missing, unexpected = set(own), []
+    for portion in _portions(weights):
+        bad = [name for name, tensor in portion.items() if tensor.is_floating_point() and not _all_finite(tensor)]
+        if bad:
+            raise OpenSoraError(f"{source}: NaN or infinite values in {_some(bad)}; the file is damaged, get it again")
+        try:
+            result = model.load_state_dict(portion, strict=False)
+        except OpenSoraError:
+            raise
+        except RuntimeError as error:
+            shapes = [
+                f"{name} is {tuple(tensor.shape)} but the model has {tuple(own[name].shape)}"
+                for name, tensor in weights.items()
+                if name in own and tensor.shape != own[name].shape
+            ]
+            reason = f"mis-shaped tensors: {_some(shapes)}" if shapes else first_line(error)
+            raise OpenSoraError(f"{source}: {reason}; weights and configuration are of two different models") from error
+        missing &= set(result.missing_keys)
+        unexpected += result.unexpected_keys
     # Tied weights are stored once: a name without an entry of its own is filled if its memory was.
     filled = {own[name].data_ptr() for name in weights if name in own}
-    missing = [name for name in missing if own[name].data_ptr() not in filled]
+    left = [name for name in own if name in missing and own[name].data_ptr() not in filled]
     problems = [f"{len(names)} {what} ({_some(names)})" for what, names in
-                (("missing tensors", missing), ("unexpected tensors", unexpected)) if names]  # fmt: skip
+                (("missing tensors", left), ("unexpected tensors", unexpected)) if names]  # fmt: skip
     if problems:
         raise OpenSoraError(f"{source}: {', '.join(problems)}; weights and configuration are of two different models")
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of one component, from one file or from shards.
-
-    Raises:
-        OpenSoraError: no weights, a shard or file is missing or damaged, or a pickle holds more than tensors.
-    """
-    for stem in _WEIGHT_NAMES:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(read_object(index).get("weight_map", {}).values()))
-            return {name: tensor for shard in shards for name, tensor in _read_safetensors(folder / shard).items()}
-        if (folder / f"{stem}.safetensors").is_file():
-            return _read_safetensors(folder / f"{stem}.safetensors")
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-    if len(pickles) > 1:
-        raise OpenSoraError(f"{folder} holds several files of weights ({_some([p.name for p in pickles])}); keep one")
-    if pickles:
-        return read_pickle(pickles[0])
-    raise OpenSoraError(f"{folder} holds no weights; expected {_WEIGHT_NAMES[0]}.safetensors or model.safetensors")
+def _portions(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Weights in groups of about a gigabyte; one at least, be it empty."""
+    portion: dict[str, Tensor] = {}
+    size = 0
+    for name in weights:
+        portion[name] = weights[name]
+        size += portion[name].nbytes
+        if size >= _PORTION_BYTES:
+            yield portion
+            portion, size = {}, 0
+    yield portion
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise OpenSoraError(f"{path} is missing; the model's folder is incomplete, get it again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise OpenSoraError(f"{path} is damaged ({first_line(error)}); get it again") from error
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle.
-
-    Raises:
-        OpenSoraError: it is damaged, or holds anything else; nothing in it is run.
-    """
-    try:
-        with warnings.catch_warnings():  # torch warns of pickles it then refuses
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on rubbish, the restricted unpickler fails in every way a stack machine can
-        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
-            raise OpenSoraError(
-                f"{path} is a pickle that holds more than tensors and could run code when opened; refused, "
-                "ask for the weights as safetensors"
-            ) from error
-        raise OpenSoraError(f"{path} is damaged ({first_line(error)}); get it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise OpenSoraError(f"{path} holds something else than named tensors; expected a state dict")
-    return dict(state)
+# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def read_object(path: Path) -> dict[str, Any]:
