@@ -1,9 +1,13 @@
 """What a clip is made from besides text: frames that are given, and the numbers that tell a network its size.
 
-References are latents of images or clips; a list of `FramePlacement` (see `models.text.prompts`) says which of their
-frames go where. Placing them yields latents that hold the given frames, and a strength for each frame: 1 is generated
-from noise, 0 stays as given, 0.4 is given and made anew for the last 0.4 of the way. The schedulers' `activate_frames`
-takes both. Everything counts in latent frames unless it says otherwise.
+`GivenFrames` hold latents, and a strength for each frame: 1 is generated from noise, 0 stays as given, 0.4 is given and
+made anew for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to them:
+
+- `condition` says it in words: begin with this image, end with that one, go on where this clip ends, make it anew.
+- `place_references` is the reference's way: a list of `FramePlacement` (see `models.text.prompts`) says which latent
+  frames of which reference go where.
+
+Everything counts in latent frames unless it says otherwise.
 """
 
 from collections.abc import Sequence
@@ -12,10 +16,165 @@ from dataclasses import dataclass
 import torch
 
 from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
+from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.text.prompts import FramePlacement
 
 # The networks of the family are told that an image is a video at this rate.
 IMAGE_FPS = 120.0
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """Frames that a model is given instead of making them up.
+
+    Attributes:
+        latents: normalised, (B, C, T, h, w), B = 1 for the same frames in every clip; what frames of strength 1 hold
+            does not matter.
+        strength: (B, T) in [0, 1], how much of a frame is made anew.
+
+    Raises:
+        OpenSoraError: shapes that do not belong together, or a strength out of range.
+    """
+
+    latents: torch.Tensor
+    strength: torch.Tensor
+
+    def __post_init__(self) -> None:
+        expected = (self.latents.shape[0], self.latents.shape[2]) if self.latents.ndim == 5 else None
+        if self.strength.shape != expected:
+            raise OpenSoraError(
+                f"given frames have latents of shape {tuple(self.latents.shape)} and strengths of "
+                f"{tuple(self.strength.shape)}; expected (B, C, T, h, w) and (B, T)"
+            )
+        if not ((self.strength >= 0) & (self.strength <= 1)).all():
+            raise OpenSoraError("the strength of a given frame is outside of 0 (kept) to 1 (made anew)")
+
+    @classmethod
+    def none(cls, autoencoder: VideoAutoencoder, size: VideoSize) -> "GivenFrames":
+        """Nothing given yet for a clip of this size."""
+        latent_size = autoencoder.latent_size((size.num_frames, size.height, size.width))
+        return cls(torch.zeros(1, autoencoder.latent_channels, *latent_size), torch.ones(1, latent_size[0]))
+
+    def put(self, latents: torch.Tensor, start: int, strength: float = 0.0) -> "GivenFrames":
+        """The same with latents (B, C, n, h, w) at `start`, in place of what was given there."""
+        batch, end = max(len(latents), len(self.latents)), start + latents.shape[2]
+        held, strengths = (
+            tensor.repeat(batch // len(tensor), *[1] * (tensor.ndim - 1)) for tensor in vars(self).values()
+        )
+        held[:, :, start:end] = latents.to(held)
+        strengths[:, start:end] = strength
+        return GivenFrames(held, strengths)
+
+
+def condition(
+    autoencoder: VideoAutoencoder,
+    size: VideoSize,
+    *,
+    image: torch.Tensor | None = None,
+    last_image: torch.Tensor | None = None,
+    extend: torch.Tensor | None = None,
+    backwards: bool = False,
+    condition_frames: int | None = None,
+    edit: torch.Tensor | None = None,
+    strength: float | None = None,
+) -> GivenFrames:
+    """Given frames, said in words; all videos are (3, T, H, W) in [-1, 1] of the clip's height and width.
+
+    Args:
+        autoencoder: encodes them.
+        size: of the clip that is to be made.
+        image: its first frame.
+        last_image: its last frame; together with `image` it connects two pictures. Kept best where that frame is a
+            chunk of the autoencoder (18 or 52 frames for chunks of 17).
+        extend: a clip that this one goes on from: it begins with the last frames of that one.
+        backwards: it ends with the first frames of `extend` instead.
+        condition_frames: latent frames taken over from `extend`; None for 2, or for the last chunk when going
+            backwards in a clip of several.
+        edit: a clip that is made anew; what is there of it shapes the result.
+        strength: how much of it is made anew, 0 to 1.
+
+    Raises:
+        OpenSoraError: contradictions, a video of another height and width, or too few frames in it.
+    """
+    given = GivenFrames.none(autoencoder, size)
+    total = given.latents.shape[2]
+    if edit is not None:
+        if any(other is not None for other in (image, last_image, extend)):
+            raise OpenSoraError("a clip to edit gives all frames; leave out image, last_image and extend")
+        if strength is None:
+            raise OpenSoraError("how much of the clip is to be made anew? give strength, from 0 (nothing) to 1 (all)")
+        _check_video("edit", edit, size, size.num_frames)
+        return given.put(encode_in_place(autoencoder, edit, size.num_frames, 0, total), 0, strength)
+    if strength is not None:
+        raise OpenSoraError("strength says how much of a clip is edited; give the clip as edit")
+    if extend is not None:
+        taken_at = "last" if backwards else "first"
+        if (last_image if backwards else image) is not None:
+            raise OpenSoraError(f"the {taken_at} frames come from extend already; leave out the {taken_at} image")
+        length = condition_frames or default_condition_frames(autoencoder, size.num_frames, backwards=backwards)
+        if not 0 < length < total:
+            raise OpenSoraError(f"{length} of {total} latent frames to be given; expected 1 to {total - 1}")
+        start = total - length if backwards else 0
+        first, end = (autoencoder.frames_before(frame, size.num_frames) for frame in (start, start + length))
+        _check_video("extend", extend, size, end - first)
+        frames = extend[:, : end - first] if backwards else extend[:, extend.shape[1] - (end - first) :]
+        given = given.put(encode_in_place(autoencoder, frames, size.num_frames, start, length), start)
+    for name, picture, start in (("image", image, 0), ("last_image", last_image, total - 1)):
+        if picture is not None:
+            _check_video(name, picture, size, 1)
+            given = given.put(encode_in_place(autoencoder, picture[:, :1], size.num_frames, start, 1), start)
+    return given
+
+
+def default_condition_frames(autoencoder: VideoAutoencoder, num_frames: int, *, backwards: bool) -> int:
+    """2 latent frames; going backwards, those of the last chunk if it is not the only one: it knows no other."""
+    chunk = autoencoder.micro_frame_size
+    if not backwards or autoencoder.temporal_factor == 1 or chunk is None or num_frames <= chunk:
+        return 2
+    return autoencoder.latent_frames(num_frames) - autoencoder.latent_frames((num_frames - 1) // chunk * chunk)
+
+
+@torch.no_grad()
+def encode_in_place(
+    autoencoder: VideoAutoencoder, video: torch.Tensor, num_frames: int, start: int, length: int
+) -> torch.Tensor:
+    """Latent frames `start` .. `start + length` of a clip of which only those frames are known.
+
+    A latent frame means something else at another place of its chunk, so the frames are encoded where they stand: what
+    comes before them in the chunk is taken to be their first frame, standing still; a video that is too short stands
+    still at its end.
+
+    Args:
+        autoencoder: encodes.
+        video: the known frames, (3, F, H, W) or (B, 3, F, H, W).
+        num_frames: frames of the whole clip.
+        start: first latent frame.
+        length: number of latent frames.
+
+    Returns:
+        (B, C, length, h, w), on the autoencoder's device; B = 1 for a single video.
+    """
+    video = video[None] if video.ndim == 4 else video
+    first, end = autoencoder.frames_before(start, num_frames), autoencoder.frames_before(start + length, num_frames)
+    chunk = (autoencoder.micro_frame_size or num_frames) if autoencoder.temporal_factor > 1 else 1
+    before, after = first % chunk, max(0, end - first - video.shape[2])
+    video = video[:, :, : end - first]
+    still_before, still_after = (video[:, :, at].unsqueeze(2) for at in (0, -1))
+    whole = torch.cat(
+        [still_before.expand(-1, -1, before, -1, -1), video, still_after.expand(-1, -1, after, -1, -1)], dim=2
+    )
+    latents = autoencoder.encode(whole.to(autoencoder.device))
+    return latents[:, :, latents.shape[2] - length :]
+
+
+def _check_video(name: str, video: torch.Tensor, size: VideoSize, num_frames: int) -> None:
+    if video.ndim != 4 or (video.shape[0], *video.shape[2:]) != (3, size.height, size.width):
+        raise OpenSoraError(
+            f"{name} has the shape {tuple(video.shape)}; expected (3, T, {size.height}, {size.width}), the clip's size"
+        )
+    if video.shape[1] < num_frames:
+        raise OpenSoraError(f"{name} has {video.shape[1]} frames; this clip of {size.num_frames} needs {num_frames}")
 
 
 def place_references(
@@ -124,8 +283,10 @@ class SizeInputs:
     fps: float
 
 
-def size_inputs(height: int, width: int, num_frames: int, fps: float) -> SizeInputs:
-    """The inputs for a clip of this size; a single frame is an image and has `IMAGE_FPS`.
+def size_inputs(
+    height: int, width: int, num_frames: int, fps: float, image_fps: float | None = IMAGE_FPS
+) -> SizeInputs:
+    """The inputs for a clip of this size; a single frame is an image and has `image_fps`, unless that is None.
 
     Raises:
         OpenSoraError: a value that is not positive.
@@ -133,7 +294,7 @@ def size_inputs(height: int, width: int, num_frames: int, fps: float) -> SizeInp
     for name, value in {"height": height, "width": width, "num_frames": num_frames, "fps": fps}.items():
         if not value > 0:
             raise OpenSoraError(f"{name} is {value}; expected a positive number")
-    rate = IMAGE_FPS if num_frames == 1 else float(fps)
+    rate = float(fps) if num_frames > 1 or image_fps is None else float(image_fps)
     return SizeInputs(float(height), float(width), float(num_frames), height / width, rate)
 
 

@@ -3,8 +3,8 @@
 Text is encoded once and turned into every layer's keys and values once; noise is walked to latents by the scheduler,
 each step on the conditional and the unconditional branch in one batch; the autoencoder turns latents into pixels.
 Latents stay in float32 whatever precision the networks run in. What a model samples best with (guidance, steps, size,
-frame rate) stands in the pipeline's own `model_index.json`, so a folder is complete in itself; only the bundled
-toybox-iddpm uses toybox's autoencoder, and has none of its own until it is saved.
+frame rate) and how its prompts are spelled stand in the pipeline's own `model_index.json`, so a folder is complete in
+itself; only the bundled toybox-iddpm uses toybox's autoencoder, and has none of its own until it is saved.
 
 Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T frames, (H, W) pixels.
 """
@@ -12,7 +12,7 @@ Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T 
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -24,8 +24,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from opensora.conditioning import IMAGE_FPS, GivenFrames, SizeInputs, size_inputs
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
+from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.guidance import (
     NOT_GIVEN,
     CfgChannels,
@@ -35,12 +37,15 @@ from opensora.models.guidance import (
     merge_cfg_channel_alias,
 )
 from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.text.cleaning import clean_text
 from opensora.models.text.encoders import encode_prompts, null_prompts
-from opensora.models.text.prompts import pair_prompts
+from opensora.models.text.prompts import append_scores, pair_prompts
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+SAMPLERS = ("ancestral", "ddim", "dpm-solver++")
 
 
 @dataclass
@@ -63,23 +68,38 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
 
     Args:
         transformer: predicts velocity or noise from latents, timestep and text, e.g. `STDiT3`.
-        scheduler: `RectifiedFlowScheduler` or `IDDPMScheduler`.
+        scheduler: `RectifiedFlowScheduler`, `IDDPMScheduler` or `DPMSolverScheduler`.
         autoencoder: `VideoAutoencoder`, pixels <-> normalised latents.
         text_encoder: `T5EncoderModel` of transformers.
         tokenizer: its tokenizer.
         guidance_scale: default strength of classifier-free guidance, 1 = none.
         num_inference_steps: default number of steps.
         cfg_channels: default for which latent channels are guided: the first k, a list of indices, or None for all.
-            Left out: 3 for the IDDPM family, as its published samplers guide, and all for rectified flow.
+            Left out: 3 for `IDDPMScheduler`, as its published samplers guide, and all for the others.
         height: default height in pixels.
         width: default width in pixels.
         num_frames: default number of frames.
         fps: default frames per second; part of what the transformer is conditioned on.
         max_frames: the largest number of frames it can make; None for no limit.
+        frame_interval: files are written at `fps / frame_interval`: the frames the model makes are so far apart, though
+            it is told `fps`.
+        nominal_size: (height, width) that the transformer is told by default, where it is not the size that is made.
+        image_fps: frames per second that the transformer is told for a single frame; None for `fps`.
+        aspect_ratio_order: how aspect ratios of this model are written.
+        clip_frames: frames of the clip that durations count in ("2x", "4s", see `geometry.named_num_frames`); None
+            where seconds are seconds.
+        clip_s: how many seconds such a clip is said to last.
+        clean_prompts: prompts are spelled as its captions were, see `models.text.cleaning`.
+        scores: scores it knows, with the default of each (`aesthetic`, `flow`, `camera_motion`; None for none), see
+            `models.text.prompts.append_scores`; None for a model that knows none.
+        frame_alignment: latent frames to whose multiples mask strategies are aligned; None for no alignment.
+        condition_frames: latent frames that a long video carries over from loop to loop.
+        trained_on: what the transformer's latents were: `latent_space` (see `LatentSpace`) and `autoencoder`, a hash of
+            its weights; None if nobody knows.
 
     Raises:
         OpenSoraError: two components are not of one model: transformer and autoencoder disagree on the number of latent
-            channels, or scheduler and autoencoder on how many latent frames a video has.
+            channels or on the latent space, or scheduler and autoencoder on how many latent frames a video has.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
@@ -102,6 +122,17 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         num_frames: int = 51,
         fps: int | float = 24,  # both, or diffusers warns of a whole number
         max_frames: int | None = None,
+        frame_interval: int = 1,
+        nominal_size: Sequence[int] | None = None,
+        image_fps: int | float | None = IMAGE_FPS,
+        aspect_ratio_order: Literal["width:height", "height:width"] = "width:height",
+        clip_frames: int | None = None,
+        clip_s: int = 2,
+        clean_prompts: bool = False,
+        scores: dict[str, float | str | None] | None = None,
+        frame_alignment: int | None = None,
+        condition_frames: int = 2,
+        trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if transformer.config.in_channels != autoencoder.latent_channels:
@@ -110,6 +141,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
                 f"{autoencoder.latent_channels}; they must come from one model"
             )
         _check_time_shift(scheduler, autoencoder)
+        _check_trained_on(trained_on, autoencoder)
         if isinstance(cfg_channels, NotGiven):
             cfg_channels = min(3, autoencoder.latent_channels) if isinstance(scheduler, IDDPMScheduler) else None
         self.register_modules(
@@ -128,6 +160,17 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             num_frames=num_frames,
             fps=fps,
             max_frames=max_frames,
+            frame_interval=frame_interval,
+            nominal_size=None if nominal_size is None else list(nominal_size),
+            image_fps=image_fps,
+            aspect_ratio_order=aspect_ratio_order,
+            clip_frames=clip_frames,
+            clip_s=clip_s,
+            clean_prompts=clean_prompts,
+            scores=scores,
+            frame_alignment=frame_alignment,
+            condition_frames=condition_frames,
+            trained_on=trained_on,
         )
         self._current_timestep: Tensor | None = None
 
@@ -140,7 +183,10 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
+        nominal_size: Sequence[int] | None = None,
         fps: float | None = None,
+        scores: Mapping[str, float | str | None] | None = None,
+        given: GivenFrames | None = None,
         num_inference_steps: int | str | None = None,
         guidance_scale: float | None = None,
         cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
@@ -162,7 +208,11 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             height: in pixels.
             width: in pixels.
             num_frames: of the video.
+            nominal_size: (height, width) that the transformer is told; None for the default of the default size, and
+                for the true one of any other.
             fps: frames per second.
+            scores: `aesthetic`, `flow` and `camera_motion`, in place of the model's defaults.
+            given: frames that are there already, see `conditioning.condition`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
             guidance_scale: strength of classifier-free guidance; 1 = none, which halves the work.
             cfg_channels: which latent channels are guided: the first k, a list of indices, None or "all".
@@ -190,32 +240,42 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         guidance = self._guidance(guider, guidance_scale, channels)
         prompts, negative_prompts = pair_prompts(prompt, negative_prompt, num_videos_per_prompt)
         size = self._size(num_frames, height, width)
-        fps = self._fps(fps)
-        generators = _generators_per_video(generator, len(prompts))
+        told = self._told(size, nominal_size, fps)
+        generators = generators_per_video(generator, len(prompts))
         device, network = self._execution_device, self.transformer
 
-        timesteps = self._timesteps(num_inference_steps, size, device)
+        timesteps = self._timesteps(num_inference_steps, told, device)
         num_steps = len(timesteps)
         guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
         sample = self._initial_latents(latents, len(prompts), size, generators, device)
-        text_context = self._text_context(prompts, negative_prompts, guided, device)
+        sample, strength = _with_given_frames(sample, given)
+        frame_mask, network_mask = None, None
+        spelled = self._spell(prompts, self._scores(scores))
+        spelled_negative = None if negative_prompts is None else self._spell(negative_prompts, {})
+        text_context = self._text_context(spelled, spelled_negative, guided, device)
         with self.progress_bar(total=num_steps) as progress, self._hooks_left_clean():
             for i, t in timesteps:
                 self._current_timestep = t
                 num_branches = 2 if guided[i] else 1
+                if strength is not None:
+                    sample, frame_mask = self.scheduler.activate_frames(sample, t, strength, generator=generators)
+                    network_mask = frame_mask.repeat(num_branches, 1)
                 # What a cache keeps has the batch size of its branches, so each number of branches has its own.
                 with network.cache_context(f"{num_branches} branches", step_index=i, num_inference_steps=num_steps):
                     prediction = network(
                         self.scheduler.scale_model_input(sample, t).repeat(num_branches, 1, 1, 1, 1).to(network.dtype),
                         t.expand(num_branches * len(prompts)),
                         text_context=text_context[num_branches],
-                        fps=fps,
-                        height=size.height,
-                        width=size.width,
+                        frame_mask=network_mask,
+                        fps=told.fps,
+                        height=told.height,
+                        width=told.width,
                     ).sample.float()
                 cond, uncond = prediction.chunk(2) if guided[i] else (prediction, None)
                 prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
-                sample = self.scheduler.step(prediction, t, sample, generator=generators).prev_sample
+                sample = self.scheduler.step(
+                    prediction, t, sample, frame_mask=frame_mask, generator=generators
+                ).prev_sample
                 if callback_on_step_end is not None:
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
                 progress.update()
@@ -230,8 +290,11 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             **asdict(size),
             "prompt": prompts,
             "negative_prompt": negative_prompts,
+            "spelled_prompt": spelled,
+            "told": asdict(told),
+            "frame_strength": None if strength is None else strength.tolist(),
             "seed": [generator.initial_seed() for generator in generators],
-            "fps": fps,
+            "fps": self.config.fps if fps is None else fps,
             "num_inference_steps": num_inference_steps or self.config.num_inference_steps,
             **_describe_guidance(guidance),
         }
@@ -264,11 +327,29 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             self.config.width if width is None else width,
         ).check(self.size_rule())
 
-    def _fps(self, fps: float | None) -> float:
+    def _told(self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None) -> SizeInputs:
+        """What the transformer and the time shift are told of the clip."""
         fps = self.config.fps if fps is None else fps
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
             raise OpenSoraError(f"fps is {fps!r}; expected a positive number")
-        return fps
+        if nominal_size is None and (size.height, size.width) == (self.config.height, self.config.width):
+            nominal_size = self.config.nominal_size
+        height, width = nominal_size or (size.height, size.width)
+        return size_inputs(height, width, size.num_frames, fps, self.config.image_fps)
+
+    def _scores(self, scores: Mapping[str, float | str | None] | None) -> dict[str, Any]:
+        """The model's default scores, with the caller's in their place."""
+        known = self.config.scores or {}
+        for name in scores or {}:
+            if name not in known:
+                knows = f"it knows {', '.join(known)}" if known else "it knows none; leave them out"
+                raise OpenSoraError(f"this model was not trained with the score {name!r}; {knows}")
+        return {**known, **(scores or {})}
+
+    def _spell(self, prompts: list[str], scores: Mapping[str, Any]) -> list[str]:
+        """Prompts as the model's captions were: with scores at the end, cleaned."""
+        spelled = [append_scores(prompt, **scores) for prompt in prompts]
+        return [clean_text(prompt) for prompt in spelled] if self.config.clean_prompts else spelled
 
     def _guidance(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> ChannelGuidance:
         if guider is not None and guidance_scale is not None:
@@ -281,12 +362,13 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         return ChannelGuidance(guider, cfg_channels, self.autoencoder.latent_channels)
 
     def _timesteps(
-        self, num_inference_steps: int | str | None, size: VideoSize, device: torch.device
+        self, num_inference_steps: int | str | None, told: SizeInputs, device: torch.device
     ) -> list[tuple[int, Tensor]]:
         """The numbered timesteps of the run."""
         # A time shift depends on the size of the video; schedulers without one do not ask for it.
         asked_for = inspect.signature(self.scheduler.set_timesteps).parameters
-        sizes = {name: value for name, value in asdict(size).items() if name in asked_for}
+        sizes = {"height": told.height, "width": told.width, "num_frames": int(told.num_frames)}
+        sizes = {name: value for name, value in sizes.items() if name in asked_for}
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps, device=device, **sizes)
         return list(enumerate(self.scheduler.timesteps))
@@ -331,6 +413,29 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         _check_finite(latents, "before the first step")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
+    def use_sampler(self, name: str) -> None:
+        """Sample otherwise: a network that predicts noise or clean latents can be sampled in three ways.
+
+        With DPM-Solver++ all channels are guided by default from now on, as in the reference.
+
+        Args:
+            name: "ancestral" (IDDPM), "ddim", or "dpm-solver++".
+
+        Raises:
+            OpenSoraError: an unknown name, or a model of rectified flow, which has one sampler only.
+        """
+        if name not in SAMPLERS:
+            raise OpenSoraError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+        if not isinstance(self.scheduler, IDDPMScheduler | DPMSolverScheduler):
+            raise OpenSoraError(
+                f"the sampler {name} is for models that predict noise; this one has a {type(self.scheduler).__name__}"
+            )
+        if name == "dpm-solver++":
+            self.register_modules(scheduler=DPMSolverScheduler.from_config(self.scheduler.config))
+            self.register_to_config(cfg_channels=None)
+        else:
+            self.register_modules(scheduler=IDDPMScheduler.from_config(self.scheduler.config, sampler=name))
+
     # --- after the loop -----------------------------------------------------------------------------------------------
 
     def _decode(self, latents: Tensor, size: VideoSize, output_type: OutputType) -> Any:
@@ -372,6 +477,28 @@ def _check_time_shift(scheduler: Any, autoencoder: Any) -> None:
             )
 
 
+def _check_trained_on(trained_on: Mapping[str, Any] | None, autoencoder: Any) -> None:
+    """A transformer works on the latents it was trained on, unless a user overrides what they stand for."""
+    if trained_on and "latent_space" in trained_on and not autoencoder.latent_space.overridden:
+        wanted = LatentSpace.from_dict(trained_on["latent_space"])
+        wanted.check_same(autoencoder.latent_space, here="the transformer's training", there="the autoencoder")
+
+
+def _with_given_frames(noise: Tensor, given: GivenFrames | None) -> tuple[Tensor, Tensor | None]:
+    """Latents to start from, (B, C, T', H', W'), and how much of each frame is made anew, (B, T'); None for all."""
+    if given is None:
+        return noise, None
+    if given.latents.shape[0] not in (1, len(noise)) or given.latents.shape[1:] != noise.shape[1:]:
+        raise OpenSoraError(
+            f"given frames have latents of shape {tuple(given.latents.shape)}, this run has {tuple(noise.shape)}; "
+            "give frames for this size, and for every clip or for all at once"
+        )
+    strength = given.strength.to(noise.device, torch.float32).expand(len(noise), -1)
+    # A frame of strength 1 is all noise: nothing is left of what was given.
+    held = given.latents.to(noise).expand_as(noise)
+    return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength
+
+
 def _describe_guidance(guidance: ChannelGuidance) -> dict[str, Any]:
     return {
         "cfg_channels": list(guidance.channels),
@@ -386,7 +513,7 @@ def _describe_object(configured: Any) -> dict[str, Any]:
     return {"class": type(configured).__name__, **options}
 
 
-def _generators_per_video(
+def generators_per_video(
     generator: torch.Generator | Sequence[torch.Generator] | None, num_videos: int
 ) -> list[torch.Generator]:
     """One source of noise per video, so that what a video looks like does not depend on its batch."""

@@ -226,6 +226,23 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             return num_frames
         return sum(self.temporal_vae.latent_frames(chunk) for chunk in self._chunks(num_frames))
 
+    def frames_before(self, latent_frame: int, num_frames: int) -> int:
+        """Video frames that latent frames 0 .. `latent_frame` - 1 of a clip of `num_frames` frames stand for.
+
+        The first latent frame of a chunk stands for what is left over when the others take `temporal_factor` each: of
+        17 frames, latent frame 1 begins after 1 frame, 2 after 5, and 5, the next chunk's, after 17.
+        """
+        total = self.latent_frames(num_frames)
+        if not 0 <= latent_frame <= total:
+            raise OpenSoraError(f"latent frame {latent_frame} asked for, but {num_frames} frames have {total}")
+        frames = 0
+        for chunk in self._chunks(num_frames) if self.temporal_vae is not None else [num_frames]:
+            latents = chunk if self.temporal_vae is None else self.temporal_vae.latent_frames(chunk)
+            if latent_frame < latents:
+                return frames + max(0, chunk - (latents - latent_frame) * self.temporal_factor)
+            frames, latent_frame = frames + chunk, latent_frame - latents
+        return frames
+
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(T, H, W) in frames and pixels -> (N, h, w).
 

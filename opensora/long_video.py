@@ -1,0 +1,93 @@
+"""Videos longer than a model makes at once: clip after clip, each beginning with the end of the one before.
+
+Every loop is one call of the pipeline. It is given the last frames of the previous clip, and may have a text of its own
+(`|0|a cat|2|a dog`, see `models.text.prompts.split_loops`) and references of its own (mask strategies name a loop). The
+frames carried over are shown once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.conditioning import GivenFrames, encode_in_place
+from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
+from opensora.models.text.prompts import as_prompt_list, prompt_of_loop
+from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput, generators_per_video
+
+
+def generate_loops(
+    pipeline: OpenSoraPipeline,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None = None,
+    *,
+    num_loops: int,
+    size: VideoSize,
+    condition_frames: int | None = None,
+    condition_strength: float = 0.0,
+    given: Callable[[int], GivenFrames | None] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    on_loop: Callable[[int], None] | None = None,
+    **options: Any,
+) -> OpenSoraPipelineOutput:
+    """Make one long video per prompt.
+
+    Args:
+        pipeline: makes the clips.
+        prompt: a sentence or a list of them, each for all loops or with texts for loops.
+        negative_prompt: as the pipeline's.
+        num_loops: clips, 1 or more.
+        size: of each clip.
+        condition_frames: latent frames carried over from clip to clip; None for the model's default.
+        condition_strength: how much of them is made anew, 0 to 1.
+        given: loop -> frames that are given besides; where they overlap with those carried over, those stay.
+        generator: as the pipeline's; the noise of a later loop is drawn where that of the one before ended.
+        on_loop: called with the number of each loop before it begins.
+        **options: the pipeline's other arguments.
+
+    Returns:
+        As the pipeline, with frames (B, T, 3, H, W) of the whole videos and the settings of the first loop, but for
+        `prompt`, which holds the prompts as given here.
+
+    Raises:
+        OpenSoraError: as the pipeline; fewer than one loop, or more frames carried over than a clip has to spare.
+    """
+    if num_loops < 1:
+        raise OpenSoraError(f"num_loops is {num_loops}; expected 1 or more")
+    prompts, autoencoder = as_prompt_list(prompt), pipeline.autoencoder
+    carried = pipeline.config.condition_frames if condition_frames is None else condition_frames
+    latent_frames = autoencoder.latent_frames(size.num_frames)
+    if num_loops > 1 and not 0 < carried < latent_frames:
+        raise OpenSoraError(
+            f"{carried} latent frames to be carried over from clip to clip, of {latent_frames}; "
+            f"expected 1 to {latent_frames - 1}"
+        )
+    repeated = autoencoder.frames_before(carried, size.num_frames) if num_loops > 1 else 0
+    generators = generators_per_video(generator, len(prompts))
+    clips: list[Tensor] = []
+    settings: dict[str, Any] = {}
+    for loop in range(num_loops):
+        if on_loop is not None:
+            on_loop(loop)
+        frames = given(loop) if given else None
+        if clips:
+            end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
+            latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
+            frames = (frames or GivenFrames.none(autoencoder, size)).put(latents, 0, condition_strength)
+        output = pipeline(
+            [prompt_of_loop(text, loop) for text in prompts],
+            negative_prompt,
+            height=size.height,
+            width=size.width,
+            num_frames=size.num_frames,
+            given=frames,
+            generator=generators,
+            output_type="pt",
+            **options,
+        )
+        clips.append(output.frames)
+        settings = settings or output.settings
+    frames = torch.cat([clips[0], *(clip[:, repeated:] for clip in clips[1:])], dim=1)
+    return OpenSoraPipelineOutput(frames, {**settings, "prompt": prompts})
