@@ -6,6 +6,7 @@ little more memory than its own. What is missing, damaged, unexpected, of anothe
 that names the file and the tensor.
 """
 
+import hashlib
 import json
 import logging
 import pickle
@@ -282,6 +283,15 @@ def _portions(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and contents of weights and buffers, as hexadecimal digits; another dtype is another one."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

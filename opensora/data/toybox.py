@@ -1,6 +1,5 @@
 """Clips of the toybox world as training data: rendered on demand, or encoded once into captioned latents."""
 
-import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora.checkpoints.weights import fingerprint
 from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.captions import caption
@@ -91,7 +91,7 @@ class CaptionedLatents:
             {
                 "clips": asdict(clips),
                 "n": n,
-                "autoencoder": fingerprint(autoencoder),
+                "autoencoder": fingerprint(autoencoder.state_dict()),
                 "latent_space": autoencoder.latent_space.to_dict(),
             }
         )
@@ -130,12 +130,3 @@ def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
     chunks = cells.split(autoencoder.micro_frame_size or cells.shape[2], dim=2)
     padded = [F.pad(chunk, (0, 0, 0, 0, -chunk.shape[2] % time, 0)) for chunk in chunks]
     return (F.max_pool3d(torch.cat(padded, dim=2), (time, 1, 1)) > 0.1).to(torch.uint8)
-
-
-def fingerprint(autoencoder: VideoAutoencoder) -> str:
-    """SHA-256 over weights and buffers, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
