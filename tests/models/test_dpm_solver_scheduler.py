@@ -209,6 +209,20 @@ def test_equals_plain_diffusers_where_the_grid_is_the_same(num_steps: int, solve
     torch.testing.assert_close(sample, other, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("num_steps", "looks_back"), [(2, False), (9, False), (10, True)])
+def test_last_step_of_a_short_run_is_of_first_order(num_steps: int, looks_back: bool) -> None:
+    """The reference extrapolates into the last step from ten steps on."""
+    scheduler, fresh = DPMSolverScheduler(), DPMSolverScheduler()
+    for made in (scheduler, fresh):
+        made.set_timesteps(num_steps)
+    *_, before, last = scheduler.timesteps
+    scheduler.step(network(normal(1), before), before, normal(1))
+    stepped, without_past = (
+        made.step(network(normal(0), last), last, normal(0)).prev_sample for made in (scheduler, fresh)
+    )
+    assert torch.equal(stepped, without_past) != looks_back
+
+
 def test_two_runs_and_two_orders() -> None:
     scheduler = DPMSolverScheduler()
     scheduler.set_timesteps(6)
