@@ -1,0 +1,81 @@
+"""Clip after clip: lengths, what is carried over, texts and references of their own."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipeline import make_pipeline, seeded
+
+from opensora.conditioning import condition, encode_in_place
+from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
+from opensora.long_video import generate_loops
+
+PROMPT = "a small red ball rolls left"
+SIZE = VideoSize(17, 16, 24)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline("flow", num_frames=17)
+
+
+def loops(pipe, prompt: str | list[str] = PROMPT, **options: Any) -> torch.Tensor:
+    options = {"num_loops": 3, "size": SIZE, "generator": seeded(0), "num_inference_steps": 2} | options
+    return generate_loops(pipe, prompt, **options).frames
+
+
+def test_length_and_the_first_clip(pipe):
+    frames = loops(pipe, condition_frames=3)
+    assert frames.shape == (1, 17 + 2 * (17 - 9), 3, 16, 24)
+    alone = pipe(PROMPT, generator=seeded(0), num_inference_steps=2).frames
+    torch.testing.assert_close(frames[:, :17], alone)
+    assert loops(pipe, num_loops=1).shape[1] == 17
+
+
+def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
+    calls: list[Any] = []
+
+    class Recording:
+        def __init__(self) -> None:
+            self.config, self.autoencoder = pipe.config, pipe.autoencoder
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            output = pipe(*args, **options)
+            calls.append((options["given"], output.frames, args[0]))
+            return output
+
+    loops(Recording(), prompt="|0|a red ball|2|a blue square", condition_frames=2)
+    assert calls[0][0] is None
+    for (_, before, _), (given, _, _) in itertools.pairwise(calls):
+        assert given.strength.tolist() == [[0, 0, 1, 1, 1]]
+        end = before[:, -5:].transpose(1, 2) * 2 - 1
+        torch.testing.assert_close(given.latents[:, :, :2], encode_in_place(pipe.autoencoder, end, 17, 0, 2))
+    assert [texts for _, _, texts in calls] == [["a red ball"], ["a red ball"], ["a blue square"]]
+
+
+def test_two_prompts_and_references(pipe):
+    image = torch.rand(3, 1, 16, 24) * 2 - 1
+    frames = loops(
+        pipe,
+        [PROMPT, "a big blue square"],
+        num_loops=2,
+        generator=seeded(0, 1),
+        given=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop == 1 else None,
+    )
+    assert frames.shape[:2] == (2, 17 + 12)
+    torch.testing.assert_close(
+        frames[:1],
+        loops(
+            pipe, num_loops=2, given=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop else None
+        ),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("options", [{"num_loops": 0}, {"condition_frames": 5}, {"condition_frames": 0}])
+def test_impossible_loops(pipe, options):
+    with pytest.raises(OpenSoraError, match="expected 1"):
+        loops(pipe, **options)
