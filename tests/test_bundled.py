@@ -13,8 +13,8 @@ import torch
 from tiny_pipeline import seeded
 
 import opensora
-from opensora.checkpoints.loading import find_model, model_hash
 from opensora.checkpoints.published import BUNDLED
+from opensora.checkpoints.sources import find_model, model_hash
 from opensora.cli.main import main
 from opensora.evaluation.judge import WEIGHTS as JUDGE
 from opensora.evaluation.judge import load_judge

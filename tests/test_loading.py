@@ -17,8 +17,9 @@ from transformers import T5EncoderModel
 
 import opensora
 from opensora.checkpoints import loading
-from opensora.checkpoints.loading import load_component, load_pipeline, model_hash
+from opensora.checkpoints.loading import load_component, load_pipeline
 from opensora.checkpoints.published import BUNDLED, BundledModel
+from opensora.checkpoints.sources import model_hash
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder

@@ -1,13 +1,14 @@
 """From a name or a folder to a pipeline that is ready to run, and nothing on the way that could run foreign code.
 
-A model is a folder in diffusers' layout: `model_index.json` with the pipeline's defaults and one subfolder per
-component. Weights are read from safetensors, or from a pickle that holds nothing but tensors; components come from this
-package, diffusers and transformers only. Everything a file can get wrong (missing, cut off, not matching its
-configuration, holding NaN) is an error that names the file and the tensor; nothing is initialised at random instead.
+A model is a folder in diffusers' layout (`model_index.json` with the pipeline's defaults and one subfolder per
+component) or a published model, whose parts lie in the local cache of the Hub or wherever the caller says, in the
+format they were published in. Weights are read from safetensors, or from a pickle that holds nothing but tensors;
+components come from this package, diffusers and transformers only. Everything a file can get wrong (missing, cut off,
+not matching its configuration, holding NaN) is an error that names the file and the tensor; nothing is initialised at
+random instead.
 """
 
 import difflib
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -18,24 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opensora.checkpoints.published import BUNDLED, component_folders
-from opensora.checkpoints.weights import (
-    PICKLES,
-    cast_weights,
-    first_line,
-    load_weights,
-    read_object,
-    read_pickle,
-    read_weights,
+from opensora.checkpoints.key_maps import adapt_weights, find_config
+from opensora.checkpoints.published import published_name
+from opensora.checkpoints.sources import (
+    PIPELINE_INDEX,
+    PublishedSource,
+    find_folders,
+    find_model,
+    find_published,
+    is_component,
+    read_index,
 )
+from opensora.checkpoints.weights import cast_weights, first_line, load_weights, read_object, read_weights
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
     from opensora.pipeline import OpenSoraPipeline
 
-PIPELINE_CLASS = "OpenSoraPipeline"
-PIPELINE_INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -47,15 +48,21 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     *,
     override_latent_space: "LatentSpace | None" = None,
+    components: Mapping[str, str | Path] | None = None,
+    download: bool = False,
 ) -> "OpenSoraPipeline":
     """Load a model by name or from a folder.
 
     Args:
-        name_or_path: a bundled model ("toybox", "toybox-iddpm") or a folder that `save_pretrained` wrote.
+        name_or_path: a bundled model ("toybox", "toybox-iddpm"), a published one ("opensora-1.2", see
+            `published.PUBLISHED`), or a folder that `save_pretrained` wrote.
         device: where it runs.
         dtype: precision of the networks; None is float32 on the CPU and bfloat16 elsewhere. Latents stay float32.
         override_latent_space: used instead of the one declared with the autoencoder's weights, and recorded in every
             output.
+        components: component -> folder or file that takes the place of the model's own, in our format or in the one
+            that the reference saves: "transformer", "autoencoder", "text_encoder", "tokenizer".
+        download: fetch the parts of a published model that this machine lacks. Nothing else ever goes to the network.
 
     Returns:
         The pipeline, in evaluation mode on `device`.
@@ -65,95 +72,65 @@ def load_pipeline(
     """
     device = resolve_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    folder = find_model(name_or_path)
-    index = read_index(folder)
+    overridden = override_latent_space is not None
+    if published_name(str(name_or_path)) is not None:
+        source = find_published(str(name_or_path), components, download=download)
+        parts, defaults = _load_published(source, dtype, check_latent_space=not overridden)
+    else:
+        parts, defaults = _load_folder(find_model(name_or_path), components, dtype, check_latent_space=not overridden)
+    if override_latent_space is not None:
+        parts["autoencoder"].override_latent_space(override_latent_space)
     from opensora.pipeline import OpenSoraPipeline
 
+    pipeline = OpenSoraPipeline(**parts, **defaults)
+    pipeline.register_to_config(_name_or_path=str(name_or_path))
+    return pipeline.to(device)
+
+
+def _load_folder(
+    folder: Path, given: Mapping[str, str | Path] | None, dtype: torch.dtype, *, check_latent_space: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components, and the pipeline's defaults, of a folder in diffusers' layout."""
+    from opensora.pipeline import OpenSoraPipeline
+
+    index = read_index(folder)
     parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
     names = [n for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty]
-    missing = [name for name in names if not _is_component(index.get(name))]
+    missing = [name for name in names if not is_component(index.get(name))]
     if missing:
         raise OpenSoraError(f"{folder / PIPELINE_INDEX} names no {', '.join(missing)}; a pipeline needs all of {names}")
     defaults = {name: value for name, value in index.items() if not name.startswith("_") and name not in names}
     _check_known(defaults, parameters, folder / PIPELINE_INDEX)
     components: dict[str, Any] = {}
-    for name, part in component_folders(folder, names).items():
+    for name, path in find_folders(folder, names, given).items():
         cls = _find_class(name, *index[name])
         if issubclass(cls, nn.Module):
-            overridden = name == "autoencoder" and override_latent_space is not None
-            components[name] = load_component(part, cls, dtype, check_latent_space=not overridden)
+            checked = check_latent_space or name != "autoencoder"
+            components[name] = load_component(path, cls, dtype, check_latent_space=checked)
         else:
-            components[name] = _load_settings_of(part, cls)
-    if override_latent_space is not None:
-        components["autoencoder"].override_latent_space(override_latent_space)
-    pipeline = OpenSoraPipeline(**components, **defaults)
-    pipeline.register_to_config(_name_or_path=str(name_or_path))
-    return pipeline.to(device)
+            components[name] = _load_settings_of(path, cls)
+    return components, defaults
 
 
-def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a bundled model or of a path.
-
-    Raises:
-        OpenSoraError: no such model (the nearest known name is given), not a folder, or a folder without a pipeline.
-    """
-    known = BUNDLED.get(str(name_or_path))
-    folder = Path(name_or_path).expanduser() if known is None else known.folder
-    if folder.is_file():
-        # A lone file of weights is refused in any case; one that carries code deserves to be called by its name.
-        if folder.suffix in PICKLES:
-            read_pickle(folder)
-        raise OpenSoraError(f"{folder} is a file; a model is a folder with a {PIPELINE_INDEX} and all its components")
-    if not folder.is_dir():
-        if known is not None:
-            raise OpenSoraError(f"the bundled model {name_or_path!r} is not installed: {folder} is missing; reinstall")
-        near = difflib.get_close_matches(str(name_or_path), BUNDLED, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise OpenSoraError(
-            f"unknown model {str(name_or_path)!r}; {hint}known are {', '.join(BUNDLED)}; or give a folder"
-        )
-    if not (folder / PIPELINE_INDEX).is_file():
-        raise OpenSoraError(f"{folder} holds no {PIPELINE_INDEX}; expected the folder of a pipeline")
-    return folder
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says: components as [module, class], and the pipeline's defaults.
-
-    Raises:
-        OpenSoraError: unreadable, or the index of another pipeline.
-    """
-    index = read_object(folder / PIPELINE_INDEX)
-    if index.get("_class_name") != PIPELINE_CLASS:
-        raise OpenSoraError(
-            f"{folder / PIPELINE_INDEX} describes a {index.get('_class_name')}; expected an {PIPELINE_CLASS}"
-        )
-    return index
-
-
-def model_hash(folder: Path) -> str:
-    """SHA-256 over what decides the frames: weights and configuration of every component, by name and content.
-
-    The defaults in `model_index.json` are left out: they are settings of a call, recorded as such.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        OpenSoraError: there are no weights.
-    """
-    weights = (".safetensors", *PICKLES)
-    names = [name for name, value in read_index(folder).items() if _is_component(value)]
-    components = [(name, part) for name, part in component_folders(folder, names).items() if part.is_dir()]
-    files = {f"{name}/{path.name}": path for name, part in components for path in part.iterdir() if path.is_file()}
-    files = {name: path for name, path in files.items() if name.endswith((*weights, ".json", ".model"))}
-    if not any(name.endswith(weights) for name in files):
-        raise OpenSoraError(f"{folder} holds no weights to take a hash of")
-    total = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+def _load_published(
+    source: PublishedSource, dtype: torch.dtype, *, check_latent_space: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components, and the pipeline's defaults, of a published model."""
+    model = source.model
+    components: dict[str, Any] = {}
+    for name, part in model.parts.items():
+        path, cls = source.paths[name], _find_class(name, *part.class_name.rsplit(".", 1))
+        if not issubclass(cls, nn.Module):
+            components[name] = _load_settings_of(path, cls)
+            continue
+        given = name in source.given
+        config = find_config(path, cls, read_weights(path), part.config) if given else part.config
+        checked = check_latent_space or name != "autoencoder"
+        components[name] = load_component(path, cls, dtype, config=config, check_latent_space=checked)
+    scheduler = _find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
+    components["scheduler"] = scheduler(**model.scheduler_config)
+    trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
+    return components, {**model.defaults, "trained_on": trained_on}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -176,14 +153,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def load_component(
-    folder: Path, cls: type[Network], dtype: torch.dtype = torch.float32, *, check_latent_space: bool = True
+    path: Path,
+    cls: type[Network],
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: Mapping[str, Any] | None = None,
+    check_latent_space: bool = True,
 ) -> Network:
-    """A network from the folder that its `save_pretrained` wrote.
+    """A network from the folder that its `save_pretrained` wrote, or from weights as the reference saves them.
 
     Args:
-        folder: holds `config.json` and weights.
+        path: a folder with weights and, usually, a `config.json`, or a lone file of weights.
         cls: of diffusers, transformers or this package.
         dtype: precision it will run in, whatever the file's.
+        config: keywords of `cls`, in place of what the path tells (see `key_maps.find_config`).
         check_latent_space: False for an autoencoder whose declared latent space is overridden next, and may therefore
             disagree with its weights.
 
@@ -193,18 +176,27 @@ def load_component(
     Raises:
         OpenSoraError: a missing or damaged file, or weights that are not finite or not those of the configuration.
     """
-    _check_folder(folder)
+    if not path.exists():
+        raise OpenSoraError(f"the folder {path} is missing; it should hold the model's {path.name}")
+    described = (path / "config.json") if config is None and path.is_dir() else path
+    if config is None and described != path and not described.is_file():
+        read_object(described)
+    weights = read_weights(path)
+    if config is None:
+        config = find_config(path, cls, weights)
     with torch.random.fork_rng(devices=[]), _WithoutRandomInit():
-        model = _build_model(cls, folder)
+        model = _build_model(cls, config, described)
     if not check_latent_space:
         model.checks_loaded_statistics = False
-    load_weights(cast_weights(model, dtype), read_weights(folder), source=str(folder))
+    cast_weights(model, dtype)
+    load_weights(model, adapt_weights(model, weights, str(path)), source=str(path))
     return model.eval()
 
 
 def _load_settings_of(folder: Path, cls: Any) -> Any:
     """A scheduler or a tokenizer: files without weights."""
-    _check_folder(folder)
+    if not folder.exists():
+        raise OpenSoraError(f"the folder {folder} is missing; it should hold the model's {folder.name}")
     if hasattr(cls, "from_config"):
         path = folder / cls.config_name
         config = read_object(path)
@@ -236,14 +228,12 @@ def _find_class(name: str, library: str, class_name: str) -> type:
     return found
 
 
-def _build_model(cls: Any, folder: Path) -> Any:
-    """The model its configuration describes, in float32, with arbitrary numbers for weights."""
-    path = folder / "config.json"
-    config = read_object(path)
+def _build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
+    """The model that a configuration describes, in float32, with arbitrary numbers for weights."""
     if getattr(cls, "config_class", None) is not None:  # transformers
-        return _build_from(path, cls, lambda: cls(cls.config_class.from_dict(config)))
+        return _build_from(path, cls, lambda: cls(cls.config_class.from_dict(dict(config))))
     _check_known(config, inspect.signature(cls.__init__).parameters, path)
-    return _build_from(path, cls, lambda: cls.from_config(config))
+    return _build_from(path, cls, lambda: cls.from_config(dict(config)))
 
 
 def _build_from(path: Path, cls: type, build: Callable[[], Any]) -> Any:
@@ -251,11 +241,6 @@ def _build_from(path: Path, cls: type, build: Callable[[], Any]) -> Any:
         return build()
     except Exception as error:  # whatever a constructor trips over, it is the file that asked for it
         raise OpenSoraError(f"{path} does not describe a {cls.__name__}: {first_line(error)}") from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise OpenSoraError(f"the folder {folder} is missing; it should hold the model's {folder.name}")
 
 
 class _WithoutRandomInit(TorchFunctionMode):
@@ -277,10 +262,6 @@ class _WithoutRandomInit(TorchFunctionMode):
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-def _is_component(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _check_known(values: Iterable[str], parameters: Mapping[str, Any], path: Path) -> None:

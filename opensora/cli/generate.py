@@ -195,13 +195,14 @@ class Generate:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        from opensora.checkpoints.loading import find_model, load_pipeline, model_hash
+        from opensora.checkpoints.loading import load_pipeline
+        from opensora.checkpoints.sources import model_hash
 
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
         device = choose_device(self.device or (record.device if record else None))
         try:
-            found = model_hash(find_model(model))
+            found = model_hash(model)
         except OpenSoraError as error:
             if record is None or self.model is not None:
                 raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from opensora.checkpoints.loading import find_model, model_hash
+from opensora.checkpoints.sources import find_model, model_hash
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge

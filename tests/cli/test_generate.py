@@ -63,22 +63,23 @@ class NoisePipeline:
 @pytest.fixture
 def pipe(monkeypatch, tmp_path):
     """The fake, in place of loading; the current folder is a fresh one."""
-    fake, loading = NoisePipeline(), types.ModuleType("opensora.checkpoints.loading")
+    fake = NoisePipeline()
+    loading, sources = (types.ModuleType(f"opensora.checkpoints.{name}") for name in ("loading", "sources"))
 
-    def find_model(name):
+    def model_hash(name):
         if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
-        return name
+        return fake.hash
 
     def load_pipeline(name, *, device, dtype):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype)
         return fake
 
     fake.hash = "a" * 64
-    loading.__dict__.update(
-        find_model=find_model, load_pipeline=load_pipeline, model_hash=lambda _: fake.hash, resolve_device=torch.device
-    )
-    monkeypatch.setitem(sys.modules, "opensora.checkpoints.loading", loading)
+    loading.__dict__.update(load_pipeline=load_pipeline, resolve_device=torch.device)
+    sources.__dict__.update(model_hash=model_hash)
+    for module in (loading, sources):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     return fake
 

@@ -1,0 +1,127 @@
+"""Parts of published models on this machine: what the cache of the Hub holds of them, and fetching what it does not.
+
+Looking touches the disk only. `download` is the one function of this package that goes to the network, and is called
+for nothing but a download that was asked for.
+"""
+
+import fnmatch
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensora.checkpoints.published import PublishedPart
+from opensora.checkpoints.weights import first_line
+from opensora.errors import OpenSoraError
+
+
+@dataclass(frozen=True)
+class CachedPart:
+    """What of a part lies in the cache.
+
+    Attributes:
+        folder: the repository's snapshot; None if nothing of the repository is there.
+        files: those of the part that are there.
+        missing: names or patterns of those that are not.
+    """
+
+    folder: Path | None
+    files: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files that are there."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def look_up(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
+    """What the local cache holds of a part.
+
+    Args:
+        part: of a published model.
+        cache_dir: the cache's folder; None for the one that huggingface_hub uses.
+    """
+    folder = _snapshot(part.repository, cache_dir)
+    if folder is None:
+        return CachedPart(None, (), part.files)
+    files: list[Path] = []
+    missing: list[str] = []
+    for pattern in part.files:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        files += found
+        if not found:
+            missing.append(pattern)
+    missing += _missing_shards(files)
+    return CachedPart(folder, tuple(files), tuple(missing))
+
+
+def part_path(part: PublishedPart, cached: CachedPart) -> Path | None:
+    """Folder or file to load a part from; None if the cache does not hold all of it."""
+    if cached.folder is None or not cached.complete:
+        return None
+    return cached.folder / part.lone_file if part.lone_file else cached.folder
+
+
+def download(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
+    """Fetches what the cache lacks of a part, and nothing else of its repository; shows its progress on stderr.
+
+    Raises:
+        OpenSoraError: it could not be fetched, or the repository does not hold it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        snapshot_download(part.repository, allow_patterns=list(part.files), cache_dir=cache_dir)
+    except (OSError, HFValidationError) as error:  # no connection, no access, no such repository, no space left
+        raise OpenSoraError(f"{part.repository} could not be fetched: {first_line(error)}") from error
+    cached = look_up(part, cache_dir)
+    if not cached.complete:
+        raise OpenSoraError(f"{part.repository} was fetched, but holds no {', '.join(cached.missing)}")
+    return cached
+
+
+def fetch_command(part: PublishedPart) -> str:
+    """The command line of huggingface_hub that fetches a part."""
+    names = [f"--include '{name}'" if "*" in name else name for name in part.files]
+    return " ".join(["hf download", part.repository, *names])
+
+
+def content_hash(file: Path) -> str | None:
+    """SHA-256 of a file of the cache, which names large ones by it; None for all others."""
+    name = file.resolve().name
+    return name if file.is_symlink() and len(name) == 64 and set(name) <= set("0123456789abcdef") else None
+
+
+def _snapshot(repository: str, cache_dir: Path | None) -> Path | None:
+    """The folder that the cache keeps the main branch of a repository in."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    stored = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    try:
+        folder = stored / "snapshots" / (stored / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _missing_shards(files: list[Path]) -> list[str]:
+    """Shards that are not among the files, and the index where shards lack one."""
+    names = {file.name for file in files}
+    missing: list[str] = []
+    indices = [file for file in files if file.name.endswith(".index.json")]
+    for index in indices:
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError):
+            missing.append(index.name)
+            continue
+        missing += sorted(shards - names)
+    if not indices and fnmatch.filter(names, "*-of-*"):
+        missing.append("*.index.json")
+    return missing
