@@ -2,7 +2,7 @@
 
 import torch
 
-from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, VideoAutoencoder
+from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, SD_VAE, VideoAutoencoder
 
 
 def test_opensora_vae_1_2(golden_json):
@@ -16,3 +16,19 @@ def test_opensora_vae_1_2(golden_json):
     if "num_parameters" in published:
         counted = sum(parameter.numel() for parameter in autoencoder.parameters())
         assert published["num_parameters"] - counted in (0, sum(b.numel() for b in autoencoder.buffers()))
+
+
+def test_sd_vae(golden_json):
+    """The published file is the image autoencoder alone; ours holds it under a prefix, beside shift and scale."""
+    published = golden_json("checkpoint_keys/sd_vae_autoencoderkl")
+    with torch.device("meta"):
+        autoencoder = VideoAutoencoder.from_config(SD_VAE)
+    ours = {name: list(value.shape) for name, value in autoencoder.state_dict().items()}
+    channels = autoencoder.latent_channels
+    statistics = {name: [1, channels, 1, 1, 1] for name in ("scale", "shift")}
+    assert ours == {f"spatial_vae.module.{name}": shape for name, (shape, _) in published["keys"].items()} | statistics
+    assert len(published["keys"]) == published["num_tensors"]
+    assert not published["buffers"]
+    counted = sum(parameter.numel() for parameter in autoencoder.parameters())
+    assert counted == sum(torch.Size(shape).numel() for shape, _ in published["keys"].values())
+    assert counted == published.get("num_parameters", counted)

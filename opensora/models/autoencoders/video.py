@@ -18,15 +18,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.folded import FoldedTemporalAutoencoder
+from opensora.models.autoencoders.frames import FrameAutoencoder, TemporalDecoderAutoencoder
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.temporal import TemporalAutoencoder
@@ -51,6 +50,15 @@ _SD_AUTOENCODER = {
 SD_VAE: dict[str, Any] = {
     "spatial": _SD_AUTOENCODER,
     "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Diffusion 1.x autoencoder"},
+    "micro_frame_size": None,
+    "micro_batch_size": 4,
+}
+
+# Another decoder for the latents of 1.0 and 1.1: the `vae` of stabilityai/stable-video-diffusion-img2vid.
+SVD_VAE: dict[str, Any] = {
+    "spatial": {name: value for name, value in _SD_AUTOENCODER.items() if name != "norm_num_groups"},  # always 32
+    "temporal_decoder": {},
+    "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Video Diffusion autoencoder"},
     "micro_frame_size": None,
     "micro_batch_size": 4,
 }
@@ -80,69 +88,6 @@ OPENSORA_VAE_1_2: dict[str, Any] = {
 }
 
 
-class FrameAutoencoder(nn.Module):
-    """diffusers' AutoencoderKL applied to every frame of a video by itself.
-
-    Args:
-        config: keywords of AutoencoderKL; block types and channels at both ends are derived where left out.
-        patch_size: p; frames go through a pixel unshuffle by p first and the inverse last.
-
-    Raises:
-        OpenSoraError: for a keyword that AutoencoderKL lacks or channels that do not fit p.
-    """
-
-    def __init__(self, config: Mapping[str, Any], patch_size: int = 1) -> None:
-        super().__init__()
-        known = [name for name in inspect.signature(AutoencoderKL.__init__).parameters if name != "self"]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            raise OpenSoraError(f"spatial: unknown option {', '.join(unknown)}; AutoencoderKL takes {', '.join(known)}")
-        pixel_channels = 3 * patch_size * patch_size
-        values = {"in_channels": pixel_channels, "out_channels": pixel_channels, "latent_channels": 4, **config}
-        for end in ("in_channels", "out_channels"):
-            if values[end] != pixel_channels:
-                raise OpenSoraError(
-                    f"spatial: {end} is {values[end]}, but RGB in patches of {patch_size} px has {pixel_channels}; "
-                    "leave it out or change spatial_patch_size"
-                )
-        levels = len(values.setdefault("block_out_channels", (64,)))
-        values.setdefault("down_block_types", ("DownEncoderBlock2D",) * levels)
-        values.setdefault("up_block_types", ("UpDecoderBlock2D",) * levels)
-        self.module = AutoencoderKL(**values)
-        self.patch_size = patch_size
-        self.latent_channels: int = values["latent_channels"]
-        self.spatial_factor = patch_size * 2 ** (levels - 1)
-
-    def encode(self, video: Tensor, micro_batch_size: int | None) -> Posterior:
-        """Video (B, 3, T, H, W) -> posterior with mean and log-variance (B, C, T, h, w)."""
-        batch = video.shape[0]
-        means, logvars = [], []
-        for frames in _micro_batches(video, micro_batch_size):
-            predicted = self.module.encode(F.pixel_unshuffle(frames, self.patch_size)).latent_dist  # type: ignore
-            means.append(predicted.mean)
-            logvars.append(predicted.logvar)
-        return Posterior(_to_clips(means, batch), _to_clips(logvars, batch))
-
-    def decode(self, frame_latents: Tensor, micro_batch_size: int | None) -> Tensor:
-        """Frame latents (B, C, T, h, w) -> video (B, 3, T, H, W)."""
-        frames = [
-            F.pixel_shuffle(self.module.decode(latents).sample, self.patch_size)  # type: ignore
-            for latents in _micro_batches(frame_latents, micro_batch_size)
-        ]
-        return _to_clips(frames, frame_latents.shape[0])
-
-
-def _micro_batches(clips: Tensor, size: int | None) -> tuple[Tensor, ...]:
-    """(B, C, T, h, w) -> batches (at most `size`, C, h, w) of the frames, clip after clip."""
-    frames = clips.transpose(1, 2).flatten(0, 1)
-    return frames.split(frames.shape[0] if size is None else size)
-
-
-def _to_clips(frames: list[Tensor], batch: int) -> Tensor:
-    """Inverse of `_micro_batches`."""
-    return torch.cat(frames).unflatten(0, (batch, -1)).transpose(1, 2)
-
-
 class VideoAutoencoder(ModelMixin, PortableConfigMixin):
     """The autoencoder of a video diffusion model: `encode` to normalised latents, `decode` back to pixels.
 
@@ -153,6 +98,9 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         spatial_patch_size: p, edge of the pixel patches folded into channels before the 2D autoencoder.
         micro_frame_size: M, frames of a chunk for the temporal part; None for the whole clip at once.
         micro_batch_size: frames that go through the 2D part at once; None for all.
+        temporal_decoder: None, or the options of a `TemporalDecoderAutoencoder` in place of AutoencoderKL's decoder:
+            `{"chunk_size": 14}`, or `{}` to decode the whole clip at once. `spatial` then holds the keywords of
+            diffusers' AutoencoderKLTemporalDecoder.
 
     Raises:
         OpenSoraError: for options that do not exist or do not fit each other.
@@ -175,12 +123,13 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         spatial_patch_size: int = 1,
         micro_frame_size: int | None = 17,
         micro_batch_size: int | None = 4,
+        temporal_decoder: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("micro_frame_size", micro_frame_size), ("micro_batch_size", micro_batch_size)):
             if value is not None and value < 1:
                 raise OpenSoraError(f"{name} is {value}, but it must be 1 or more, or None for everything at once")
-        self.spatial_vae = FrameAutoencoder(spatial, spatial_patch_size)
+        self.spatial_vae = _build_spatial(spatial, spatial_patch_size, temporal_decoder)
         self.temporal_vae = None if temporal is None else _build_temporal(temporal)
         if self.temporal_vae is not None and self.temporal_vae.in_channels != self.spatial_vae.latent_channels:
             raise OpenSoraError(
@@ -456,7 +405,8 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             OpenSoraError: if configuration and weights declare different latent spaces and no override is given, or
                 for a configuration field among the options.
         """
-        fields = sorted({"latent_space", "spatial", "temporal", "spatial_patch_size"} & set(loading))
+        fields = {"latent_space", "spatial", "temporal", "spatial_patch_size", "temporal_decoder"}
+        fields = sorted(fields & set(loading))
         if fields:
             raise OpenSoraError(
                 f"{', '.join(fields)} given, but the folder's own configuration belongs to its weights; "
@@ -469,6 +419,17 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         else:
             model.check_latent_space()
         return model
+
+
+def _build_spatial(
+    config: Mapping[str, Any], patch_size: int, temporal_decoder: Mapping[str, Any] | None
+) -> FrameAutoencoder:
+    if temporal_decoder is None:
+        return FrameAutoencoder(config, patch_size)
+    unknown = sorted(set(temporal_decoder) - {"chunk_size"})
+    if unknown:
+        raise OpenSoraError(f"temporal_decoder: unknown option {', '.join(unknown)}; it takes chunk_size")
+    return TemporalDecoderAutoencoder(config, patch_size, **temporal_decoder)
 
 
 def _build_temporal(config: Mapping[str, Any]) -> TemporalPart:
