@@ -7,15 +7,18 @@ a subset of the names): a name such as `240p` or `512` fixes the number of pixel
 width) of its table.
 
 Aspect ratios are written the way screens are sold, width:height: `16:9` lies, `9:16` stands. The tables' own keys are
-height / width.
+height / width, and users of the 1.1 and 1.2 models write ratios in that order too (`AspectOrder`).
 """
 
 import functools
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from opensora.errors import OpenSoraError
+
+AspectOrder = Literal["width:height", "height:width"]
 
 # Named resolutions: "height/width:HEIGHTxWIDTH", the ratio as the published tables write it.
 _TABLES = {
@@ -294,34 +297,42 @@ def _even_neighbour(value: float) -> int:
     return above if above % 2 == 0 else above - 1
 
 
-def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
-    """(height, width) of a named resolution and an aspect ratio width:height such as `16:9`.
+def image_size(resolution: str, aspect_ratio: str, order: AspectOrder = "width:height") -> tuple[int, int]:
+    """(height, width) of a named resolution and an aspect ratio such as `16:9`.
 
     Raises:
         OpenSoraError: an unknown name, or an aspect ratio the resolution's table does not hold (names the nearest).
     """
     table = aspect_table(resolution)
-    wanted = parse_aspect_ratio(aspect_ratio)
+    wanted = parse_aspect_ratio(aspect_ratio, order)
     nearest = min(table, key=lambda ratio: abs(math.log(ratio / wanted)))
     height, width = table[nearest]
     if abs(nearest / wanted - 1) > _SAME_FORMAT:
         raise OpenSoraError(
-            f"resolution {resolution} has no aspect ratio {aspect_ratio} (width:height); "
-            f"the nearest valid is {width}:{height}"
+            f"resolution {resolution} has no aspect ratio {aspect_ratio} ({order}); "
+            f"the nearest valid is {f'{width}:{height}' if order == 'width:height' else f'{height}:{width}'}"
         )
     return height, width
 
 
-def parse_aspect_ratio(aspect_ratio: str) -> float:
-    """Height / width of `"16:9"` (width:height).
+def parse_aspect_ratio(aspect_ratio: str, order: AspectOrder = "width:height") -> float:
+    """Height / width of `"16:9"`.
 
     Raises:
         OpenSoraError: not two positive numbers with a colon.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect_ratio.strip())
     if not match or float(match[1]) == 0 or float(match[2]) == 0:
-        raise OpenSoraError(f"aspect ratio {aspect_ratio!r} is not width:height, for example 16:9, 9:16 or 1:1")
-    return float(match[2]) / float(match[1])
+        raise OpenSoraError(f"aspect ratio {aspect_ratio!r} is not {order}, for example 16:9, 9:16 or 1:1")
+    ratio = float(match[2]) / float(match[1])
+    return ratio if order == "width:height" else 1 / ratio
+
+
+def table_size(
+    default: tuple[int, int], resolution: str, aspect_ratio: str | None = None, order: AspectOrder = "width:height"
+) -> tuple[int, int]:
+    """(height, width) of a named resolution as `image_size`, by default of the format nearest to the default size's."""
+    return closest_size(resolution, *default) if aspect_ratio is None else image_size(resolution, aspect_ratio, order)
 
 
 def resolve_image_size(
@@ -331,6 +342,7 @@ def resolve_image_size(
     width: int | None = None,
     resolution: str | None = None,
     aspect_ratio: str | None = None,
+    order: AspectOrder = "width:height",
     rule: SizeRule | None = None,
 ) -> tuple[int, int]:
     """(height, width) from what a person said; every combination means one thing or is an error.
@@ -345,7 +357,8 @@ def resolve_image_size(
         height: in pixels.
         width: in pixels.
         resolution: one of `resolution_names()`.
-        aspect_ratio: width:height.
+        aspect_ratio: written in that `order`.
+        order: how aspect ratios are written.
         rule: what the model can make.
 
     Raises:
@@ -358,22 +371,16 @@ def resolve_image_size(
     if height is not None and width is not None and aspect_ratio is not None:
         raise OpenSoraError("height, width and aspect_ratio together say the size twice; give two of them at most")
     if sides_given and aspect_ratio is not None:
-        ratio = parse_aspect_ratio(aspect_ratio)
+        ratio = parse_aspect_ratio(aspect_ratio, order)
         if height is not None:
             width = rule.nearest_side(height / ratio)
         else:
             height = rule.nearest_side((width or 0) * ratio)
     elif resolution is not None:
-        try:
-            found = image_size(resolution, aspect_ratio or f"{default[1]}:{default[0]}")
-        except OpenSoraError:
-            if aspect_ratio is not None:
-                raise
-            found = closest_size(resolution, *default)
-        multiple = rule.spatial_multiple
-        height, width = found[0] // multiple * multiple, found[1] // multiple * multiple
+        found = table_size(default, resolution, aspect_ratio, order)
+        height, width = (side // rule.spatial_multiple * rule.spatial_multiple for side in found)
     elif aspect_ratio is not None:
-        ratio = parse_aspect_ratio(aspect_ratio)
+        ratio = parse_aspect_ratio(aspect_ratio, order)
         pixels = default[0] * default[1]
         height, width = rule.nearest_side(math.sqrt(pixels * ratio)), rule.nearest_side(math.sqrt(pixels / ratio))
     height = default[0] if height is None else height

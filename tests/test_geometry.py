@@ -90,10 +90,27 @@ def test_image_sizes():
         geometry.image_size("240p", "wide")
 
 
+def test_aspect_ratios_in_the_order_of_the_tables():
+    assert geometry.image_size("240p", "9:16", "height:width") == (240, 426)
+    assert geometry.image_size("720p", "16:9", "height:width") == (1280, 720)
+    with pytest.raises(OpenSoraError, match=r"5:1 \(height:width\); the nearest valid is 462:222"):
+        geometry.image_size("240p", "5:1", "height:width")
+    with pytest.raises(OpenSoraError, match=r"not height:width, for example 16:9"):
+        geometry.parse_aspect_ratio("tall", "height:width")
+
+
+@pytest.mark.parametrize(("default", "expected"), [((240, 424), (720, 1280)), ((424, 240), (1280, 720))])
+def test_a_resolution_alone_keeps_the_format(default, expected):
+    assert geometry.table_size(default, "720p") == expected
+
+
 @pytest.mark.parametrize(
     ("wishes", "expected"),
     [
         ({}, (64, 64)),
+        ({"aspect_ratio": "1:2", "order": "height:width"}, (48, 88)),
+        ({"height": 64, "aspect_ratio": "1:2", "order": "height:width"}, (64, 128)),
+        ({"resolution": "240p", "aspect_ratio": "9:16", "order": "height:width"}, (240, 424)),
         ({"height": 96}, (96, 64)),
         ({"height": 96, "width": 128}, (96, 128)),
         ({"aspect_ratio": "2:1"}, (48, 88)),
