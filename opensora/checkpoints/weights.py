@@ -83,6 +83,8 @@ def _shards(index: Path) -> list[Path]:
 class StoredWeights(Mapping[str, Tensor]):
     """The tensors of some files, each fetched when it is asked for; only the file it comes from is open then.
 
+    A mapped file occupies memory as far as it has been read, so one that has given a portion is mapped anew.
+
     Args:
         files: safetensors or pickles.
 
@@ -92,6 +94,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, files: list[Path]) -> None:
         self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        self._given_bytes = 0
         self._file_of = {name: file for file in files for name in self._names(file)}
 
     def _names(self, file: Path) -> list[str]:
@@ -100,14 +103,20 @@ class StoredWeights(Mapping[str, Tensor]):
         return list(self._unpickled(file))
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
-        if self._pickle is None or self._pickle[0] != file:
+        used_up = self._given_bytes >= _PORTION_BYTES and zipfile.is_zipfile(file)  # others are not mapped, but read
+        if self._pickle is None or self._pickle[0] != file or used_up:
             self._pickle = None  # let go of one before the next is read
             self._pickle = (file, read_pickle(file))
+            self._given_bytes = 0
         return self._pickle[1]
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._file_of[name]
-        return _read_safetensors(file, name) if file.suffix == ".safetensors" else self._unpickled(file)[name]
+        if file.suffix == ".safetensors":
+            return _read_safetensors(file, name)
+        tensor = self._unpickled(file)[name]
+        self._given_bytes += tensor.nbytes
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
