@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora.checkpoints.published import PublishedPart
-from opensora.checkpoints.weights import first_line
 from opensora.errors import OpenSoraError
 
 
@@ -36,6 +35,10 @@ class CachedPart:
     def size_bytes(self) -> int:
         """Of the files that are there."""
         return sum(file.stat().st_size for file in self.files)
+
+    def missing_bytes(self, part: PublishedPart) -> int:
+        """Of the files that are not, about."""
+        return 0 if self.complete else max(part.size_bytes - self.size_bytes, 0)
 
 
 def look_up(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
@@ -78,7 +81,7 @@ def download(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
     try:
         snapshot_download(part.repository, allow_patterns=list(part.files), cache_dir=cache_dir)
     except (OSError, HFValidationError) as error:  # no connection, no access, no such repository, no space left
-        raise OpenSoraError(f"{part.repository} could not be fetched: {first_line(error)}") from error
+        raise OpenSoraError(f"{part.repository} could not be fetched: {' '.join(str(error).split())}") from error
     cached = look_up(part, cache_dir)
     if not cached.complete:
         raise OpenSoraError(f"{part.repository} was fetched, but holds no {', '.join(cached.missing)}")
@@ -89,6 +92,11 @@ def fetch_command(part: PublishedPart) -> str:
     """The command line of huggingface_hub that fetches a part."""
     names = [f"--include '{name}'" if "*" in name else name for name in part.files]
     return " ".join(["hf download", part.repository, *names])
+
+
+def gigabytes(size_bytes: float) -> str:
+    """`"4.8 GB"`; what is below 0.1 GB in MB."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def content_hash(file: Path) -> str | None:

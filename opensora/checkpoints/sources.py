@@ -103,18 +103,15 @@ def _check_components(components: Mapping[str, str | Path] | None, names: Iterab
 
 def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSoraError:
     parts = [(part_name, model.parts[part_name]) for part_name in missing]
-    listed = ", ".join(f"{part_name} ({part.repository}, {gigabytes(part.size_bytes)})" for part_name, part in parts)
+    listed = ", ".join(
+        f"{part_name} ({part.repository}, {hub.gigabytes(part.size_bytes)})" for part_name, part in parts
+    )
     commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for _, part in parts))
-    total = gigabytes(sum(part.size_bytes for _, part in parts))
+    total = hub.gigabytes(sum(part.size_bytes for _, part in parts))
     return OpenSoraError(
         f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with --download "
         f"(download=True), or by: {commands}"
     )
-
-
-def gigabytes(size_bytes: float) -> str:
-    """`"4.8 GB"`; what is below 0.1 GB in MB."""
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

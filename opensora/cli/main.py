@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "turn a prompt into a video",
     "train": "train a model by a recipe",
     "evaluate": "measure what a model can do",
+    "models": "list the models known by name, and what of them is here",
+    "inspect": "say what a checkpoint is and whether its parts fit together",
 }
 
 EXIT_USER_ERROR = 2
