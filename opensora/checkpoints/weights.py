@@ -295,11 +295,16 @@ def _portions(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and contents of weights and buffers, as hexadecimal digits; another dtype is another one."""
+    """SHA-256 over names and values of weights and buffers, as hexadecimal digits.
+
+    Values count as float32, so a network has the fingerprint of the bfloat16 file it was loaded from.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
+        tensor = weights[name].detach().cpu()
+        values = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
