@@ -109,8 +109,46 @@ class EvaluateToyboxVae:
         print_table(read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
 
 
+@dataclass(frozen=True)
+class EvaluateGivenFrames:
+    """Give a toy model frames of held-out clips: do they survive, and does the rest show what the prompt says?"""
+
+    model: str = "toybox"
+    """Name or folder of the model."""
+    num_clips: int = 100
+    """Held-out clips for each way of giving frames."""
+    seed: int = 0
+    """Chooses clips and noise."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
+
+    def run(self) -> None:
+        import opensora
+        from opensora.evaluation.given_frames import EDIT_STRENGTHS, WAYS, edits_follow, given_frames_survive
+        from opensora.evaluation.judge import load_judge
+
+        check_count("--num-clips", self.num_clips)
+        device = choose_device(self.device)
+        judge = load_judge(device=device)
+        pipeline = opensora.load_pipeline(self.model, device=device)
+        pipeline.set_progress_bar_config(disable=True)
+        total, rows = len(WAYS) + len(EDIT_STRENGTHS), []
+        with Progress("generating") as progress:
+            for way in WAYS:
+                progress.update(len(rows), total)
+                found = given_frames_survive(pipeline, judge, way, self.num_clips, self.seed)
+                rows.append((way.name, f"{found.worst_psnr:.0f}", found.read))
+            for strength in EDIT_STRENGTHS:
+                progress.update(len(rows), total)
+                read = edits_follow(pipeline, judge, strength, self.num_clips, self.seed)
+                rows.append((f"edited to another colour, strength {strength}", "", read))
+        print_rows(rows)
+        print(f"{self.num_clips} clips each; dB: the worst given frame against what the autoencoder makes of it")
+
+
 Evaluate = (
     Annotated[EvaluateToybox, tyro.conf.subcommand("toybox")]
+    | Annotated[EvaluateGivenFrames, tyro.conf.subcommand("given-frames")]
     | Annotated[EvaluateToyboxVae, tyro.conf.subcommand("toybox-vae")]
 )
 """What `opensora evaluate` can do; every member has `run()`."""
@@ -179,3 +217,14 @@ def print_table(columns: dict[str, dict[str, float]]) -> None:
     for name in next(iter(columns.values()), {}):
         table.add_row(name, *(f"{100 * column[name]:.1f}" for column in columns.values()))
     Console().print(table)
+
+
+def print_rows(rows: list[tuple[str, str, dict[str, float]]]) -> None:
+    """Prints ways of giving frames, a row each: its name, decibels, and shares as percentages."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("given", "dB", *(f"{name}, %" for name in rows[0][2]))
+    for name, decibels, shares in rows:
+        table.add_row(name, decibels, *(f"{100 * share:.1f}" for share in shares.values()))
+    Console(width=120).print(table)
