@@ -19,7 +19,7 @@ from transformers import T5Config, T5EncoderModel
 
 from opensora import flow, gaussian
 from opensora.checkpoints.loading import load_component
-from opensora.checkpoints.weights import cast_weights
+from opensora.checkpoints.weights import cast_weights, fingerprint
 from opensora.conditioning import IMAGE_FPS
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
@@ -240,6 +240,10 @@ class DiffusionObjective(Objective):
         if self.config.export_dtype == "bfloat16":
             for part in (pipeline.transformer, pipeline.text_encoder, pipeline.autoencoder):
                 cast_weights(part, torch.bfloat16)
+        latent_space = pipeline.autoencoder.latent_space.to_dict()
+        pipeline.register_to_config(
+            trained_on={"latent_space": latent_space, "autoencoder": fingerprint(pipeline.autoencoder.state_dict())}
+        )
         pipeline.save_pretrained(folder)
 
     def pipeline(self) -> OpenSoraPipeline:

@@ -12,6 +12,7 @@ from tiny_pipeline import make_autoencoder
 from torch import Tensor
 
 import opensora
+from opensora.checkpoints.weights import fingerprint
 from opensora.data import toybox
 from opensora.data.toybox import CaptionedLatents
 from opensora.errors import OpenSoraError
@@ -135,6 +136,8 @@ def test_two_and_two_steps_are_four_bit_for_bit(kind, tmp_path):
 def test_a_trained_model_is_a_pipeline(kind, tmp_path):
     run(diffusion_config(kind, tmp_path, export_dtype="bfloat16"), tmp_path / "run", 1)
     pipeline = opensora.load_pipeline(tmp_path / "run" / "model")
+    assert pipeline.config.trained_on["autoencoder"] == fingerprint(pipeline.autoencoder.state_dict())
+    assert pipeline.config.trained_on["latent_space"] == pipeline.autoencoder.latent_space.to_dict()
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline("a red ball", generator=torch.Generator().manual_seed(0)).frames
     assert frames.shape == (1, 5, 3, 16, 24) and torch.isfinite(frames).all()
