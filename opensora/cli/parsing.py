@@ -16,6 +16,8 @@ from opensora.settings import nearest_name
 def parse(options: Any, args: Sequence[str], prog: str) -> Any:
     """Reads `args` as the dataclass `options`, or as one of a union of dataclasses; `--help` prints and exits.
 
+    A dataclass may say in `REFUSED` what to do instead of options that it does not have.
+
     Raises:
         OpenSoraError: an unknown option (names the nearest), a missing or impossible value.
     """
@@ -41,6 +43,8 @@ def _statement(page: str, options: Any, args: Sequence[str], prog: str) -> str:
     for token in itertools.takewhile(lambda token: token != "--", args):
         name = token.split("=")[0].replace("_", "-")
         if len(known) > 1 and name.startswith("--") and name not in known:
+            if refused := getattr(options, "REFUSED", {}).get(name):
+                return f"there is no option {name}: {refused}"
             hint = nearest_name(name, known)
             return f"unknown option {token.split('=')[0]}{hint if hint.startswith('; did') else ''}"
     sentence = _sentence(page)
@@ -58,8 +62,12 @@ def _page(options: Any, args: list[str], prog: str) -> str:
 
 
 def _option_names(help_page: str) -> list[str]:
-    """Option names off a help page, where they stand at the start of a line or after a comma there."""
-    listed = [line for line in help_page.splitlines() if re.match(r"\W*-", line)]
+    """Option names off a help page, where they stand at the start of a line or after a comma there.
+
+    On a wide terminal the page has several columns.
+    """
+    lines = [part for line in help_page.splitlines() for part in re.split(r"│| \| ", line)]
+    listed = [line for line in lines if re.match(r"\W*-", line)]
     return list(dict.fromkeys(name for line in listed for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)))
 
 

@@ -1,13 +1,18 @@
-"""The record of how a clip was made: kept inside the file and beside it, and enough to make the clip again."""
+"""The record of how a clip was made: kept inside the file and beside it, and enough to make the clip again.
+
+A record is passed on, and tells nothing of the machine: files go by their name and SHA-256, never by their folder.
+Fields that were added later have defaults, so that older records stay readable.
+"""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opensora import __version__
 from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
 from opensora.media.read import read_metadata
 from opensora.settings import from_dict, to_dict
 
@@ -20,7 +25,25 @@ _LIBRARIES = ("torch", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything the sampler was asked for, with the model's defaults filled in."""
+    """Everything the sampler was asked for, with the model's defaults filled in.
+
+    Attributes:
+        num_frames: of each loop.
+        height: in pixels.
+        width: in pixels.
+        fps: frames per second that the network was told.
+        num_inference_steps: a number, or a respacing.
+        guidance_scale: 1 = none.
+        cfg_channels: as the pipeline takes them.
+        nominal_size: (height, width) that the network was told; None for the size that was made.
+        frame_interval: the file was written at `fps / frame_interval`,
+        save_fps: or at this rate.
+        sampler: as `use_sampler` takes it; None for the model's own.
+        scores: that the prompt ended in, by name.
+        num_loops: clips that the video was made of.
+        condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended.
+        condition_strength: how much of the frames carried over was made anew.
+    """
 
     num_frames: int
     height: int
@@ -29,6 +52,58 @@ class Sampling:
     num_inference_steps: int | str
     guidance_scale: float
     cfg_channels: int | list[int] | str | None
+    nominal_size: tuple[int, int] | None = None
+    frame_interval: int = 1
+    save_fps: float | None = None
+    sampler: str | None = None
+    scores: dict[str, float | str | None] | None = None
+    num_loops: int = 1
+    condition_frames: int | None = None
+    condition_strength: float = 0.0
+
+    @property
+    def size(self) -> VideoSize:
+        """Of each loop."""
+        return VideoSize(self.num_frames, self.height, self.width)
+
+    @property
+    def file_fps(self) -> float:
+        """Frames per second of the file."""
+        return self.save_fps or self.fps / self.frame_interval
+
+
+@dataclass(frozen=True)
+class GivenFile:
+    """A picture or video that frames were taken from: its name, and its content's SHA-256."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class NamedFrames:
+    """Frames given in words, see `conditioning.condition`."""
+
+    image: GivenFile | None = None
+    last_image: GivenFile | None = None
+    extend: GivenFile | None = None
+    backwards: bool = False
+    edit: GivenFile | None = None
+    strength: float | None = None
+
+    @property
+    def files(self) -> tuple[GivenFile, ...]:
+        """All that frames were taken from."""
+        return tuple(file for file in (self.image, self.last_image, self.extend, self.edit) if file)
+
+
+@dataclass(frozen=True)
+class PlacedReferences:
+    """Frames given by a mask strategy, see `conditioning.place_references`."""
+
+    files: tuple[GivenFile, ...]
+    mask_strategy: str
+    alignment: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,17 +111,19 @@ class Record:
     """How one clip was made.
 
     Attributes:
-        prompt: as given.
+        prompt: as given, but for references named in it.
         negative_prompt: as given.
         seed: of this clip alone, whatever clips were made along with it.
-        model: name of a bundled model, or of the model's folder alone: a record is passed on, and the path tells of
-            the machine.
+        model: its name, or that of its folder.
         model_hash: SHA-256 over the model's weights and configuration.
         sampling: the resolved settings.
         device: where it ran.
         dtype: the numbers the networks computed in.
         pipeline: what the pipeline says of itself: scheduler, guider, latent space.
         versions: of this package, Python, the libraries and the operating system.
+        refined_prompt: what a language model made of the prompt; then the clip shows this.
+        given: frames that were given.
+        components: parts that took the place of the model's own, by the name of their file or folder.
     """
 
     prompt: str
@@ -59,6 +136,9 @@ class Record:
     dtype: DType
     pipeline: dict[str, Any]
     versions: dict[str, str]
+    refined_prompt: str | None = None
+    given: NamedFrames | PlacedReferences | None = None
+    components: dict[str, str] = field(default_factory=dict)
 
     def as_metadata(self) -> dict[str, Any]:
         """Plain data for `write_video` and the sidecar."""
@@ -94,7 +174,8 @@ def sidecar_path(path: Path) -> Path:
 def check_same_model(record: Record, found: str) -> None:
     """Raises `OpenSoraError` if the model is not the one the clip was made with."""
     if record.model_hash != found:
+        parts = "".join(f", its {name} was {file}" for name, file in record.components.items())
         raise OpenSoraError(
             f"model {record.model} is not the one this clip was made with (hash {found[:12]}, was "
-            f"{record.model_hash[:12]}); give the right one with --model, or generate anew from the prompt"
+            f"{record.model_hash[:12]}); give the right one with --model{parts}, or generate anew from the prompt"
         )

@@ -1,15 +1,13 @@
 """`opensora generate` around a pipeline that paints seeded noise: options, files, records, and every bad input."""
 
 import json
-import sys
-import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from opensora.cli import generate
+from opensora.checkpoints import loading, sources
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule
@@ -22,16 +20,25 @@ class NoisePipeline:
     """What `generate` asks of a pipeline; every call is kept."""
 
     def __init__(self):
-        self.config = {
-            "fps": 8,
-            "num_frames": 5,
-            "height": 16,
-            "width": 16,
-            "num_inference_steps": 3,
-            "guidance_scale": 3.0,
-            "cfg_channels": None,
-        }
+        self.config = SimpleNamespace(
+            fps=8,
+            num_frames=5,
+            height=16,
+            width=16,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            cfg_channels=None,
+            frame_interval=1,
+            nominal_size=None,
+            aspect_ratio_order="width:height",
+            clip_frames=None,
+            clip_s=2,
+            scores=None,
+            frame_alignment=None,
+            condition_frames=2,
+        )
         self.device = torch.device("cpu")
+        self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
         self.tokenizer = None
         self.scheduler = SimpleNamespace(timesteps=[])
         self.calls = []
@@ -46,8 +53,8 @@ class NoisePipeline:
         pass
 
     def __call__(self, prompt, negative_prompt, *, generator, output_type, callback_on_step_end, **sampling):
-        self.calls.append(SimpleNamespace(prompt=prompt, negative_prompt=negative_prompt, **sampling))
-        assert output_type == "np"
+        self.calls.append(SimpleNamespace(prompt=prompt[0], negative_prompt=negative_prompt, **sampling))
+        assert output_type == "pt"
         if self.error:
             raise self.error
         self.scheduler.timesteps = list(range(3))
@@ -55,8 +62,8 @@ class NoisePipeline:
             if step == self.fail_at_step:
                 raise KeyboardInterrupt
             callback_on_step_end(self, step, step, {})
-        size = (1, sampling["num_frames"], sampling["height"], sampling["width"], 3)
-        frames = torch.rand(size, generator=generator).numpy()
+        size = (1, sampling["num_frames"], 3, sampling["height"], sampling["width"])
+        frames = torch.rand(size, generator=generator[0])
         return SimpleNamespace(frames=frames * (np.nan if self.nan else 1), settings={"dtype": "float32"})
 
 
@@ -64,22 +71,20 @@ class NoisePipeline:
 def pipe(monkeypatch, tmp_path):
     """The fake, in place of loading; the current folder is a fresh one."""
     fake = NoisePipeline()
-    loading, sources = (types.ModuleType(f"opensora.checkpoints.{name}") for name in ("loading", "sources"))
 
-    def model_hash(name):
+    def find_model(name):
         if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
-        return fake.hash
+        return name
 
-    def load_pipeline(name, *, device, dtype):
-        fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype)
+    def load_pipeline(name, *, device, dtype, components):
+        fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
         return fake
 
     fake.hash = "a" * 64
-    loading.__dict__.update(load_pipeline=load_pipeline, resolve_device=torch.device)
-    sources.__dict__.update(model_hash=model_hash)
-    for module in (loading, sources):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sources, "find_model", find_model)
+    monkeypatch.setattr(sources, "model_hash", lambda *_: fake.hash)
+    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -361,4 +366,3 @@ def test_a_sheet_too_big_is_found_before_sampling(pipe, capsys, monkeypatch):
 
 def test_another_model_may_know_other_words(pipe):
     assert main(["generate", "a zebra eats grass", "--model", "other", "--output", "a.png"]) == 0
-    assert generate.TOYBOX_MODELS == ("toybox", "toybox-iddpm")
