@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.published import published_name
+from opensora.checkpoints.published import component_folders, published_name
 from opensora.checkpoints.sources import (
     PIPELINE_INDEX,
     PublishedSource,
@@ -103,12 +103,17 @@ def _load_folder(
     _check_known(defaults, parameters, folder / PIPELINE_INDEX)
     components: dict[str, Any] = {}
     for name, path in find_folders(folder, names, given).items():
-        cls = _find_class(name, *index[name])
-        if issubclass(cls, nn.Module):
-            checked = check_latent_space or name != "autoencoder"
-            components[name] = load_component(path, cls, dtype, check_latent_space=checked)
-        else:
-            components[name] = _load_settings_of(path, cls)
+        cls = find_class(name, *index[name])
+        if not issubclass(cls, nn.Module):
+            components[name] = load_settings_of(path, cls)
+            continue
+        config = None
+        if name in (given or {}):
+            own = component_folders(folder, [name])[name] / "config.json"
+            assumed = {key: value for key, value in read_object(own).items() if not key.startswith("_")}
+            config = find_config(path, cls, read_weights(path), assumed)
+        checked = check_latent_space or name != "autoencoder"
+        components[name] = load_component(path, cls, dtype, config=config, check_latent_space=checked)
     return components, defaults
 
 
@@ -119,15 +124,15 @@ def _load_published(
     model = source.model
     components: dict[str, Any] = {}
     for name, part in model.parts.items():
-        path, cls = source.paths[name], _find_class(name, *part.class_name.rsplit(".", 1))
+        path, cls = source.paths[name], find_class(name, *part.class_name.rsplit(".", 1))
         if not issubclass(cls, nn.Module):
-            components[name] = _load_settings_of(path, cls)
+            components[name] = load_settings_of(path, cls)
             continue
         given = name in source.given
         config = find_config(path, cls, read_weights(path), part.config) if given else part.config
         checked = check_latent_space or name != "autoencoder"
         components[name] = load_component(path, cls, dtype, config=config, check_latent_space=checked)
-    scheduler = _find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
+    scheduler = find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
     components["scheduler"] = scheduler(**model.scheduler_config)
     trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
     return components, {**model.defaults, "trained_on": trained_on}
@@ -178,14 +183,13 @@ def load_component(
     """
     if not path.exists():
         raise OpenSoraError(f"the folder {path} is missing; it should hold the model's {path.name}")
-    described = (path / "config.json") if config is None and path.is_dir() else path
-    if config is None and described != path and not described.is_file():
-        read_object(described)
+    described = path / "config.json" if path.is_dir() and config is None else path
+    if not described.exists():
+        raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
     weights = read_weights(path)
-    if config is None:
-        config = find_config(path, cls, weights)
+    config = find_config(path, cls, weights) if config is None else config
     with torch.random.fork_rng(devices=[]), _WithoutRandomInit():
-        model = _build_model(cls, config, described)
+        model = build_model(cls, config, described)
     if not check_latent_space:
         model.checks_loaded_statistics = False
     cast_weights(model, dtype)
@@ -193,7 +197,7 @@ def load_component(
     return model.eval()
 
 
-def _load_settings_of(folder: Path, cls: Any) -> Any:
+def load_settings_of(folder: Path, cls: Any) -> Any:
     """A scheduler or a tokenizer: files without weights."""
     if not folder.exists():
         raise OpenSoraError(f"the folder {folder} is missing; it should hold the model's {folder.name}")
@@ -208,7 +212,7 @@ def _load_settings_of(folder: Path, cls: Any) -> Any:
         raise OpenSoraError(f"{folder} does not hold a readable {cls.__name__}: {first_line(error)}") from error
 
 
-def _find_class(name: str, library: str, class_name: str) -> type:
+def find_class(name: str, library: str, class_name: str) -> type:
     """The class of a component, of the kind that its place in the pipeline asks for."""
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import PreTrainedTokenizerBase
@@ -228,7 +232,7 @@ def _find_class(name: str, library: str, class_name: str) -> type:
     return found
 
 
-def _build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
+def build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
     """The model that a configuration describes, in float32, with arbitrary numbers for weights."""
     if getattr(cls, "config_class", None) is not None:  # transformers
         return _build_from(path, cls, lambda: cls(cls.config_class.from_dict(dict(config))))
