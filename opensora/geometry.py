@@ -159,7 +159,7 @@ class VideoSize:
     width: int
 
     def __str__(self) -> str:
-        return f"{self.num_frames} frames of {self.height}x{self.width} (height x width)"
+        return f"{self.num_frames} frame{'s' * (self.num_frames != 1)} of {self.height}x{self.width} (height x width)"
 
     def check(self, rule: SizeRule | None = None) -> "VideoSize":
         """Returns itself if a model with this rule can make it.

@@ -26,7 +26,7 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
         raise OpenSoraError(
             f"got frames {frames.dtype} {frames.shape}; expected uint8 (frames, height, width, channels)"
         )
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
+    return torch.tensor(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
 
 
 def fill_image(image: Image.Image, height: int, width: int) -> Image.Image:
