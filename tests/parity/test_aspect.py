@@ -50,8 +50,9 @@ def test_image_sizes(version, golden_json):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_frame_counts(version, golden_json):
+    named = golden_json(f"aspect_v{version}").get("NUM_FRAMES_MAP", {})
     counts = golden_json(f"aspect_fn_v{version}").get("num_frames", {})
-    for text, expected in (golden_json(f"aspect_v{version}").get("NUM_FRAMES_MAP", {}) | counts).items():
+    for text, expected in [*named.items(), *counts.items()]:
         given = text if text[-1] in "xs" else int(float(text))  # the fixture spells numbers as they were given
         assert geometry.named_num_frames(given) == expected
 
