@@ -6,6 +6,7 @@ little more memory than its own. What is missing, damaged, unexpected, of anothe
 that names the file and the tensor.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -93,28 +94,20 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        self._open: tuple[Path, Mapping[str, Tensor]] | None = None
         self._given_bytes = 0
-        self._file_of = {name: file for file in files for name in self._names(file)}
+        self._file_of = {name: file for file in files for name in self._opened(file)}
 
-    def _names(self, file: Path) -> list[str]:
-        if file.suffix == ".safetensors":
-            return _safetensors_names(file)
-        return list(self._unpickled(file))
-
-    def _unpickled(self, file: Path) -> dict[str, Tensor]:
-        used_up = self._given_bytes >= _PORTION_BYTES and zipfile.is_zipfile(file)  # others are not mapped, but read
-        if self._pickle is None or self._pickle[0] != file or used_up:
-            self._pickle = None  # let go of one before the next is read
-            self._pickle = (file, read_pickle(file))
+    def _opened(self, file: Path) -> Mapping[str, Tensor]:
+        used_up = self._given_bytes >= _PORTION_BYTES and _is_mapped(file)
+        if self._open is None or self._open[0] != file or used_up:
+            self._open = None  # let go of one before the next is read
+            self._open = (file, _Safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
             self._given_bytes = 0
-        return self._pickle[1]
+        return self._open[1]
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        if file.suffix == ".safetensors":
-            return _read_safetensors(file, name)
-        tensor = self._unpickled(file)[name]
+        tensor = self._opened(self._file_of[name])[name]
         self._given_bytes += tensor.nbytes
         return tensor
 
@@ -160,20 +153,36 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     return StoredWeights(weight_files(path))
 
 
-def _safetensors_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+class _Safetensors(Mapping[str, Tensor]):
+    """The tensors of one mapped file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._errors():
+            self._file = safe_open(path, framework="pt")
+            self._names = list(self._file.keys())
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self._path, error) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._errors():
+            return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def _read_safetensors(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+def _is_mapped(file: Path) -> bool:
+    """Whether a file is read as far as it is asked for: all but pickles of before torch 1.6."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
 def _damaged(path: Path, error: Exception) -> OpenSoraError:
@@ -189,7 +198,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():  # torch warns of pickles it then refuses
             warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except Exception as error:  # on rubbish, the restricted unpickler fails in every way a stack machine can
         if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
             raise OpenSoraError(

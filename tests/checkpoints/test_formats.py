@@ -375,7 +375,7 @@ def test_one_file_is_open_at_a_time(tmp_path):
     stored = StoredWeights(weight_files(tmp_path))
     for name in stored:
         assert torch.equal(stored[name], network.state_dict()[name])
-        assert stored._pickle is not None and name in stored._pickle[1]
+        assert stored._open is not None and name in stored._open[1]
     assert len(stored) == len(network.state_dict())
 
 
