@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from opensora.checkpoints.loading import find_class
-from opensora.checkpoints.loading import load_settings_of
+from opensora.checkpoints.loading import find_class, load_settings_of
 from opensora.checkpoints.published import BUNDLED, PUBLISHED, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, how_to_set_factor, inspect_component
 from opensora.checkpoints.sources import (

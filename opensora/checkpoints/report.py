@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from opensora.checkpoints.identify import Identity, TensorInfo, identify, read_header
 from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.loading import build_model
-from opensora.checkpoints.loading import find_class
+from opensora.checkpoints.loading import build_model, find_class
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import StoredWeights, weight_files
 from opensora.errors import OpenSoraError
@@ -202,11 +201,11 @@ def _first_look(
     if identity is not None:
         report.summary, report.class_name = identity.summary, identity.class_name
         report.config = dict(identity.config)
-        report.same_shape_as = _published_as(identity)
+        report.same_shape_as = published_as(identity)
     return report, identity
 
 
-def _published_as(identity: Identity) -> list[str]:
+def published_as(identity: Identity) -> list[str]:
     """Published models whose transformer has these shapes."""
     if identity.kind != "transformer" or not identity.supported:
         return []
@@ -224,12 +223,15 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     """Missing, unexpected and mis-shaped tensors."""
     own = network.state_dict(keep_vars=True)
     filled = {id(own[name]) for name in weights if name in own}  # tied weights are stored once
-    missing = [name for name in own if name not in weights and id(own[name]) not in filled]
+    # An autoencoder's statistics stand in its configuration as well, and published 2D ones have them nowhere else.
+    told = {"shift", "scale"} if isinstance(network, VideoAutoencoder) else set()
+    stored = told.union(weights)
+    missing = [name for name in own if name not in stored and id(own[name]) not in filled]
     unexpected = [name for name in weights if name not in own]
     shapes = [
         f"{name} is {tuple(tensor.shape)} but the model has {tuple(own[name].shape)}"
         for name, tensor in weights.items()
-        if name in own and tensor.shape != own[name].shape
+        if name in own and tensor.shape != own[name].shape and not (name in told and tensor.ndim == 0)
     ]
     found = {"missing tensors": missing, "unexpected tensors": unexpected, "mis-shaped tensors": shapes}
     what = ", ".join(f"{len(names)} {kind} ({_listed(names)})" for kind, names in found.items() if names)
@@ -239,8 +241,9 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
 def _latent_space_problems(network: VideoAutoencoder, stored: StoredWeights, path: Path) -> list[str]:
     """What speaks against the latent space that an autoencoder declares: its own weights, and published ones."""
     for name in ("shift", "scale"):
-        if name in stored and stored[name].shape == getattr(network, name).shape:
-            setattr(network, name, stored[name])
+        declared, own = stored.get(name), getattr(network, name)
+        if declared is not None and declared.shape in ((), own.shape):  # one for all channels, or one for each
+            setattr(network, name, declared.expand(own.shape))
     try:
         network.check_latent_space()
     except OpenSoraError as error:

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure what a model can do",
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",
+    "convert": "write a checkpoint as a folder of this package",
 }
 
 EXIT_USER_ERROR = 2

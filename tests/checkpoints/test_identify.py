@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from safetensors.torch import save_file
+from tiny_pipeline import make_autoencoder
+from tiny_transformers import TINY, build
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from opensora.checkpoints.identify import Identity, TensorInfo, identify, read_header
@@ -17,8 +19,6 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
-from tests.tiny_pipeline import make_autoencoder
-from tests.tiny_transformers import TINY, build
 
 
 def shapes(network):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_pipeline import make_autoencoder, make_pipeline
+from tiny_transformers import build
 from transformers import T5Config, T5EncoderModel
 
 from opensora.checkpoints.weights import fingerprint
@@ -20,8 +22,6 @@ from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.toybox.captions import build_tokenizer
-from tests.tiny_pipeline import make_autoencoder, make_pipeline
-from tests.tiny_transformers import build
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -314,7 +314,7 @@ def test_a_time_shift_for_another_autoencoder(capsys, folder):
 
 
 def test_a_learned_variance_that_nobody_predicts(capsys, folder):
-    from tests.tiny_pipeline import TEXT_WIDTH
+    from tiny_pipeline import TEXT_WIDTH
 
     build(STDiT3, in_channels=4, caption_channels=TEXT_WIDTH, pred_sigma=False).save_pretrained(folder / "transformer")
     index = {"scheduler": ["opensora.models.schedulers.iddpm", "IDDPMScheduler"]}

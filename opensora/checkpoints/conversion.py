@@ -1,0 +1,237 @@
+"""Checkpoints of any format that is read, written anew as folders of this package: diffusers' layout, safetensors.
+
+A whole model comes out of a whole model, or out of a transformer with the parts that go with it; a component out of a
+component. What the weights alone cannot tell is taken from a published model, which has to be named where its shapes
+are not the only ones. The result is looked at before it gets its name, so a folder that exists is right.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.checkpoints.fit import PipelineReport, inspect_model
+from opensora.checkpoints.identify import Identity, identify, read_header
+from opensora.checkpoints.key_maps import find_config
+from opensora.checkpoints.loading import find_class, load_component, load_pipeline
+from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel, published_name, unknown_model
+from opensora.checkpoints.report import ComponentReport, OnProgress, published_as
+from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_published
+from opensora.checkpoints.weights import cast_weights, fingerprint, read_weights
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.video import VideoAutoencoder
+
+_NETWORKS = ("transformer", "autoencoder", "text_encoder")
+
+
+def convert(
+    source: str | Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    components: Mapping[str, Path] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    on_progress: OnProgress | None = None,
+) -> ComponentReport | PipelineReport:
+    """Writes a model or a component as a folder of this package.
+
+    Args:
+        source: a bundled or published model's name, the folder of a model or a component, or a file of weights.
+        output: the folder to be; it must not exist, or be empty.
+        model: the published model whose defaults go with weights that do not tell theirs.
+        components: "autoencoder", "text_encoder", "tokenizer" -> path: what makes a whole model of a transformer, or
+            takes the place of a model's own.
+        dtype: of the networks written; None for that of each one's file.
+        max_shard_size: weights of more than this are written in several files.
+        on_progress: told how far looking at the result is.
+
+    Returns:
+        The report on what was written.
+
+    Raises:
+        OpenSoraError: a source that cannot be read or that is wrong, shapes that do not suffice, or an output that is
+            in the way. Nothing is written then.
+    """
+    _check_output(output)
+    if model is not None and published_name(model) is None:
+        raise unknown_model(model)
+    components = dict(components or {})
+    whole = published_name(str(source)) is not None or _index_of(source).is_file()
+    if whole and model is not None:
+        raise OpenSoraError(f"{source} is a whole model and knows its defaults; leave out --model")
+    if not components:  # else the parts given may be what puts a model right
+        _refuse_problems(inspect_model(source).problems)
+    with _writing_folder(output) as folder:
+        if whole:
+            _write_pipeline(str(source), folder, components, dtype, max_shard_size)
+        elif components:
+            name = _model_of(Path(source), model)
+            _write_pipeline(name, folder, {"transformer": Path(source), **components}, dtype, max_shard_size)
+        else:
+            _write_component(Path(source), folder, model, dtype, max_shard_size)
+        report = inspect_model(folder, on_progress=on_progress or (lambda what, done, total: None))
+        _refuse_problems([problem.replace(str(folder), str(output)) for problem in report.problems])
+    for part in report.components.values() if isinstance(report, PipelineReport) else [report]:
+        part.path = part.path.replace(str(folder), str(output))
+    if isinstance(report, PipelineReport):
+        report.name = str(output)
+    return report
+
+
+def _write_pipeline(
+    source: str, folder: Path, components: Mapping[str, Path], dtype: torch.dtype | None, max_shard_size: str
+) -> None:
+    """A whole model, each network in its own precision where none is asked for."""
+    pipeline = load_pipeline(source, components=components)
+    networks = {name: getattr(pipeline, name) for name in _NETWORKS}
+    recorded = dict(pipeline.config.trained_on or {})
+    # Rounding the autoencoder gives it another fingerprint; it stays the one of the training.
+    known = recorded.get("autoencoder") == fingerprint(networks["autoencoder"].state_dict())
+    if published_name(source) is not None and "autoencoder" not in components:
+        known = True
+    for name, network in networks.items():
+        cast_weights(network, dtype or _stored_dtype(source, name, components))
+    if known:
+        recorded["autoencoder"] = fingerprint(networks["autoencoder"].state_dict())
+        pipeline.register_to_config(trained_on=recorded)
+    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _write_component(
+    path: Path, folder: Path, model: str | None, dtype: torch.dtype | None, max_shard_size: str
+) -> None:
+    """One network."""
+    identity = _identify(path)
+    library, class_name = identity.library, identity.class_name
+    if class_name == "AutoencoderKL":  # what runs it
+        library, class_name = VideoAutoencoder.__module__, VideoAutoencoder.__name__
+    cls: Any = find_class(identity.kind, library, class_name)
+    config = find_config(path, cls, read_weights(path), _assumed(path, identity, model))
+    network = load_component(path, cls, dtype or _dtype_of(path), config=config)
+    network.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+# --- what goes with weights that do not tell --------------------------------------------------------------------------
+
+
+def _model_of(path: Path, model: str | None) -> str:
+    """The published model whose parts and defaults go with a transformer."""
+    identity = _identify(path)
+    if identity.kind != "transformer":
+        raise OpenSoraError(
+            f"{path} is no transformer but a {identity.summary}; a whole model is made of a transformer, with "
+            "--autoencoder, --text-encoder and --tokenizer beside it"
+        )
+    if model is None:
+        model = _only_model_like(path, identity)
+    name = published_name(model) if model is not None else None
+    if name is None:
+        raise OpenSoraError(
+            f"no published model has the shapes of {path}, so its defaults are unknown; name the one that it was "
+            f"derived from with --model, one of {', '.join(PUBLISHED)}"
+        )
+    if PUBLISHED[name].transformer.class_name.rsplit(".", 1)[1] != identity.class_name:
+        raise OpenSoraError(f"{path} is a {identity.summary}, which {name} is not; name another one with --model")
+    return name
+
+
+def _only_model_like(path: Path, identity: Identity) -> str | None:
+    """A published model of these shapes; several are as good as one if they differ in their weights alone."""
+    names = published_as(identity)
+    if len({_all_but_weights(PUBLISHED[name]) for name in names}) > 1:
+        raise OpenSoraError(f"{path} has the shapes of {', '.join(names)}; say which it is with --model")
+    return names[0] if names else None
+
+
+def _all_but_weights(model: PublishedModel) -> str:
+    return repr((model.transformer.config, model.autoencoder, model.scheduler_config, model.defaults))
+
+
+def _assumed(path: Path, identity: Identity, model: str | None) -> Mapping[str, Any] | None:
+    """A published model's configuration of a part, for what neither `config.json` nor shapes say.
+
+    Raises:
+        OpenSoraError: they do not say all, and no model is named.
+    """
+    name = published_name(model) if model is not None else None
+    if name is None and identity.kind == "transformer":
+        name = _only_model_like(path, identity)
+    if name is not None:
+        return getattr(PUBLISHED[name], identity.kind).config
+    open_questions = [option for option in identity.unsure if option != "exact_gelu"]
+    told_enough = identity.kind == "text_encoder" or bool(identity.config.get("temporal"))
+    if (path / "config.json").is_file() or told_enough or not open_questions:
+        return None
+    raise OpenSoraError(
+        f"{path} has no config.json, and shapes do not tell {', '.join(open_questions)}; name the published model it "
+        f"is like with --model, one of {', '.join(PUBLISHED)}"
+    )
+
+
+def _identify(path: Path) -> Identity:
+    identity = identify(read_header(path))
+    if identity is None or not identity.supported:
+        what = identity.summary if identity else "tensors of an unknown network"
+        raise OpenSoraError(f"{path} cannot be converted: {what}")
+    return identity
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def _stored_dtype(source: str, name: str, components: Mapping[str, Path]) -> torch.dtype:
+    """The precision that most of a part's values are stored in."""
+    if name in components:
+        return _dtype_of(Path(components[name]))
+    if published_name(source) is not None:
+        return _dtype_of(find_published(source, components).paths[name])
+    return _dtype_of(find_folders(_index_of(source).parent, [name])[name])
+
+
+def _dtype_of(path: Path) -> torch.dtype:
+    sizes: dict[str, int] = {}
+    for info in read_header(path).values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return getattr(torch, most) if most in ("float16", "bfloat16") else torch.float32
+
+
+# --- the output -------------------------------------------------------------------------------------------------------
+
+
+def _index_of(source: str | Path) -> Path:
+    folder = BUNDLED[str(source)].folder if str(source) in BUNDLED else Path(source).expanduser()
+    return folder / PIPELINE_INDEX
+
+
+def _refuse_problems(problems: list[str]) -> None:
+    if problems:
+        raise OpenSoraError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        what = "is a folder with something in it" if output.is_dir() else "is a file"
+        raise OpenSoraError(f"output {output} {what}; name a folder that does not exist yet")
+
+
+@contextmanager
+def _writing_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, renamed to it on success and removed on any failure."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OpenSoraError(f"output {output} cannot be written: {error.strerror or error}") from None
+    try:
+        yield temporary
+        temporary.replace(output)  # an empty folder may be there
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
