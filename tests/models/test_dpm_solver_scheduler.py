@@ -12,7 +12,9 @@ from tiny_pipeline import make_pipeline, seeded
 from torch import Tensor
 
 from opensora import gaussian
+from opensora.conditioning import GivenFrames
 from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 
@@ -427,3 +429,14 @@ def test_every_guider_works(pipe, guider: BaseGuidance) -> None:
     guided = latents_of(pipe, guider=guider)
     assert torch.isfinite(guided).all()
     assert not torch.allclose(guided, latents_of(pipe, guidance_scale=5.0))
+
+
+def test_given_frames_of_a_pipeline_come_back_as_they_were(pipe) -> None:
+    size = VideoSize(5, 16, 24)
+    none = GivenFrames.none(pipe.autoencoder, size)
+    first = normal(9, tuple(none.latents[:, :, :1].shape))
+    made = latents_of(pipe, num_inference_steps=6, given=none.put(first, 0))
+    assert torch.equal(made[:, :, :1], first)
+    assert not torch.allclose(made[:, :, 1:], latents_of(pipe, num_inference_steps=6)[:, :, 1:])
+    in_part = latents_of(pipe, num_inference_steps=6, given=none.put(first, 0, strength=0.5))
+    assert torch.isfinite(in_part).all() and not torch.allclose(in_part[:, :, :1], first)
