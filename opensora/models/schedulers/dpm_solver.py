@@ -47,6 +47,8 @@ _MIN_STEPS_TO_END_IN_SECOND_ORDER = 10
 class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
     """Deterministic multistep sampling of a discrete diffusion; variances that the network learned are not used.
 
+    Every step but the first looks back at the one before (second order); without that it would be DDIM.
+
     Args:
         num_train_timesteps: N, the number of steps the network was trained on.
         beta_schedule: ``"linear"`` or ``"cosine"``.
@@ -55,7 +57,6 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: the network's first C channels: ``"epsilon"`` the noise, ``"sample"`` the clean latents.
         variance_type: ``"learned_range"`` (the network has C variance channels behind them), ``"fixed_small"`` or
             ``"fixed_large"`` (it has not).
-        solver_order: 2, which looks back at the step before, or 1, which is DDIM.
 
     Raises:
         OpenSoraError: an unknown name or a number out of range.
@@ -73,16 +74,12 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         prediction_type: gaussian.PredictionType = "epsilon",
         variance_type: gaussian.VarianceType = "learned_range",
-        solver_order: Literal[1, 2] = 2,
     ) -> None:
-        if solver_order not in (1, 2):
-            raise OpenSoraError(f"got solver_order={solver_order!r}; expected 1 or 2")
         diffusion = IDDPMScheduler(
             num_train_timesteps, beta_schedule, beta_start, beta_end, prediction_type, variance_type
         )
         self.num_train_timesteps = num_train_timesteps
         self.variance_type: gaussian.VarianceType = variance_type
-        self.solver_order = solver_order
         abar = diffusion.train_tables.alphas_cumprod.numpy()
         self._log_alphas = np.log(abar) / 2
         self._start = int((self._log_alphas - np.log1p(-abar) / 2 >= _MIN_LAMBDA).sum()) - 1
@@ -92,7 +89,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
                 "solver; expected at least 2 steps that leave some signal"
             )
         # Without a variance_type: it would cut the prediction to three channels. We cut it ourselves.
-        self._solver = _Formulas(solver_order=solver_order, prediction_type=prediction_type)
+        self._solver = _Formulas(prediction_type=prediction_type)
         self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps.
         self._schedule(num_train_timesteps, device=None)
@@ -230,7 +227,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _looks_back(self, index: int) -> bool:
         num_steps = len(self._values)
-        return self.solver_order == 2 and (index + 1 < num_steps or num_steps >= _MIN_STEPS_TO_END_IN_SECOND_ORDER)
+        return index + 1 < num_steps or num_steps >= _MIN_STEPS_TO_END_IN_SECOND_ORDER
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
