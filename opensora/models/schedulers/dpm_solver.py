@@ -106,7 +106,9 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
     # --- the schedule -------------------------------------------------------------------------------------------------
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out the steps of one run in ``timesteps``, (n,) float32 training steps, descending from N - 1.
+        """Lay out the steps of one run in ``timesteps``, (n,) float32 training steps, descending.
+
+        The first is N - 1, or with the cosine schedule the last one that leaves some signal.
 
         Args:
             num_inference_steps: n >= 1.
