@@ -182,6 +182,20 @@ def frames_of_loops(
     return list(make(pipe, given, files, sampling))  # pyright: ignore[reportArgumentType]
 
 
+def notes_on_files(
+    given: NamedFrames | PlacedReferences | None, files: GivenFiles, sampling: Sampling
+) -> Iterator[str]:
+    """What happens to given files that a user may not expect: cropping, and another speed."""
+    for file in given.files if given else ():
+        clip = files[file]
+        height, width = clip.frames.shape[1:3]
+        if abs(height / width * sampling.width / sampling.height - 1) > 0.01:
+            made = f"{sampling.height}x{sampling.width}"
+            yield f"{file.name} is {height}x{width} (height x width), cropped to the shape of {made}"
+        if len(clip.frames) > 1 and abs(clip.fps / sampling.file_fps - 1) > 0.01:
+            yield f"{file.name} plays at {clip.fps:g} fps, the new clip at {sampling.file_fps:g}; no frame is left out"
+
+
 def _named(
     pipe: "OpenSoraPipeline", given: NamedFrames, files: GivenFiles, sampling: Sampling
 ) -> "Iterator[GivenFrames | None]":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from opensora.checkpoints.published import BUNDLED
-from opensora.cli.conditions import FrameOptions, LoopOptions, ReferenceOptions, frames_of_loops
+from opensora.cli.conditions import FrameOptions, LoopOptions, ReferenceOptions, frames_of_loops, notes_on_files
 from opensora.cli.given_files import GivenFiles
 from opensora.cli.jobs import Job, check_bundled_words, check_words, plan, read_prompts
 from opensora.cli.loading import MachineOptions, ModelOptions
@@ -35,11 +35,11 @@ from opensora.cli.sampling import SamplingOptions, ScoreOptions, resolve_samplin
 from opensora.cli.sizes import SizeOptions, describe_size
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
+from opensora.geometry import VideoSize
 from opensora.media.write import FORMATS, check_fps, check_size, format_of, write_video
 from opensora.settings import nearest_name, save_settings
 
 if TYPE_CHECKING:
-    from opensora.conditioning import GivenFrames
     from opensora.pipeline import OpenSoraPipeline
 
 DEFAULT_SEED = 42
@@ -144,13 +144,13 @@ class Generate:
         num_frames = total_frames(pipe, sampling)
         check_fps(sampling.file_fps, kind)
         check_size(kind, num_frames, sampling.height, sampling.width)
-        size = describe_size(num_frames, sampling.height, sampling.width, sampling.nominal_size)
+        size = describe_size(VideoSize(num_frames, sampling.height, sampling.width), sampling.nominal_size)
         if self.size.names_a_size:
             _say(f"making {size}")
         given = [_with_alignment(of_job, pipe) for of_job in given]
-        frames_of: dict[Given, list[GivenFrames | None]] = {}
-        for of_job in dict.fromkeys(given):
-            frames_of[of_job] = frames_of_loops(pipe, of_job, files, sampling)
+        for note in dict.fromkeys(note for of_job in given for note in notes_on_files(of_job, files, sampling)):
+            _say(f"note: {note}")
+        frames_of = {of_job: frames_of_loops(pipe, of_job, files, sampling) for of_job in dict.fromkeys(given)}
 
         sampling_s = 0.0
         for job, of_job in zip(jobs, given, strict=True):
@@ -182,7 +182,7 @@ class Generate:
             print(job.path, flush=True)
         clips = "" if len(jobs) == 1 else f"{len(jobs)} times "
         _say(
-            f"{clips}{size}, {sampling.file_fps:g} fps, {sampling.num_inference_steps} steps: "
+            f"{clips}{size}; {sampling.file_fps:g} fps, {sampling.num_inference_steps} steps: "
             f"{_process_seconds():.1f} s from start to end, {sampling_s:.1f} s of it sampling and decoding; "
             f"peak memory {_peak_memory(pipe)}"
         )

@@ -101,7 +101,7 @@ class SizeOptions:
     @property
     def names_a_size(self) -> bool:
         """Whether the size was said in words that a user may read otherwise than the model."""
-        return not self.resolution == self.aspect_ratio == self.image_size == None  # noqa: E711
+        return any(said is not None for said in (self.resolution, self.aspect_ratio, self.image_size))
 
     def resolve(self, config: Any, rule: SizeRule, edited_frames: int | None = None) -> ClipSize:
         """What was asked for, completed by the model's defaults.
@@ -149,10 +149,9 @@ class SizeOptions:
         return nearest if nearest <= edited_frames else max(nearest - rule.frame_multiple, 1)
 
 
-def describe_size(num_frames: int, height: int, width: int, nominal_size: tuple[int, int] | None) -> str:
-    """`51 frames of 240x424 (height x width, lying; the network is told 240x426)`."""
-    shape = "square" if height == width else "lying" if width > height else "standing"
-    told = ""
-    if nominal_size is not None and nominal_size != (height, width):
-        told = f"; the network is told {nominal_size[0]}x{nominal_size[1]}"
-    return f"{num_frames} frames of {height}x{width} (height x width, {shape}{told})"
+def describe_size(size: VideoSize, nominal_size: tuple[int, int] | None) -> str:
+    """`51 frames of 240x424 (height x width), lying; the network is told 240x426`."""
+    made = (size.height, size.width)
+    shape = "square" if size.height == size.width else "lying" if size.width > size.height else "standing"
+    told = "" if nominal_size in (None, made) else "; the network is told {}x{}".format(*nominal_size)
+    return f"{size}, {shape}{told}"

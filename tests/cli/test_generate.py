@@ -1,92 +1,16 @@
 """`opensora generate` around a pipeline that paints seeded noise: options, files, records, and every bad input."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from opensora.checkpoints import loading, sources
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
-from opensora.geometry import SizeRule
 from opensora.media.read import read_metadata, read_video
 
 PROMPT = "a small red ball rolls left"
-
-
-class NoisePipeline:
-    """What `generate` asks of a pipeline; every call is kept."""
-
-    def __init__(self):
-        self.config = SimpleNamespace(
-            fps=8,
-            num_frames=5,
-            height=16,
-            width=16,
-            num_inference_steps=3,
-            guidance_scale=3.0,
-            cfg_channels=None,
-            frame_interval=1,
-            nominal_size=None,
-            aspect_ratio_order="width:height",
-            clip_frames=None,
-            clip_s=2,
-            scores=None,
-            frame_alignment=None,
-            condition_frames=2,
-        )
-        self.device = torch.device("cpu")
-        self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
-        self.tokenizer = None
-        self.scheduler = SimpleNamespace(timesteps=[])
-        self.calls = []
-        self.fail_at_step = None
-        self.nan = False
-        self.error = None
-
-    def size_rule(self):
-        return SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
-
-    def set_progress_bar_config(self, **_):
-        pass
-
-    def __call__(self, prompt, negative_prompt, *, generator, output_type, callback_on_step_end, **sampling):
-        self.calls.append(SimpleNamespace(prompt=prompt[0], negative_prompt=negative_prompt, **sampling))
-        assert output_type == "pt"
-        if self.error:
-            raise self.error
-        self.scheduler.timesteps = list(range(3))
-        for step in range(3):
-            if step == self.fail_at_step:
-                raise KeyboardInterrupt
-            callback_on_step_end(self, step, step, {})
-        size = (1, sampling["num_frames"], 3, sampling["height"], sampling["width"])
-        frames = torch.rand(size, generator=generator[0])
-        return SimpleNamespace(frames=frames * (np.nan if self.nan else 1), settings={"dtype": "float32"})
-
-
-@pytest.fixture
-def pipe(monkeypatch, tmp_path):
-    """The fake, in place of loading; the current folder is a fresh one."""
-    fake = NoisePipeline()
-
-    def find_model(name):
-        if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
-            raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
-        return name
-
-    def load_pipeline(name, *, device, dtype, components):
-        fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
-        return fake
-
-    fake.hash = "a" * 64
-    monkeypatch.setattr(sources, "find_model", find_model)
-    monkeypatch.setattr(sources, "model_hash", lambda *_: fake.hash)
-    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
-    monkeypatch.chdir(tmp_path)
-    return fake
 
 
 def files(folder):
