@@ -172,6 +172,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             condition_frames=condition_frames,
             trained_on=trained_on,
         )
+        self._own_sampling = scheduler, cfg_channels
         self._current_timestep: Tensor | None = None
 
     @torch.no_grad()
@@ -416,7 +417,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     def use_sampler(self, name: str) -> None:
         """Sample otherwise: a network that predicts noise or clean latents can be sampled in three ways.
 
-        With DPM-Solver++ all channels are guided by default from now on, as in the reference.
+        With DPM-Solver++ all channels are guided by default, as in the reference; with the others, those the model says.
 
         Args:
             name: "ancestral" (IDDPM), "ddim", or "dpm-solver++".
@@ -430,11 +431,13 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             raise OpenSoraError(
                 f"the sampler {name} is for models that predict noise; this one has a {type(self.scheduler).__name__}"
             )
+        scheduler, cfg_channels = self._own_sampling
         if name == "dpm-solver++":
-            self.register_modules(scheduler=DPMSolverScheduler.from_config(self.scheduler.config))
-            self.register_to_config(cfg_channels=None)
+            scheduler, cfg_channels = DPMSolverScheduler.from_config(scheduler.config), None
         else:
-            self.register_modules(scheduler=IDDPMScheduler.from_config(self.scheduler.config, sampler=name))
+            scheduler = IDDPMScheduler.from_config(scheduler.config, sampler=name)
+        self.register_modules(scheduler=scheduler)
+        self.register_to_config(cfg_channels=cfg_channels)
 
     # --- after the loop -----------------------------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ def test_samplers_and_their_guided_channels():
     pipe.use_sampler("dpm-solver++")
     assert pipe(PROMPT, output_type="latent").settings["cfg_channels"] == [0, 1, 2, 3]
     pipe.use_sampler("ddim")
-    assert pipe.scheduler.config.sampler == "ddim"
+    assert pipe.scheduler.config.sampler == "ddim" and pipe.config.cfg_channels == 3
     with pytest.raises(OpenSoraError, match="expected one of"):
         pipe.use_sampler("euler")
     with pytest.raises(OpenSoraError, match="for models that predict noise"):

@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 
 from opensora import flow
 from opensora.errors import OpenSoraError
-from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
+from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -187,15 +187,6 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = timesteps.to(dtype=torch.float32).to(device=device)
         self._values: list[float] = timesteps.to(torch.float32).tolist()
 
-    def _index(self, timestep: torch.Tensor | float) -> int:
-        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            raise OpenSoraError(f"got {timestep.numel()} timesteps; a step moves the whole batch at one timestep")
-        value = float(timestep)
-        try:
-            return self._values.index(value)
-        except ValueError:
-            raise unknown_timestep(value, self._values) from None
-
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
@@ -230,7 +221,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             OpenSoraError: ``timestep`` is not in the schedule, or ``frame_strength`` has the wrong shape.
         """
         check_frames("frame_strength", frame_strength, sample)
-        index = self._index(timestep)
+        index = index_of(timestep, self._values)
         noise = noise_like(sample, generator) if noise is None else noise
         strength = frame_strength.to(device=sample.device, dtype=torch.float32)
         reached = strength * self.num_train_timesteps
@@ -275,7 +266,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"got a prediction of {prediction.shape[1]} channels for latents of {channels}; expected {channels}, "
                 f"or {2 * channels} with variance channels"
             )
-        index = self._index(timestep)
+        index = index_of(timestep, self._values)
         t = self._values[index] / self.num_train_timesteps
         is_last = index + 1 == len(self._values)
         t_next = 0.0 if is_last else self._values[index + 1] / self.num_train_timesteps
