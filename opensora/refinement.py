@@ -144,5 +144,7 @@ def _split_address(endpoint: str) -> Any:
 
 def _one_sentence(answer: str) -> str:
     """The answer on one line, without the thoughts before it, quotation marks, and what means something in a prompt."""
-    text = " ".join(re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).split()).strip("\"'“”„«» ")
-    return re.sub(r"\s*[|{}]\s*", " ", text).strip()
+    spoken = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    text = " ".join(re.sub(r"[|{}]", " ", spoken).split())
+    quoted = re.fullmatch(r"""["'“„«]([^"“”„«»]*)["'”“»]""", text)
+    return quoted[1].strip() if quoted else text
