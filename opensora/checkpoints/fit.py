@@ -178,7 +178,11 @@ def _check_latents(report: PipelineReport, found: Mapping[str, Any]) -> None:
     here = autoencoder.latent_space
     if report.trained_on and "latent_space" in report.trained_on:
         origin = "in the transformer's training"
-        trained = LatentSpace.from_dict(report.trained_on["latent_space"])
+        try:
+            trained = LatentSpace.from_dict(report.trained_on["latent_space"])
+        except (OpenSoraError, TypeError) as error:
+            report.fit.append(f"trained_on in {PIPELINE_INDEX} records no latent space: {error}")
+            return
     elif transformer.same_shape_as:
         name = transformer.same_shape_as[0]
         published = PUBLISHED[name].autoencoder

@@ -158,10 +158,9 @@ def identify(tensors: Mapping[str, Shaped]) -> Identity | None:
     if names.has("spatial_vae.module."):
         return _video_autoencoder(names)
     if names.has("encoder.down_blocks.0.resnets.0.", "decoder.time_conv_out."):
-        config, unsure = _spatial(names)
-        taken = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels")
-        config = {name: config[name] for name in taken if name in config} | _block_types(config, up=False)
-        summary = "image autoencoder with the temporal decoder of Stable Video Diffusion"
+        config = _with_temporal_decoder(_spatial(names)[0])
+        config |= _block_types(config, up=False)
+        summary = "2D encoder with the temporal decoder of Stable Video Diffusion"
         unsure = {"scaling_factor": "shapes do not tell; 0.18215 for Stable Video Diffusion"}
         return Identity("autoencoder", summary, "diffusers", "AutoencoderKLTemporalDecoder", config, unsure)
     if names.has("encoder.down_blocks.0.resnets.0.") and names.shape("encoder.conv_in.weight"):
@@ -288,6 +287,10 @@ def _video_autoencoder(names: _Names) -> Identity:
     if pixels:
         config["spatial_patch_size"] = math.isqrt(pixels // 3)
     summary = "2D autoencoder, frame by frame"
+    if names.has("spatial_vae.module.decoder.time_conv_out."):
+        config |= {"spatial": _with_temporal_decoder(spatial), "temporal_decoder": {}}
+        unsure.pop("spatial.norm_num_groups")
+        summary = "2D encoder with the temporal decoder of Stable Video Diffusion"
     if names.has("temporal_vae.encoder.conv_in."):
         config["temporal"] = _causal_3d(names)
         unsure["temporal.num_groups"] = "shapes do not tell; 32 in the published autoencoder"
@@ -319,6 +322,12 @@ def _spatial(names: _Names, prefix: str = "") -> tuple[dict[str, Any], dict[str,
         mid_block_add_attention=names.has(f"{prefix}encoder.mid_block.attentions.0."),
     )
     return config, {"norm_num_groups": "shapes do not tell; 32 in every published autoencoder"}
+
+
+def _with_temporal_decoder(config: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords of AutoencoderKL those that AutoencoderKLTemporalDecoder takes."""
+    taken = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels")
+    return {name: config[name] for name in taken if name in config}
 
 
 def _block_types(config: dict[str, Any], *, up: bool = True) -> dict[str, Any]:

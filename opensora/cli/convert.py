@@ -1,10 +1,16 @@
 """`opensora convert`: checkpoints of any format that is read, written as a folder of this package."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
+
+from opensora.cli.options import option
+from opensora.cli.record import DTYPES
+from opensora.errors import OpenSoraError
+from opensora.settings import nearest_name
 
 
 @dataclass(frozen=True)
@@ -15,21 +21,21 @@ class Convert:
     here. A transformer with --autoencoder, --text-encoder and --tokenizer becomes a whole model, alone a component.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
-    """File, folder, or name of a model."""
-    output: Annotated[Path, tyro.conf.Positional]
-    """Folder to be written; it must not exist yet, or be empty."""
-    model: str | None = None
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help_behavior_hint="")]
+    """Name of a model, folder of a model or a component, or file of weights."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+    """What is written; it must not exist yet, or be empty."""
+    model: Annotated[str | None, option("NAME", "told by the weights")] = None
     """Published model whose settings go with weights that do not tell theirs, such as opensora-1.1-stage3."""
-    autoencoder: Path | None = None
+    autoencoder: Annotated[Path | None, option("PATH")] = None
     """File or folder: the autoencoder of a whole model."""
-    text_encoder: Path | None = None
-    """File or folder: its text encoder; a tokenizer in that folder is taken as well."""
-    tokenizer: Path | None = None
+    text_encoder: Annotated[Path | None, option("PATH")] = None
+    """Likewise, its text encoder; a tokenizer in that folder is taken as well."""
+    tokenizer: Annotated[Path | None, option("PATH")] = None
     """Folder: its tokenizer."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the networks written; by default as they are stored."""
-    max_shard_size: str = "5GB"
+    dtype: Annotated[str | None, option("NAME", "as they are stored")] = None
+    """Precision of the networks written: float32, bfloat16, float16."""
+    max_shard_size: Annotated[str, option("SIZE", "5GB")] = "5GB"
     """Weights of more than this are written in several files."""
 
     def run(self) -> None:
@@ -41,6 +47,12 @@ class Convert:
         from opensora.checkpoints.fit import PipelineReport
         from opensora.cli.inspect import Progress, component_lines, pipeline_lines, print_lines
 
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OpenSoraError(f"unknown dtype {self.dtype!r}{nearest_name(self.dtype, DTYPES)}")
+        if not re.fullmatch(r"[1-9][0-9]*[KMG]i?B", self.max_shard_size, re.IGNORECASE):
+            raise OpenSoraError(
+                f"--max-shard-size is {self.max_shard_size!r}; give a number of KB, MB or GB such as 5GB"
+            )
         for logging in (diffusers_logging, transformers_logging):
             logging.set_verbosity_error()
             logging.disable_progress_bar()

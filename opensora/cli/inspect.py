@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from opensora.cli.options import FLAG
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ class Inspect:
     Nothing is run and no code in a file is executed. The exit code is 2 if something is wrong.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Folder, file, or name of a model."""
-    quick: bool = False
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help_behavior_hint="")]
+    """Name of a model, folder of a model or a component, or file of weights."""
+    quick: Annotated[bool, FLAG] = False
     """Read names and shapes only: no hash, no look for NaN, no comparison with the autoencoder of the training."""
-    json: bool = False
-    """Print JSON."""
+    json: Annotated[bool, FLAG] = False
+    """Print JSON, for programs."""
 
     def run(self) -> None:
         from opensora.checkpoints.fit import PipelineReport, inspect_model

@@ -197,6 +197,14 @@ def test_autoencoders_of_diffusers():
     assert shapes(on_meta(lambda: AutoencoderKLTemporalDecoder(**found.config))) == shapes(network)
 
 
+def test_our_autoencoder_with_a_temporal_decoder():
+    spatial = {"block_out_channels": [32, 64], "layers_per_block": 2}
+    network = on_meta(lambda: VideoAutoencoder(spatial=spatial, temporal_decoder={}))
+    found = identified(network.state_dict())
+    assert "temporal decoder" in found.summary
+    assert shapes(on_meta(lambda: VideoAutoencoder(**found.config))) == shapes(network)
+
+
 @pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
 def test_text_encoders(projection):
     options: dict[str, Any] = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 5, "vocab_size": 30}

@@ -313,6 +313,12 @@ def test_networks_that_cannot_be_run(tmp_path, capsys):
     assert "is no transformer" in said
 
 
+def test_options_that_are_none(tmp_path, capsys):
+    assert "unknown dtype 'float8'" in refusal(capsys, "toybox", tmp_path / "out", "--dtype", "float8")
+    assert "such as 5GB" in refusal(capsys, "toybox", tmp_path / "out", "--max-shard-size", "small")
+    assert "leave out --model" in refusal(capsys, "toybox", tmp_path / "out", "--model", "opensora-1.2")
+
+
 def test_an_output_that_is_in_the_way(recorded, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()

@@ -182,6 +182,11 @@ def test_another_autoencoder_of_the_same_latent_space(capsys, folder):
     assert inspect(capsys, folder, "--quick")[0] == 0, "that takes reading the weights"
 
 
+def test_a_record_that_is_none(capsys, folder):
+    change_json(folder / "model_index.json", lambda index: index["trained_on"].update(latent_space={"factor": 1}))
+    assert "unknown field factor" in problem(capsys, folder)
+
+
 def test_another_autoencoder_of_another_latent_space(capsys, folder):
     other = make_autoencoder()
     other.set_latent_space(type(other.latent_space)(shift=(0.0,) * 4, scale=(1.0,) * 4, trained_with="another run"))
