@@ -203,11 +203,16 @@ def frame_config(autoencoder: VideoAutoencoder, **changes: Any) -> dict[str, Any
 
 def write_text_encoder(folder: Path, model: PublishedModel, encoder: T5EncoderModel) -> None:
     """Two shards of a pickle, with their index."""
-    weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    weights.pop("encoder.embed_tokens.weight")
-    write_shards(folder, weights, "pytorch_model", ".bin")
+    write_shards(folder, untied(encoder), "pytorch_model", ".bin")
     config = {"architectures": ["T5EncoderModel"], "model_type": "t5", **model.text_encoder.config}
     write_json(folder / "config.json", {**config, "is_encoder_decoder": False, "use_cache": False})
+
+
+def untied(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights by name, without the second name of T5's embedding."""
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weights.pop("encoder.embed_tokens.weight", None)
+    return weights
 
 
 def write_shards(folder: Path, weights: dict[str, torch.Tensor], stem: str, suffix: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from opensora.checkpoints.key_maps import adapt_weights, find_config
@@ -250,17 +250,13 @@ def _build_from(path: Path, cls: type, build: Callable[[], Any]) -> Any:
 class _WithoutRandomInit(TorchFunctionMode):
     """Leaves new weights uninitialised: all of them are read from a file next, and drawing them takes longer than that.
 
-    Only in-place random filling is skipped; tables that a model computes are computed.
+    Only in-place random filling is skipped; tables that a model computes are computed. Functions are known by their
+    names, because transformers puts others of the same name into `torch.nn.init`.
     """
-
-    _SKIPPED = frozenset(
-        {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_}
-        | {getattr(nn.init, name) for name in dir(nn.init) if name.endswith(("normal_", "uniform_"))}
-    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._SKIPPED:
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_", "erfinv_")):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

@@ -278,6 +278,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str
             raise OpenSoraError(f"{source}: {reason}; weights and configuration are of two different models") from error
         missing &= set(result.missing_keys)
         unexpected += result.unexpected_keys
+        portion.clear()  # lets go of the file before it is mapped anew
     # Tied weights are stored once: a name without an entry of its own is filled if its memory was.
     filled = {own[name].data_ptr() for name in weights if name in own}
     left = [name for name in own if name in missing and own[name].data_ptr() not in filled]

@@ -12,6 +12,7 @@ import tiny_published
 import torch
 from safetensors.torch import save_file
 from tiny_pipeline import make_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from opensora.checkpoints import weights as weights_module
@@ -286,6 +287,31 @@ def test_the_encoder_of_t5(tmp_path, stored):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Drawn(TorchDispatchMode):
+    """Notes every weight that is filled with random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("normal_", "uniform_")):
+            self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls", [*MODELS, VideoAutoencoder, T5EncoderModel], ids=lambda cls: cls.__name__)
+def test_weights_that_are_read_next_are_not_drawn(tmp_path, cls):
+    """Drawing those of the published text encoder would take minutes, and twice the memory."""
+    part = MODELS[cls].transformer if cls in MODELS else VAE_1_2
+    part = MODELS[STDiT].text_encoder if cls is T5EncoderModel else part
+    network = tiny_published.network(part)
+    save_file(tiny_published.untied(network), tmp_path / "weights.safetensors")
+    with Drawn() as drawn:
+        load_component(tmp_path / "weights.safetensors", cls, config=part.config)
+    assert drawn.operations == []
 
 
 @pytest.mark.parametrize("place", ["lone", "shard", "ema.pt", "autoencoder"])
