@@ -114,7 +114,7 @@ class SizeOptions:
         Raises:
             OpenSoraError: what this model cannot make; names the nearest it can.
         """
-        fps = config.fps if self.fps is None else self.fps
+        fps = float(config.fps if self.fps is None else self.fps)
         interval = config.frame_interval if self.frame_interval is None else self.frame_interval
         (height, width), nominal = self._image_size(config, rule)
         num_frames = self._num_frames(config, rule, fps / interval, edited_frames)

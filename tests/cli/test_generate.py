@@ -53,7 +53,7 @@ def test_a_record_that_cannot_be_written_is_found_before_the_work(pipe, tmp_path
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "webp", "png"])
 def test_from_makes_the_same_frames_again(pipe, tmp_path, suffix, capsys):
-    options = ["--seed", "9", "--height", "24", "--negative-prompt", "blue", "--cfg-channels", "0,2", "--fps", "12"]
+    options = ["--seed", "9", "--height", "24", "--negative-prompt", "blue", "--cfg-channels", "0,2"]
     assert main(["generate", PROMPT, "--output", f"one.{suffix}", *options]) == 0
     assert main(["generate", "--from", f"one.{suffix}", "--output", f"two.{suffix}"]) == 0
     assert main(["generate", "--from", f"one.{suffix}.json", "--output", f"three.{suffix}"]) == 0

@@ -102,6 +102,7 @@ def test_an_edited_clip_keeps_its_length_as_far_as_can_be(length, rule, expected
         (V1_1, {}, 8, 24),
         (V1_1, {"fps": 12}, 4, 12),
         (V1_1, {"frame_interval": 2}, 12, 24),
+        (V1_1, {"fps": 10}, 10 / 3, 10),
         (V1_2, {}, 24, 24),
         (V1_2, {"save_fps": 10}, 10, 24),
     ],
