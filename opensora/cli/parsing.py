@@ -3,8 +3,9 @@
 import contextlib
 import io
 import itertools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -54,20 +55,35 @@ def _statement(page: str, options: Any, args: Sequence[str], prog: str) -> str:
 
 
 def _page(options: Any, args: list[str], prog: str) -> str:
-    """What tyro prints for a command line that it answers by printing."""
+    """What tyro prints for a command line that it answers by printing, in one column."""
     page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
+    with (
+        _narrow_terminal(),
+        contextlib.redirect_stdout(page),
+        contextlib.redirect_stderr(page),
+        contextlib.suppress(SystemExit),
+    ):
         tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
     return page.getvalue()
 
 
-def _option_names(help_page: str) -> list[str]:
-    """Option names off a help page, where they stand at the start of a line or after a comma there.
+@contextlib.contextmanager
+def _narrow_terminal() -> Iterator[None]:
+    """Groups of options come side by side on a wide terminal, where a line is no longer an option."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
-    On a wide terminal the page has several columns.
-    """
-    lines = [part for line in help_page.splitlines() for part in re.split(r"│| \| ", line)]
-    listed = [line for line in lines if re.match(r"\W*-", line)]
+
+def _option_names(help_page: str) -> list[str]:
+    """Option names off a help page, where they stand at the start of a line or after a comma there."""
+    listed = [line for line in help_page.splitlines() if re.match(r"\W*-", line)]
     return list(dict.fromkeys(name for line in listed for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)))
 
 

@@ -311,3 +311,12 @@ def test_at_a_terminal_a_user_is_asked(monkeypatch, capsys, tmp_path, answer, fe
     with pytest.raises(OpenSoraError, match="no network" if fetched else "was not fetched"):
         ModelOptions(model="opensora-1.2").locate()
     assert bool(asked) is fetched
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_misspelt_options_are_told_from_right_ones_on_any_terminal(pipe, monkeypatch, capsys, columns):
+    """Where the terminal is wide, the help page they are looked up in has two columns."""
+    monkeypatch.setenv("COLUMNS", columns)
+    options = ["--refine-model", "x", "--condition-frame-length", "2", "--end-index", "1", "--hight", "8"]
+    assert main(["generate", PROMPT, *options]) == 2
+    assert "unknown option --hight; did you mean --height?" in capsys.readouterr().err
