@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure what a model can do",
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",
+    "plan": "predict the memory a clip takes, and what makes it fit",
     "convert": "write a checkpoint as a folder of this package",
 }
 

@@ -1,0 +1,192 @@
+"""`opensora plan`: how much memory a clip will take, and what makes it fit, before anything is loaded or downloaded."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from opensora.cli.loading import MachineOptions, ModelOptions
+from opensora.cli.options import FLAG, option
+from opensora.cli.sizes import SizeOptions, describe_size
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.planning.planner import Planner
+    from opensora.planning.stages import Choices
+
+_UNITS = {"": 2**30, "GB": 2**30, "GIB": 2**30, "G": 2**30, "MB": 2**20, "MIB": 2**20, "M": 2**20}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict the memory that `opensora generate` will take with the same options, and say what makes it fit.
+
+    Configurations are read, weights are not: a published model need not be on this machine, and a file of weights is
+    completed by the published model it fits. GB are 1024^3 bytes.
+    """
+
+    model: OmitArgPrefixes[Annotated[ModelOptions, arg(name="model")]] = field(default_factory=ModelOptions)
+    size: OmitArgPrefixes[Annotated[SizeOptions, arg(name="size")]] = field(default_factory=SizeOptions)
+    guidance_scale: Annotated[float | None, option("S", "the model's")] = None
+    """How strongly the prompt is followed; 1 switches guidance off, and with it one of the two branches."""
+    machine: OmitArgPrefixes[Annotated[MachineOptions, arg(name="machine")]] = field(default_factory=MachineOptions)
+    device_memory: Annotated[str | None, option("24GB")] = None
+    """What the device has; one that is not in this machine is taken for an accelerator."""
+    json: Annotated[bool, FLAG] = False
+    """Print JSON, for programs."""
+
+    def run(self) -> None:
+        """Prints the plan."""
+        self.size.check("mp4")
+        self.machine.check()
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise OpenSoraError(f"--guidance-scale is {self.guidance_scale:g}, expected 0 or more")
+        if self.model.download:
+            raise OpenSoraError("a plan needs no weights; leave out --download")
+        memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
+        plan = _predict(self, self._device(), memory_bytes)
+        print(json.dumps(plan, indent=2) if self.json else "\n".join(_lines(plan)))
+
+    def _device(self) -> str:
+        """Where it will run; not checked, for a plan may be made elsewhere."""
+        if self.machine.device is None and self.device_memory is not None:
+            return "accelerator"
+        if self.machine.device is None:
+            from opensora.cli.devices import choose_device
+
+            return choose_device(None).type
+        return _device_type(self.machine.device)
+
+
+def _device_type(name: str) -> str:
+    import torch
+
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise OpenSoraError(f"--device is {name!r}, expected a name such as cpu or cuda") from error
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `24GB`, `24` (GB), `7.5 GiB` or `16000MB`; all units are powers of 1024, as memory is sold.
+
+    Raises:
+        OpenSoraError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise OpenSoraError(f"--device-memory is {text!r}, expected a size such as 24GB or 16000MB")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _predict(options: Plan, device: str, memory_bytes: int | None) -> dict[str, Any]:
+    """The plan, as plain JSON values; sizes are bytes."""
+    import torch
+
+    from opensora.geometry import VideoSize
+    from opensora.planning.outline import outline
+    from opensora.planning.planner import ACCELERATOR, CPU, Planner
+    from opensora.planning.stages import COMPONENT_OF, Clip
+    from opensora.planning.tracing import Tracer
+
+    tracer = Tracer()
+    outlined = outline(tracer, options.model.name(None), options.model.components)
+    config = outlined.pipeline.config
+    made = options.size.resolve(config, outlined.pipeline.size_rule())
+    scale = config.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
+    on_cpu = device == "cpu"
+    planner = Planner(tracer, outlined.pipeline, clip, CPU if on_cpu else ACCELERATOR)
+
+    dtype = getattr(torch, options.machine.dtype or ("float32" if on_cpu else "bfloat16"))
+    default = planner.default(dtype)
+    smallest = planner.smallest(default)
+    ways = dict.fromkeys([default, replace(default, offload=True), smallest])
+    plan = {
+        "model": outlined.name,
+        "clip": describe_size(clip.size, made.nominal_size),
+        "guided": clip.guided,
+        "device": device,
+        "dtype": _name(dtype),
+        "stages": [
+            {
+                "network": COMPONENT_OF[stage.name],
+                **dataclasses.asdict(stage),
+                "activation_bytes_in_portions": in_portions.activation_bytes,
+            }
+            for stage, in_portions in zip(planner.stages(default), planner.stages(smallest), strict=True)
+        ],
+        "ways": [_way(planner, choices, default) for choices in ways],
+    }
+    if memory_bytes is None:
+        return plan
+    # Half precision is proposed only to those who did not choose.
+    dtypes = [dtype] if options.machine.dtype or dtype != torch.float32 else [dtype, torch.bfloat16]
+    found = planner.find(memory_bytes, dtypes)
+    if found is not None:
+        return {**plan, "device_memory_bytes": memory_bytes, "fits": True, "with": _way(planner, found, default)}
+    smallest = planner.smallest(planner.default(dtypes[-1]))
+    needed = {
+        stage.name: planner.surcharge.total_bytes(stage.weight_bytes, stage.activation_bytes)
+        for stage in planner.stages(smallest)
+    }
+    too_large = {name: size for name, size in needed.items() if size > memory_bytes}
+    refused = {"fits": False, "smallest": _way(planner, smallest, default), "too_large": too_large}
+    return {**plan, "device_memory_bytes": memory_bytes, **refused}
+
+
+def _way(planner: "Planner", choices: "Choices", default: "Choices") -> dict[str, Any]:
+    """What some choices take, and the options of `opensora generate` that make them."""
+    options = [] if choices.dtype == default.dtype else ["--dtype", _name(choices.dtype)]
+    options += ["--offload"] if choices.offload else []
+    options += ["--sequential-guidance"] if choices.sequential_guidance else []
+    if choices.micro_batch_size != default.micro_batch_size:
+        options += ["--micro-batch-size", str(choices.micro_batch_size)]
+    weight_bytes, activation_bytes = planner.peak(choices)
+    return {
+        "options": options,
+        "weight_bytes": weight_bytes,
+        "activation_bytes": activation_bytes,
+        "needed_bytes": planner.needed_bytes(choices),
+    }
+
+
+def _lines(plan: dict[str, Any]) -> list[str]:
+    """The plan on one screen."""
+    where = "on the CPU" if plan["device"] == "cpu" else f"on {_article(plan['device'])}"
+    branches = "two branches of guidance" if plan["guided"] else "no guidance"
+    lines = [f"{plan['model']}: {plan['clip']}", f"{branches}, {plan['dtype']} {where}; GB are 1024^3 bytes", ""]
+    lines.append(f"{'stage':<9}{'network':<14}{'weights':>10}{'activations':>14}{'in small portions':>20}")
+    for stage in plan["stages"]:
+        sizes = (stage["weight_bytes"], stage["activation_bytes"], stage["activation_bytes_in_portions"])
+        weights, activations, in_portions = (_size(value) for value in sizes)
+        network = stage["network"].replace("_", " ")
+        lines.append(f"{stage['name']:<9}{network:<14}{weights:>10}{activations:>14}{in_portions:>20}")
+    lines += ["", f"{'in all':>10}   options of generate (what the process itself takes is included)"]
+    lines += [f"{_size(way['needed_bytes']):>10}   {' '.join(way['options']) or 'none'}" for way in plan["ways"]]
+    if "fits" not in plan:
+        return lines
+    memory = _size(plan["device_memory_bytes"])
+    if plan["fits"]:
+        way = plan["with"]
+        how = f"with {' '.join(way['options'])}" if way["options"] else "as it is"
+        return [*lines, "", f"fits into {memory} {how}: {_size(way['needed_bytes'])}"]
+    options, too_large = " ".join(plan["smallest"]["options"]), plan["too_large"]
+    needs = ", ".join(f"{name} still takes {_size(size)}" for name, size in too_large.items())
+    advice = "a smaller --text-encoder" if "text" in too_large else "fewer --num-frames or a smaller --resolution"
+    return [*lines, "", f"does not fit into {memory}: with {options} {needs}; choose {advice}"]
+
+
+def _article(device: str) -> str:
+    return "an accelerator" if device == "accelerator" else device
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
