@@ -55,8 +55,8 @@ ENTRIES = (
         "more, so the last frame is encoded by itself and kept exactly.",
         (
             'generate "a large blue square on the sand" --num-frames 1 --seed 5 --output here.png',
-            'generate "a large blue square on the sand" --num-frames 1 --seed 9 --output there.png',
-            'generate "a large blue square moves on the sand" --image here.png --last-image there.png --num-frames 18 '
+            'generate "a large blue square on the sand" --num-frames 1 --seed 7 --output there.png',
+            'generate "a large blue square moves right on the sand" --image here.png --last-image there.png --num-frames 18 '
             "--output connected.mp4",
         ),
     ),
@@ -69,17 +69,17 @@ ENTRIES = (
         "Go back to where a clip came from",
         "34 frames, of which the second half is given.",
         (
-            'generate "a large blue square moves right on the sand" --extend source.mp4 --backwards --num-frames 34 '
+            'generate "a large red ball bounces over the grass" --extend from-image.mp4 --backwards --num-frames 34 '
             "--output before.mp4",
         ),
     ),
     Entry(
         "Edit a clip",
-        "The same clip made anew under another prompt, from a little to nearly all of it.",
+        "The second clip of this page made anew under another prompt, from a little to nearly all of it.",
         tuple(
-            f'generate "a large yellow ring moves right on the sand" --edit source.mp4 --strength {strength} '
+            f'generate "a large yellow square moves right on the sand" --edit source.mp4 --strength {strength} '
             f"--output edited-{strength}.mp4"
-            for strength in (0.4, 0.7, 0.9)
+            for strength in (0.3, 0.6, 0.9)
         ),
     ),
     Entry(
