@@ -54,7 +54,7 @@ def test_transformers(golden, name):
         for variant, expected in outputs.items():
             for row in range(len(expected)):
                 sample, network = row % batch, network_of(fixture, case, row % batch)
-                mask = case.get(variant, case["mask"])[sample].bool()  # an output may have a mask of its own name
+                mask = case[variant if variant.startswith("mask_") else "mask"][sample].bool()
                 text = case["y"][sample, 0] if row < batch else null_text  # null rows come second
                 text = text if variant in ("nomask", "no_text_mask") else text[mask]
                 masked = variant in ("x_mask", "cfg_batch_xmask")
