@@ -6,7 +6,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from opensora.errors import OpenSoraError
 from opensora.media.write import (
@@ -107,7 +107,7 @@ def _read_images(path: Path) -> tuple[np.ndarray, float]:
         clip, image_format = _notes(image).get(CLIP_KEY), str(image.format)
         pages, durations_ms = [], []
         for page in ImageSequence.Iterator(image):
-            pages.append(np.asarray(page.convert("RGB")))
+            pages.append(np.asarray(ImageOps.exif_transpose(page).convert("RGB")))  # photos say which way is up
             durations_ms.append(page.info.get("duration", 0) or 0)
     pictures = np.stack(pages)
     if clip is not None:

@@ -199,3 +199,11 @@ def test_broken_files(tmp_path, suffix):
     for path in [text, empty, tmp_path / f"missing.{suffix}"]:
         with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
             read_metadata(path)
+
+
+def test_a_photo_stands_as_it_was_taken(tmp_path):
+    """Cameras store what the sensor saw, and beside it how they were held."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: turn by a quarter
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_video(tmp_path / "photo.jpg")[0].shape == (1, 30, 20, 3)
