@@ -150,6 +150,23 @@ _SD_VAE = PublishedPart(
     },
 )
 
+SVD_AUTOENCODER = PublishedPart(
+    "stabilityai/stable-video-diffusion-img2vid",
+    ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+    391_000_000,
+    _VIDEO_AUTOENCODER,
+    {
+        # Its norms always have 32 groups.
+        "spatial": {name: value for name, value in _FRAME_AUTOENCODER.items() if name != "norm_num_groups"},
+        "temporal_decoder": {},
+        "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Video Diffusion autoencoder"},
+        "micro_frame_size": None,
+        "micro_batch_size": 4,
+    },
+)
+"""Takes the place of the autoencoder of 1.0 and 1.1: the same latents, and a decoder that looks at neighbouring frames,
+so that what it draws flickers less."""
+
 # Open-Sora 1.2. Its 2D part is the SDXL autoencoder, whose own factor is 0.13025; the temporal part, shift and scale
 # were trained on its latents times 0.18215, so 0.18215 is right for these weights.
 _OPENSORA_VAE_1_2 = PublishedPart(

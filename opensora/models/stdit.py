@@ -13,7 +13,6 @@ L text tokens, D_c width of the text encoder.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -37,15 +36,6 @@ from opensora.models.transformer import (
     frame_modulation,
     values_per_sample,
 )
-
-STDIT_XL2_16X256X256: dict[str, Any] = {"input_size": (16, 32, 32), "space_scale": 0.5, "time_scale": 1.0}
-"""OpenSora-v1-16x256x256 and OpenSora-v1-HQ-16x256x256."""
-
-STDIT_XL2_16X512X512: dict[str, Any] = {"input_size": (16, 64, 64), "space_scale": 1.0, "time_scale": 1.0}
-"""OpenSora-v1-HQ-16x512x512."""
-
-STDIT_XL2_64X512X512: dict[str, Any] = {"input_size": (64, 64, 64), "space_scale": 1.0, "time_scale": 2 / 3}
-"""The long variant of the reference; no published weights."""
 
 
 class STDiTBlock(SpaceTimeBlock):

@@ -12,7 +12,6 @@ L text tokens, D_c width of the text encoder.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -35,9 +34,6 @@ from opensora.models.transformer import (
     frame_modulation,
     values_per_sample,
 )
-
-STDIT2_XL2: dict[str, Any] = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": (1, 2, 2)}
-"""The published models (OpenSora-STDiT-v2-stage2 and -stage3)."""
 
 
 class STDiT2Block(SpaceTimeBlock):

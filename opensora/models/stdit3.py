@@ -14,7 +14,6 @@ tokens, D_c width of the text encoder.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -37,12 +36,6 @@ from opensora.models.transformer import (
     frame_modulation,
     values_per_sample,
 )
-
-STDIT3_XL2: dict[str, Any] = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": (1, 2, 2)}
-"""The published 1.1 B model (OpenSora-STDiT-v3)."""
-
-STDIT3_3B2: dict[str, Any] = {"depth": 28, "hidden_size": 1872, "num_heads": 26, "patch_size": (1, 2, 2)}
-"""The 3 B variant of the reference; no published weights."""
 
 
 class STDiT3Block(SpaceTimeBlock):

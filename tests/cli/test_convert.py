@@ -19,7 +19,7 @@ from opensora.checkpoints.loading import load_component, load_pipeline
 from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel
 from opensora.checkpoints.weights import fingerprint
 from opensora.cli.main import main
-from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, VideoAutoencoder
+from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
@@ -255,7 +255,7 @@ def test_a_wrong_scaling_factor(recorded, tmp_path, capsys):
     config = {
         "spatial": {"block_out_channels": [8, 8], "norm_num_groups": 4},
         "temporal": {"type": "folded", "dim": 8, "encoder_depth": 1, "decoder_depth": 1},
-        "latent_space": {**OPENSORA_VAE_1_2["latent_space"], "scaling_factor": 0.13025},
+        "latent_space": {**PUBLISHED["opensora-1.2"].autoencoder.config["latent_space"], "scaling_factor": 0.13025},
     }
     VideoAutoencoder(**config).save_pretrained(tmp_path / "vae")
     assert "wrong scaling factor" in refusal(capsys, tmp_path / "vae", tmp_path / "out")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tiny_pipeline import make_autoencoder, make_pipeline
 from tiny_transformers import build
 from transformers import T5Config, T5EncoderModel
 
+from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import fingerprint
 from opensora.cli.main import main
-from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, SD_VAE, VideoAutoencoder
+from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.stdit2 import STDiT2
@@ -24,6 +26,8 @@ from opensora.models.stdit3 import STDiT3
 from opensora.toybox.captions import build_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SD_VAE = PUBLISHED["opensora-1.1-stage3"].autoencoder.config
+VAE_1_2 = PUBLISHED["opensora-1.2"].autoencoder.config
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +72,7 @@ def set_latent_space(path: Path, **values) -> None:
     change_json(path, lambda config: config["latent_space"].update(values))
 
 
-def published_weights(path: Path, config: dict[str, Any], cls: Any) -> None:
+def published_weights(path: Path, config: Mapping[str, Any], cls: Any) -> None:
     """A component of full size without a byte of data on disk: a header, and a hole where the weights would be."""
     with torch.device("meta"):
         network = cls(**config)
@@ -157,9 +161,7 @@ def test_other_networks_are_named_though_they_cannot_be_run(capsys, tmp_path):
 
 
 def test_a_published_model_is_recognised_by_its_shape(capsys, tmp_path):
-    from opensora.models.stdit2 import STDIT2_XL2
-
-    published_weights(tmp_path, STDIT2_XL2, STDiT2)
+    published_weights(tmp_path, PUBLISHED["opensora-1.1-stage3"].transformer.config, STDiT2)
     code, out, _ = inspect(capsys, tmp_path, "--quick")
     assert code == 0 and "opensora-1.1-stage2, opensora-1.1-stage3" in out and "200 tokens of width 4096" in out
 
@@ -214,24 +216,20 @@ def full_size(folder) -> Path:
 
 def test_the_transformer_of_1_2_without_the_part_over_time(capsys, full_size):
     """The Stable Diffusion autoencoder, or SDXL's, alone."""
-    from opensora.models.stdit3 import STDIT3_XL2
-
-    published_weights(full_size / "transformer", STDIT3_XL2, STDiT3)
+    published_weights(full_size / "transformer", PUBLISHED["opensora-1.2"].transformer.config, STDiT3)
     published_weights(full_size / "autoencoder", SD_VAE, VideoAutoencoder)
     RectifiedFlowScheduler().save_pretrained(full_size / "scheduler")
     said = problem(capsys, full_size, "--quick")
     assert "no part over time" in said and "hpcai-tech/OpenSora-VAE-v1.2" in said
 
     shutil.rmtree(full_size / "autoencoder")
-    published_weights(full_size / "autoencoder", OPENSORA_VAE_1_2, VideoAutoencoder)
+    published_weights(full_size / "autoencoder", VAE_1_2, VideoAutoencoder)
     code, out, err = inspect(capsys, full_size, "--quick")
     assert (code, err) == (0, "") and "shaped like" in out
 
 
 def test_the_transformer_of_1_1_with_the_sdxl_autoencoder(capsys, full_size):
-    from opensora.models.stdit2 import STDIT2_XL2
-
-    published_weights(full_size / "transformer", STDIT2_XL2, STDiT2)
+    published_weights(full_size / "transformer", PUBLISHED["opensora-1.1-stage3"].transformer.config, STDiT2)
     index = {"transformer": ["opensora.models.stdit2", "STDiT2"]}
     index["scheduler"] = ["opensora.models.schedulers.iddpm", "IDDPMScheduler"]
     change_json(full_size / "model_index.json", lambda values: values.update(index))
@@ -273,7 +271,7 @@ def test_the_published_autoencoder_with_the_factor_of_its_2d_part(capsys, tmp_pa
     config: dict[str, Any] = {
         "spatial": {"block_out_channels": [8, 8], "norm_num_groups": 4},
         "temporal": {"type": "folded", "dim": 8, "encoder_depth": 1, "decoder_depth": 1},
-        "latent_space": OPENSORA_VAE_1_2["latent_space"],
+        "latent_space": VAE_1_2["latent_space"],
     }
     VideoAutoencoder(**config).save_pretrained(tmp_path)
     assert inspect(capsys, tmp_path)[0] == 0

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from tiny_pipeline import make_pipeline, seeded
 from torch import Tensor
 
+from opensora.checkpoints.published import PUBLISHED, SVD_AUTOENCODER
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import SD_VAE, SVD_VAE, VideoAutoencoder
+from opensora.models.autoencoders.video import VideoAutoencoder
 
 FACTOR = 0.18215
 # diffusers' decoder has 32 groups in every norm.
@@ -158,7 +159,8 @@ def test_full_size_has_the_published_names_and_shapes() -> None:
     """Those of diffusers' model as Stable Video Diffusion configures it, its encoder that of Stable Diffusion."""
     sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     with torch.device("meta"):
-        ours, frames = VideoAutoencoder.from_config(SVD_VAE), VideoAutoencoder.from_config(SD_VAE)
+        ours = VideoAutoencoder(**SVD_AUTOENCODER.config)
+        frames = VideoAutoencoder(**PUBLISHED["opensora-1.0-hq-16x256x256"].autoencoder.config)
         published = AutoencoderKLTemporalDecoder(**sizes, down_block_types=("DownEncoderBlock2D",) * 4)
     prefix = "spatial_vae.module."
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}

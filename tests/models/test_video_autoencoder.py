@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
+from opensora.checkpoints.published import PUBLISHED
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, SD_VAE, VideoAutoencoder
+from opensora.models.autoencoders.video import VideoAutoencoder
 
 SPATIAL = {"block_out_channels": [4, 8], "norm_num_groups": 2, "layers_per_block": 1}
 CAUSAL = {
@@ -187,10 +188,10 @@ def test_copies_are_independent():
     autoencoder.load_state_dict(autoencoder.state_dict())
 
 
-def test_presets_build_without_memory():
+def test_published_ones_build_without_memory():
     with torch.device("meta"):
-        published = VideoAutoencoder.from_config(OPENSORA_VAE_1_2)
-        frames = VideoAutoencoder.from_config(SD_VAE)
+        published = VideoAutoencoder(**PUBLISHED["opensora-1.2"].autoencoder.config)
+        frames = VideoAutoencoder(**PUBLISHED["opensora-1.0-hq-16x256x256"].autoencoder.config)
     assert published.latent_size((51, 240, 424)) == (15, 30, 53)
     assert frames.latent_size((16, 256, 256)) == (16, 32, 32)
     assert (published.spatial_factor, published.temporal_factor, frames.temporal_factor) == (8, 4, 1)

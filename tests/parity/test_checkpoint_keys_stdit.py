@@ -3,17 +3,25 @@
 import pytest
 import torch
 
-from opensora.models.stdit import STDIT_XL2_16X256X256, STDIT_XL2_16X512X512, STDIT_XL2_64X512X512, STDiT
-from opensora.models.stdit2 import STDIT2_XL2, STDiT2
+from opensora.checkpoints.published import PUBLISHED
+from opensora.models.stdit import STDiT
+from opensora.models.stdit2 import STDiT2
+
+STDIT_256, STDIT_512, STDIT2 = (
+    PUBLISHED[name].transformer.config
+    for name in ("opensora-1.0-hq-16x256x256", "opensora-1.0-hq-16x512x512", "opensora-1.1-stage3")
+)
+# The long variant of 1.0, whose weights were never published.
+STDIT_LONG = {**STDIT_512, "input_size": [64, 64, 64], "time_scale": 2 / 3}
 
 
 @pytest.mark.parametrize(
     ("name", "cls", "config"),
     [
-        ("stdit_xl2_v1_0_16x256x256", STDiT, STDIT_XL2_16X256X256),
-        ("stdit_xl2_v1_0_16x512x512", STDiT, STDIT_XL2_16X512X512),
-        ("stdit_xl2_v1_0_64x512x512", STDiT, STDIT_XL2_64X512X512),
-        ("stdit2_xl2_v1_1", STDiT2, STDIT2_XL2),
+        ("stdit_xl2_v1_0_16x256x256", STDiT, STDIT_256),
+        ("stdit_xl2_v1_0_16x512x512", STDiT, STDIT_512),
+        ("stdit_xl2_v1_0_64x512x512", STDiT, STDIT_LONG),
+        ("stdit2_xl2_v1_1", STDiT2, STDIT2),
     ],
 )
 def test_names_and_shapes(golden_json, name, cls, config):

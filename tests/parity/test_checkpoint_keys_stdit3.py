@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from opensora.models.stdit3 import STDIT3_3B2, STDIT3_XL2, STDiT3
+from opensora.checkpoints.published import PUBLISHED
+from opensora.models.stdit3 import STDiT3
+
+PUBLISHED_XL2 = PUBLISHED["opensora-1.2"].transformer.config
+# The variant of 3 billion parameters, whose weights were never published.
+UNPUBLISHED_3B2 = {**PUBLISHED_XL2, "hidden_size": 1872, "num_heads": 26}
 
 
-@pytest.mark.parametrize(("name", "config"), [("stdit3_xl2_v1_2", STDIT3_XL2), ("stdit3_3b2_v1_2", STDIT3_3B2)])
+@pytest.mark.parametrize(("name", "config"), [("stdit3_xl2_v1_2", PUBLISHED_XL2), ("stdit3_3b2_v1_2", UNPUBLISHED_3B2)])
 def test_names_and_shapes(golden_json, name, config):
     published = golden_json(f"checkpoint_keys/{name}")
     with torch.device("meta"):

@@ -2,13 +2,14 @@
 
 import torch
 
-from opensora.models.autoencoders.video import OPENSORA_VAE_1_2, SD_VAE, VideoAutoencoder
+from opensora.checkpoints.published import PUBLISHED
+from opensora.models.autoencoders.video import VideoAutoencoder
 
 
 def test_opensora_vae_1_2(golden_json):
     published = golden_json("checkpoint_keys/opensora_vae_v1_2")
     with torch.device("meta"):
-        autoencoder = VideoAutoencoder.from_config(OPENSORA_VAE_1_2)
+        autoencoder = VideoAutoencoder(**PUBLISHED["opensora-1.2"].autoencoder.config)
     ours = {name: list(value.shape) for name, value in autoencoder.state_dict().items()}
     assert ours == {name: shape for name, (shape, _) in published["keys"].items()}
     assert len(ours) == published["num_tensors"]
@@ -22,7 +23,7 @@ def test_sd_vae(golden_json):
     """The published file is the image autoencoder alone; ours holds it under a prefix, beside shift and scale."""
     published = golden_json("checkpoint_keys/sd_vae_autoencoderkl")
     with torch.device("meta"):
-        autoencoder = VideoAutoencoder.from_config(SD_VAE)
+        autoencoder = VideoAutoencoder(**PUBLISHED["opensora-1.0-hq-16x256x256"].autoencoder.config)
     ours = {name: list(value.shape) for name, value in autoencoder.state_dict().items()}
     channels = autoencoder.latent_channels
     statistics = {name: [1, channels, 1, 1, 1] for name in ("scale", "shift")}

@@ -37,56 +37,6 @@ TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
     "folded": FoldedTemporalAutoencoder,
 }
 
-_SD_AUTOENCODER = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-
-# Open-Sora 1.0 and 1.1: the Stable Diffusion autoencoder alone.
-SD_VAE: dict[str, Any] = {
-    "spatial": _SD_AUTOENCODER,
-    "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Diffusion 1.x autoencoder"},
-    "micro_frame_size": None,
-    "micro_batch_size": 4,
-}
-
-# Another decoder for the latents of 1.0 and 1.1: the `vae` of stabilityai/stable-video-diffusion-img2vid.
-SVD_VAE: dict[str, Any] = {
-    "spatial": {name: value for name, value in _SD_AUTOENCODER.items() if name != "norm_num_groups"},  # always 32
-    "temporal_decoder": {},
-    "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Video Diffusion autoencoder"},
-    "micro_frame_size": None,
-    "micro_batch_size": 4,
-}
-
-# Open-Sora 1.2. Its 2D part is the SDXL autoencoder, whose own factor is 0.13025; the temporal part, shift and scale
-# were trained on its latents times 0.18215, so 0.18215 is right for these weights.
-OPENSORA_VAE_1_2: dict[str, Any] = {
-    "spatial": _SD_AUTOENCODER,
-    "temporal": {
-        "type": "causal3d",
-        "in_channels": 4,
-        "latent_channels": 4,
-        "filters": 128,
-        "num_res_blocks": 4,
-        "channel_multipliers": [1, 2, 2, 4],
-        "temporal_downsample": [False, True, True],
-        "num_groups": 32,
-    },
-    "latent_space": {
-        "scaling_factor": 0.18215,
-        "shift": [-0.10, 0.34, 0.27, 0.98],
-        "scale": [3.85, 2.32, 2.33, 3.06],
-        "trained_with": "OpenSora-VAE-v1.2 (temporal autoencoder trained on SDXL frame latents times 0.18215)",
-    },
-    "micro_frame_size": 17,
-    "micro_batch_size": 4,
-}
-
 
 class VideoAutoencoder(ModelMixin, PortableConfigMixin):
     """The autoencoder of a video diffusion model: `encode` to normalised latents, `decode` back to pixels.
