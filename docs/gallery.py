@@ -57,8 +57,8 @@ ENTRIES = (
         (
             'generate "a large blue square on the sand" --num-frames 1 --seed 5 --output here.png',
             'generate "a large blue square on the sand" --num-frames 1 --seed 7 --output there.png',
-            'generate "a large blue square moves right on the sand" --image here.png --last-image there.png --num-frames 18 '
-            "--output connected.mp4",
+            'generate "a large blue square moves right on the sand" --image here.png --last-image there.png '
+            "--num-frames 18 --output connected.mp4",
         ),
     ),
     Entry(
