@@ -74,7 +74,8 @@ def generate_loops(
         frames = given(loop) if given else None
         if clips:
             end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
-            latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
+            with pipeline.resident("autoencoder"):
+                latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
             frames = (frames or GivenFrames.none(autoencoder, size)).put(latents, 0, condition_strength)
         output = pipeline(
             [prompt_of_loop(text, loop) for text in prompts],

@@ -42,6 +42,8 @@ from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.text.cleaning import clean_text
 from opensora.models.text.encoders import encode_prompts, null_prompts
 from opensora.models.text.prompts import append_scores, pair_prompts
+from opensora.models.transformer import TextContext
+from opensora.staging import Stages
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
@@ -65,6 +67,11 @@ class OpenSoraPipelineOutput(BaseOutput):
 
 class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     """Text to video with a diffusion transformer of the Open-Sora family.
+
+    Attributes:
+        stages: keeps networks in memory only while they work (`load_pipeline(..., offload=True)`); None for always.
+        sequential_guidance: the branches of guidance run one after the other instead of in one batch, which takes half
+            the memory.
 
     Args:
         transformer: predicts velocity or noise from latents, timestep and text, e.g. `STDiT3`.
@@ -172,6 +179,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             condition_frames=condition_frames,
             trained_on=trained_on,
         )
+        self.stages: Stages | None = None
+        self.sequential_guidance = False
         self._own_sampling = scheduler, cfg_channels
         self._current_timestep: Tensor | None = None
 
@@ -243,36 +252,24 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         size = self._size(num_frames, height, width)
         told = self._told(size, nominal_size, fps)
         generators = generators_per_video(generator, len(prompts))
-        device, network = self._execution_device, self.transformer
+        device = self._execution_device
 
         timesteps = self._timesteps(num_inference_steps, told, device)
         num_steps = len(timesteps)
         guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
         sample = self._initial_latents(latents, len(prompts), size, generators, device)
         sample, strength = _with_given_frames(sample, given)
-        frame_mask, network_mask = None, None
+        frame_mask = None
         spelled = self._spell(prompts, self._scores(scores))
         spelled_negative = None if negative_prompts is None else self._spell(negative_prompts, {})
-        text_context = self._text_context(spelled, spelled_negative, guided, device)
-        with self.progress_bar(total=num_steps) as progress, self._hooks_left_clean():
+        text = self._encode_text(spelled, spelled_negative, device)
+        with self.resident("transformer"), self._hooks_left_clean(), self.progress_bar(total=num_steps) as progress:
+            text_contexts = self._text_contexts(text, guided)
             for i, t in timesteps:
                 self._current_timestep = t
-                num_branches = 2 if guided[i] else 1
                 if strength is not None:
                     sample, frame_mask = self.scheduler.activate_frames(sample, t, strength, generator=generators)
-                    network_mask = frame_mask.repeat(num_branches, 1)
-                # What a cache keeps has the batch size of its branches, so each number of branches has its own.
-                with network.cache_context(f"{num_branches} branches", step_index=i, num_inference_steps=num_steps):
-                    prediction = network(
-                        self.scheduler.scale_model_input(sample, t).repeat(num_branches, 1, 1, 1, 1).to(network.dtype),
-                        t.expand(num_branches * len(prompts)),
-                        text_context=text_context[num_branches],
-                        frame_mask=network_mask,
-                        fps=told.fps,
-                        height=told.height,
-                        width=told.width,
-                    ).sample.float()
-                cond, uncond = prediction.chunk(2) if guided[i] else (prediction, None)
+                cond, uncond = self._predict(sample, t, text_contexts[guided[i]], frame_mask, told, i, num_steps)
                 prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
                 sample = self.scheduler.step(
                     prediction, t, sample, frame_mask=frame_mask, generator=generators
@@ -281,8 +278,9 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
                 progress.update()
 
-        _check_finite(sample, f"after {num_steps} steps in {network.dtype}")
-        frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
+        _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
+        with self.resident("autoencoder"):
+            frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
@@ -300,6 +298,18 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             **_describe_guidance(guidance),
         }
         return OpenSoraPipelineOutput(frames, settings)
+
+    def resident(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """The stage of one network ("text_encoder", "transformer", "autoencoder"): it is in memory within.
+
+        Who uses a network of an offloaded pipeline outside of a call asks for its stage.
+        """
+        return contextlib.nullcontext() if self.stages is None else self.stages.resident(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return super().device if self.stages is None else self.stages.device
 
     @property
     def current_timestep(self) -> Tensor | None:
@@ -374,26 +384,69 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(steps, device=device, **sizes)
         return list(enumerate(self.scheduler.timesteps))
 
-    def _text_context(
-        self, prompts: list[str], negative_prompts: list[str] | None, guided: list[bool], device: torch.device
-    ) -> dict[int, Any]:
-        """Text keys and values of every layer, for steps with 1 branch (text) and with 2 (text; null or negative text).
-
-        Only what the run needs is computed.
-        """
-        null_text = self.transformer.null_text
-        place = {"max_length": null_text.shape[0], "device": device, "dtype": self.transformer.dtype}
-        states, mask = encode_prompts(self.tokenizer, self.text_encoder, prompts, **place)
-        context = {}
-        if not all(guided):
-            context[1] = self.transformer.encode_text(states, mask)
-        if any(guided):
+    def _encode_text(
+        self, prompts: list[str], negative_prompts: list[str] | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """States and mask of the prompts, and of the negative prompts, or None for the null text."""
+        place = {
+            "max_length": self.transformer.null_text.shape[0],
+            "device": device,
+            "dtype": self.transformer.dtype,
+        }
+        with self.resident("text_encoder"):
+            states, mask = encode_prompts(self.tokenizer, self.text_encoder, prompts, **place)
             if negative_prompts is None:
-                other_states, other_mask = null_prompts(null_text.to(device, states.dtype), mask)
-            else:
-                other_states, other_mask = encode_prompts(self.tokenizer, self.text_encoder, negative_prompts, **place)
-            context[2] = self.transformer.encode_text(torch.cat([states, other_states]), torch.cat([mask, other_mask]))
-        return context
+                return states, mask, None, None
+            return states, mask, *encode_prompts(self.tokenizer, self.text_encoder, negative_prompts, **place)
+
+    def _text_contexts(
+        self, text: tuple[Tensor, Tensor, Tensor | None, Tensor | None], guided: list[bool]
+    ) -> dict[bool, list[TextContext]]:
+        """Text keys and values of every layer, for steps without and with guidance; only what the run needs.
+
+        One context for each pass of the transformer: text alone; text and null or negative text in one batch, or one
+        after the other.
+        """
+        states, mask, other_states, other_mask = text
+        if other_states is None or other_mask is None:
+            other_states, other_mask = null_prompts(self.transformer.null_text.to(states.device, states.dtype), mask)
+        encode, contexts = self.transformer.encode_text, {}
+        if not all(guided):
+            contexts[False] = [encode(states, mask)]
+        if any(guided) and self.sequential_guidance:
+            contexts[True] = [encode(states, mask), encode(other_states, other_mask)]
+        elif any(guided):
+            contexts[True] = [encode(torch.cat([states, other_states]), torch.cat([mask, other_mask]))]
+        return contexts
+
+    def _predict(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        text_contexts: list[TextContext],
+        frame_mask: Tensor | None,
+        told: SizeInputs,
+        step: int,
+        num_steps: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the network says with the text, and without it if this step is guided."""
+        network, predictions = self.transformer, []
+        for number, text_context in enumerate(text_contexts):
+            branches = len(text_context.states) // len(sample)
+            # What a cache keeps has the batch size of its branches, and is of one branch where they run by turns.
+            name = f"{branches} branches, pass {number} of {len(text_contexts)}"
+            with network.cache_context(name, step_index=step, num_inference_steps=num_steps):
+                prediction = network(
+                    self.scheduler.scale_model_input(sample, t).repeat(branches, 1, 1, 1, 1).to(network.dtype),
+                    t.expand(branches * len(sample)),
+                    text_context=text_context,
+                    frame_mask=None if frame_mask is None else frame_mask.repeat(branches, 1),
+                    fps=told.fps,
+                    height=told.height,
+                    width=told.width,
+                ).sample.float()
+            predictions += prediction.split(len(sample))
+        return predictions[0], predictions[1] if len(predictions) == 2 else None
 
     def _initial_latents(
         self,
@@ -417,7 +470,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     def use_sampler(self, name: str) -> None:
         """Sample otherwise: a network that predicts noise or clean latents can be sampled in three ways.
 
-        With DPM-Solver++ all channels are guided by default, as in the reference; with the others, those the model says.
+        With DPM-Solver++ all channels are guided by default, as in the reference; with the others those that the model
+        says.
 
         Args:
             name: "ancestral" (IDDPM), "ddim", or "dpm-solver++".

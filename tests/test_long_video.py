@@ -39,7 +39,7 @@ def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
 
     class Recording:
         def __init__(self) -> None:
-            self.config, self.autoencoder = pipe.config, pipe.autoencoder
+            self.config, self.autoencoder, self.resident = pipe.config, pipe.autoencoder, pipe.resident
 
         def __call__(self, *args: Any, **options: Any) -> Any:
             output = pipe(*args, **options)

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
-from tiny_pipeline import make_autoencoder, make_text_encoder, make_transformer
+from diffusers.hooks import FirstBlockCacheConfig
+from tiny_pipeline import make_autoencoder, make_pipeline, make_text_encoder, make_transformer, seeded
 from torch import nn
 
+from opensora import load_pipeline
+from opensora.conditioning import condition
 from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
+from opensora.long_video import generate_loops
 from opensora.staging import Stages
 
 CPU = torch.device("cpu")
@@ -103,3 +108,59 @@ def test_files_that_cannot_be_read_leave_it_away():
 def test_on_the_cpu_there_must_be_files():
     with pytest.raises(OpenSoraError, match="transformer"):
         Stages(CPU, {"transformer": make_transformer()}, {})
+
+
+# --- whole pipelines --------------------------------------------------------------------------------------------------
+
+PROMPT = "a small red ball rolls left"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_pipeline("flow", num_frames=18).save_pretrained(path)
+    return path
+
+
+def test_an_offloaded_pipeline_makes_the_same_clip(folder):
+    whole, offloaded = load_pipeline(folder), load_pipeline(folder, offload=True)
+    assert all(is_away(getattr(offloaded, name)) for name in ("text_encoder", "transformer", "autoencoder"))
+    clips = []
+    for pipe in (whole, offloaded):
+        pipe.set_progress_bar_config(disable=True)
+        with pipe.resident("autoencoder"):
+            given = condition(pipe.autoencoder, VideoSize(18, 16, 24), image=torch.zeros(3, 1, 16, 24))
+        clips.append(pipe(PROMPT, generator=seeded(0), given=given).frames)
+    torch.testing.assert_close(clips[0], clips[1])
+    assert all(is_away(getattr(offloaded, name)) for name in ("text_encoder", "transformer", "autoencoder"))
+    assert offloaded.device == CPU
+
+
+def test_a_long_offloaded_video(folder):
+    pipe = load_pipeline(folder, offload=True)
+    pipe.set_progress_bar_config(disable=True)
+    frames = generate_loops(pipe, PROMPT, num_loops=2, size=VideoSize(17, 16, 24), num_inference_steps=1).frames
+    assert frames.shape[1] == 17 + 12
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a blue square"])
+def test_branches_one_after_the_other_make_the_same_clip(folder, negative_prompt):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    batches: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    at_once = pipe([PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2).frames
+    pipe.sequential_guidance = True
+    by_turns = pipe([PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2).frames
+    assert batches == [4] * 2 + [2] * 4
+    torch.testing.assert_close(at_once, by_turns, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_work_with_branches_one_after_the_other(folder):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    pipe.sequential_guidance = True
+    cached = pipe(PROMPT, generator=seeded(0)).frames
+    pipe.transformer.disable_cache()
+    torch.testing.assert_close(cached, pipe(PROMPT, generator=seeded(0)).frames, rtol=1e-4, atol=1e-4)

@@ -8,10 +8,13 @@ not matching its configuration, holding NaN) is an error that names the file and
 random instead.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +35,7 @@ from opensora.checkpoints.sources import (
 )
 from opensora.checkpoints.weights import cast_weights, first_line, load_weights, read_object, read_weights
 from opensora.errors import OpenSoraError
+from opensora.staging import Stages
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
@@ -50,6 +54,7 @@ def load_pipeline(
     override_latent_space: "LatentSpace | None" = None,
     components: Mapping[str, str | Path] | None = None,
     download: bool = False,
+    offload: bool = False,
 ) -> "OpenSoraPipeline":
     """Load a model by name or from a folder.
 
@@ -63,6 +68,8 @@ def load_pipeline(
         components: component -> folder or file that takes the place of the model's own, in our format or in the one
             that the reference saves: "transformer", "autoencoder", "text_encoder", "tokenizer".
         download: fetch the parts of a published model that this machine lacks. Nothing else ever goes to the network.
+        offload: each network is in memory only while it works. On an accelerator it lies in the CPU's memory otherwise;
+            on the CPU it is read from its files whenever it is needed.
 
     Returns:
         The pipeline, in evaluation mode on `device`.
@@ -73,22 +80,50 @@ def load_pipeline(
     device = resolve_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     overridden = override_latent_space is not None
+    load = functools.partial(_load_network, dtype=dtype, without_data=offload and device.type == "cpu")
     if published_name(str(name_or_path)) is not None:
         source = find_published(str(name_or_path), components, download=download)
-        parts, defaults = _load_published(source, dtype, check_latent_space=not overridden)
+        parts, defaults = _load_published(source, load, check_latent_space=not overridden)
     else:
-        parts, defaults = _load_folder(find_model(name_or_path), components, dtype, check_latent_space=not overridden)
+        parts, defaults = _load_folder(find_model(name_or_path), components, load, check_latent_space=not overridden)
+    networks = {name: part for name, part in parts.items() if isinstance(part, _Loaded)}
+    parts |= {name: part.network for name, part in networks.items()}
     if override_latent_space is not None:
         parts["autoencoder"].override_latent_space(override_latent_space)
     from opensora.pipeline import OpenSoraPipeline
 
     pipeline = OpenSoraPipeline(**parts, **defaults)
     pipeline.register_to_config(_name_or_path=str(name_or_path))
-    return pipeline.to(device)
+    if not offload:
+        return pipeline.to(device)
+    loaders = {name: part.again for name, part in networks.items()} if device.type == "cpu" else {}
+    pipeline.stages = Stages(device, {name: parts[name] for name in networks}, loaders)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A network, and how to load it once more."""
+
+    network: nn.Module
+    again: Callable[[], nn.Module]
+
+
+def _load_network(
+    path: Path,
+    cls: type[nn.Module],
+    config: Mapping[str, Any] | None,
+    *,
+    dtype: torch.dtype,
+    without_data: bool,
+    check_latent_space: bool,
+) -> _Loaded:
+    again = functools.partial(load_component, path, cls, dtype, config=config, check_latent_space=check_latent_space)
+    return _Loaded(again(without_data=True) if without_data else again(), again)
 
 
 def _load_folder(
-    folder: Path, given: Mapping[str, str | Path] | None, dtype: torch.dtype, *, check_latent_space: bool
+    folder: Path, given: Mapping[str, str | Path] | None, load: Callable[..., _Loaded], *, check_latent_space: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components, and the pipeline's defaults, of a folder in diffusers' layout."""
     from opensora.pipeline import OpenSoraPipeline
@@ -113,12 +148,12 @@ def _load_folder(
             assumed = {key: value for key, value in read_object(own).items() if not key.startswith("_")}
             config = find_config(path, cls, read_weights(path), assumed)
         checked = check_latent_space or name != "autoencoder"
-        components[name] = load_component(path, cls, dtype, config=config, check_latent_space=checked)
+        components[name] = load(path, cls, config, check_latent_space=checked)
     return components, defaults
 
 
 def _load_published(
-    source: PublishedSource, dtype: torch.dtype, *, check_latent_space: bool
+    source: PublishedSource, load: Callable[..., _Loaded], *, check_latent_space: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components, and the pipeline's defaults, of a published model."""
     model = source.model
@@ -131,7 +166,7 @@ def _load_published(
         given = name in source.given
         config = find_config(path, cls, read_weights(path), part.config) if given else part.config
         checked = check_latent_space or name != "autoencoder"
-        components[name] = load_component(path, cls, dtype, config=config, check_latent_space=checked)
+        components[name] = load(path, cls, config, check_latent_space=checked)
     scheduler = find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
     components["scheduler"] = scheduler(**model.scheduler_config)
     trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
@@ -164,6 +199,7 @@ def load_component(
     *,
     config: Mapping[str, Any] | None = None,
     check_latent_space: bool = True,
+    without_data: bool = False,
 ) -> Network:
     """A network from the folder that its `save_pretrained` wrote, or from weights as the reference saves them.
 
@@ -174,6 +210,7 @@ def load_component(
         config: keywords of `cls`, in place of what the path tells (see `key_maps.find_config`).
         check_latent_space: False for an autoencoder whose declared latent space is overridden next, and may therefore
             disagree with its weights.
+        without_data: build it on torch's meta device: shapes alone, weights are not read.
 
     Returns:
         The network on the CPU, in evaluation mode. Random numbers drawn afterwards are those of an unloaded process.
@@ -188,11 +225,14 @@ def load_component(
         raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
     weights = read_weights(path)
     config = find_config(path, cls, weights) if config is None else config
-    with torch.random.fork_rng(devices=[]), _WithoutRandomInit():
+    place = torch.device("meta") if without_data else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), _WithoutRandomInit(), place:
         model = build_model(cls, config, described)
     if not check_latent_space:
         model.checks_loaded_statistics = False
     cast_weights(model, dtype)
+    if without_data:
+        return model.eval()
     load_weights(model, adapt_weights(model, weights, str(path)), source=str(path))
     return model.eval()
 

@@ -18,7 +18,7 @@ from opensora.checkpoints.published import BUNDLED
 from opensora.cli.conditions import FrameOptions, LoopOptions, ReferenceOptions, frames_of_loops, notes_on_files
 from opensora.cli.given_files import GivenFiles
 from opensora.cli.jobs import Job, check_bundled_words, check_words, plan, read_prompts
-from opensora.cli.loading import MachineOptions, ModelOptions
+from opensora.cli.loading import MachineOptions, MemoryOptions, ModelOptions
 from opensora.cli.options import FLAG, flag, given_options, option
 from opensora.cli.record import (
     NamedFrames,
@@ -53,6 +53,7 @@ _FREE_WITH_FROM = (
     "from_",
     *("model", "download", "transformer", "autoencoder", "text_encoder", "tokenizer"),
     *("output", "format", "no_metadata", "device", "dtype"),
+    *("offload", "sequential_guidance", "micro_batch_size"),
     *_FILES_WITH_FROM,
 )
 
@@ -108,6 +109,7 @@ class Generate:
         default_factory=RefinementOptions
     )
     machine: OmitArgPrefixes[Annotated[MachineOptions, arg(name="machine")]] = field(default_factory=MachineOptions)
+    memory: OmitArgPrefixes[Annotated[MemoryOptions, arg(name="memory")]] = field(default_factory=MemoryOptions)
 
     def run(self) -> None:
         """Makes the clips."""
@@ -136,7 +138,8 @@ class Generate:
                 _say(f"refined prompt: {prompt}")
 
         device, dtype = (record.device, record.dtype) if record else (None, None)
-        pipe, model_hash = self.model.load(self.machine.device or device, self.machine.dtype or dtype, record)
+        place = (self.machine.device or device, self.machine.dtype or dtype)
+        pipe, model_hash = self.model.load(*place, self.memory, record)
         if record and (changed := changed_versions(record)):
             _say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
         check_words(pipe, texts)
@@ -150,7 +153,8 @@ class Generate:
         given = [_with_alignment(of_job, pipe) for of_job in given]
         for note in dict.fromkeys(note for of_job in given for note in notes_on_files(of_job, files, sampling)):
             _say(f"note: {note}")
-        frames_of = {of_job: frames_of_loops(pipe, of_job, files, sampling) for of_job in dict.fromkeys(given)}
+        with pipe.resident("autoencoder"):
+            frames_of = {of_job: frames_of_loops(pipe, of_job, files, sampling) for of_job in dict.fromkeys(given)}
 
         sampling_s = 0.0
         for job, of_job in zip(jobs, given, strict=True):
@@ -201,6 +205,7 @@ class Generate:
         if self.format is not None and self.format not in FORMATS:
             raise OpenSoraError(f"unknown format {self.format!r}{nearest_name(self.format, FORMATS)}")
         self.machine.check()
+        self.memory.check()
         self.sampling.check()
         self.scores.parse()
         if self.from_ is None:

@@ -18,6 +18,29 @@ DEFAULT_MODEL = "toybox"
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """For what would not fit otherwise; `opensora plan` says which of them a clip needs."""
+
+    offload: Annotated[bool, FLAG] = False
+    """Each network is in memory only while it works."""
+    sequential_guidance: Annotated[bool, FLAG] = False
+    """The branches of guidance one after the other instead of at once."""
+    micro_batch_size: Annotated[int | None, option("N")] = None
+    """Frames that the 2D autoencoder works on at once."""
+
+    def check(self) -> None:
+        """Raises `OpenSoraError` for an impossible number."""
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise OpenSoraError(f"--micro-batch-size is {self.micro_batch_size}, expected 1 or more")
+
+    def set_up(self, pipe: "OpenSoraPipeline") -> None:
+        """Makes the pipeline work so, but for `offload`, which is decided before it is loaded."""
+        pipe.sequential_guidance = self.sequential_guidance
+        if self.micro_batch_size is not None:
+            pipe.autoencoder.micro_batch_size = self.micro_batch_size
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """What `opensora models` lists, or a folder; each part of it can be replaced."""
 
@@ -68,7 +91,7 @@ class ModelOptions:
             raise OpenSoraError(f"{error}; --model says where the model is that made this clip") from error
 
     def load(
-        self, device: str | None, dtype: str | None, record: Record | None = None
+        self, device: str | None, dtype: str | None, memory: MemoryOptions, record: Record | None = None
     ) -> "tuple[OpenSoraPipeline, str]":
         """The pipeline, ready to run, and the hash of its weights.
 
@@ -90,8 +113,13 @@ class ModelOptions:
         if record:
             check_same_model(record, found)
         pipe = load_pipeline(
-            name, device=chosen, dtype=getattr(torch, dtype) if dtype else None, components=self.components
+            name,
+            device=chosen,
+            dtype=getattr(torch, dtype) if dtype else None,
+            components=self.components,
+            offload=memory.offload,
         )
+        memory.set_up(pipe)
         pipe.set_progress_bar_config(disable=True)
         return pipe, found
 
