@@ -130,3 +130,14 @@ def test_wishes_the_model_cannot_grant(model, options, message, capsys):
     assert out == "" and err.startswith("opensora: ") and err.count("\n") == 1, err
     assert message in err
     assert not list(model.parent.glob("*clip*"))
+
+
+def test_choices_that_save_memory_change_nothing(model, capsys):
+    options = ["--model", "model", "--num-inference-steps", "2", "--num-frames", "17"]
+    assert main(["generate", PROMPT, *options, "--output", "plain.png"]) == 0
+    saving = ["--offload", "--sequential-guidance", "--micro-batch-size", "1"]
+    assert main(["generate", PROMPT, *options, *saving, "--output", "saving.png"]) == 0
+    plain, saved = (read_video(name)[0].astype(int) for name in ("plain.png", "saving.png"))
+    assert abs(plain - saved).max() <= 1
+    assert main(["generate", PROMPT, "--model", "model", "--micro-batch-size", "0"]) == 2
+    assert "--micro-batch-size is 0" in capsys.readouterr().err
