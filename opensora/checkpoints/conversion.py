@@ -16,14 +16,13 @@ import torch
 
 from opensora.checkpoints.fit import PipelineReport, inspect_model
 from opensora.checkpoints.identify import Identity, identify, read_header
-from opensora.checkpoints.key_maps import find_config
+from opensora.checkpoints.key_maps import class_that_runs, find_config
 from opensora.checkpoints.loading import find_class, load_component, load_pipeline
 from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, published_as
 from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_published
 from opensora.checkpoints.weights import cast_weights, fingerprint, read_weights
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import VideoAutoencoder
 
 _NETWORKS = ("transformer", "autoencoder", "text_encoder")
 
@@ -107,10 +106,7 @@ def _write_component(
 ) -> None:
     """One network."""
     identity = _identify(path)
-    library, class_name = identity.library, identity.class_name
-    if class_name == "AutoencoderKL":  # what runs it
-        library, class_name = VideoAutoencoder.__module__, VideoAutoencoder.__name__
-    cls: Any = find_class(identity.kind, library, class_name)
+    cls: Any = find_class(identity.kind, *class_that_runs(identity))
     config = find_config(path, cls, read_weights(path), _assumed(path, identity, model))
     network = load_component(path, cls, dtype or _dtype_of(path), config=config)
     network.save_pretrained(folder, max_shard_size=max_shard_size)

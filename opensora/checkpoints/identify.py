@@ -283,7 +283,7 @@ def _video_autoencoder(names: _Names) -> Identity:
     spatial, groups = _spatial(names, "spatial_vae.module.")
     unsure = {f"spatial.{name}": note for name, note in groups.items()}
     pixels = spatial.get("in_channels")
-    config: dict[str, Any] = {"spatial": spatial, "temporal": None}
+    config: dict[str, Any] = {"spatial": spatial, "temporal": None, "temporal_decoder": None}
     if pixels:
         config["spatial_patch_size"] = math.isqrt(pixels // 3)
     summary = "2D autoencoder, frame by frame"

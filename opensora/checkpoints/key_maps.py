@@ -1,7 +1,7 @@
 """The formats that weights of the family are published in, turned into the keywords and names of this package.
 
 Three kinds of `config.json` are read besides our own: that of the reference's models (saved by transformers), that of
-diffusers' AutoencoderKL, and T5's. A keyword that nothing is known of is refused, one that only says how the reference
+diffusers' autoencoders, and T5's. A keyword that nothing is known of is refused, one that only says how the reference
 computes is dropped. Where a file has no configuration beside it, the shapes of its tensors tell what they can.
 
 Parameter names are the published ones already; what differs is less than a line each: position tables that are derived
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, T5EncoderModel
 
@@ -48,6 +48,9 @@ _DROPPED = {
 # Of the first generation; the later ones take any size, and their positions along time are rotary.
 _FIRST_GENERATION = {"input_size", "space_scale", "time_scale", "no_temporal_pos_emb"}
 
+# diffusers' autoencoders that a VideoAutoencoder applies to frames.
+_FRAME_AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
+
 _COMPUTED = ("pos_embed", "pos_embed_temporal", "rope.freqs")
 _NULL_TEXT = "y_embedder.y_embedding"
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
@@ -55,6 +58,13 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def class_that_runs(identity: Identity) -> tuple[str, str]:
+    """Module and name of the class for such weights: diffusers' autoencoders are run inside a VideoAutoencoder."""
+    if identity.class_name in _FRAME_AUTOENCODERS:
+        return VideoAutoencoder.__module__, VideoAutoencoder.__name__
+    return identity.library, identity.class_name
 
 
 def find_config(
@@ -80,7 +90,7 @@ def find_config(
     if stored is None:
         return base
     where = path / "config.json"
-    if stored.get("_class_name") == "AutoencoderKL":
+    if stored.get("_class_name") in _FRAME_AUTOENCODERS:
         return base | _frame_autoencoder(stored, where, assumed)
     if issubclass(cls, VideoAutoencoder):
         return base | _video_autoencoder(stored, where, base)
@@ -88,9 +98,9 @@ def find_config(
 
 
 def _is_ours(stored: Mapping[str, Any]) -> bool:
-    """Saved by this package, and not by the reference or as diffusers' 2D autoencoder."""
+    """Saved by this package, and not by the reference or as an autoencoder of diffusers."""
     by_transformers = "model_type" in stored or "architectures" in stored or "transformers_version" in stored
-    return not by_transformers and stored.get("_class_name") != "AutoencoderKL"
+    return not by_transformers and stored.get("_class_name") not in _FRAME_AUTOENCODERS
 
 
 def _told_by_shapes(
@@ -102,8 +112,9 @@ def _told_by_shapes(
             raise OpenSoraError(f"{path} holds no config.json and tensors of an unknown network; give its folder")
         return dict(assumed)
     config = dict(identity.config)
-    if issubclass(cls, VideoAutoencoder) and identity.class_name == "AutoencoderKL":
-        config = {"spatial": config}
+    if issubclass(cls, VideoAutoencoder) and identity.class_name in _FRAME_AUTOENCODERS:
+        over_time = identity.class_name == AutoencoderKLTemporalDecoder.__name__
+        config = {"spatial": config, "temporal_decoder": {} if over_time else None}
     elif identity.class_name != cls.__name__:
         raise OpenSoraError(f"{path} holds another network than the {cls.__name__} wanted here: {identity.summary}")
     if assumed is None and issubclass(cls, VideoAutoencoder) and config.get("temporal"):
@@ -111,7 +122,9 @@ def _told_by_shapes(
     if assumed is None:
         return config
     merged = {**assumed, **config}
-    for name in ("spatial", "temporal"):
+    # The 2D autoencoder with the temporal decoder takes other keywords than the one without.
+    same_kind = (assumed.get("temporal_decoder") is None) == (config.get("temporal_decoder") is None)
+    for name in ("spatial", "temporal", "temporal_decoder") if same_kind else ("temporal",):
         if isinstance(assumed.get(name), Mapping) and isinstance(merged[name], Mapping):
             merged[name] = {**assumed[name], **merged[name]}
     if isinstance(assumed.get("temporal"), Mapping) and config.get("temporal", 0) is None:
@@ -147,9 +160,10 @@ def _video_autoencoder(stored: Mapping[str, Any], where: Path, base: Mapping[str
 
 
 def _frame_autoencoder(stored: Mapping[str, Any], where: Path, assumed: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keywords of the video autoencoder from diffusers' 2D one, which may declare a scaling factor of its own."""
-    spatial = _known_keywords(stored, where, AutoencoderKL, set())
-    default = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
+    """Keywords of the video autoencoder from diffusers' one, which may declare a scaling factor of its own."""
+    cls = _FRAME_AUTOENCODERS[stored["_class_name"]]
+    spatial = _known_keywords(stored, where, cls, set())
+    default = inspect.signature(cls.__init__).parameters["scaling_factor"].default
     space = (assumed or {}).get("latent_space", {"scaling_factor": default})
     factor = spatial.pop("scaling_factor", space["scaling_factor"])
     if factor != space["scaling_factor"] or assumed is None:

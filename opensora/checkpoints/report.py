@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.checkpoints.identify import Identity, TensorInfo, identify, read_header
-from opensora.checkpoints.key_maps import adapt_weights, find_config
+from opensora.checkpoints.key_maps import adapt_weights, class_that_runs, find_config
 from opensora.checkpoints.loading import build_model, find_class
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import StoredWeights, weight_files
@@ -105,10 +105,7 @@ def inspect_component(
         if not described:
             report.unsure = dict(identity.unsure)
         if cls is None:
-            library, class_name = identity.library, identity.class_name
-            if class_name == "AutoencoderKL":  # what runs it
-                library, class_name = VideoAutoencoder.__module__, VideoAutoencoder.__name__
-            cls = find_class(identity.kind, library, class_name)
+            cls = find_class(identity.kind, *class_that_runs(identity))
     stored, network = StoredWeights(files), None
     if cls is not None:
         try:

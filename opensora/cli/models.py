@@ -16,6 +16,7 @@ from opensora.checkpoints.published import (
     ALIASES,
     BUNDLED,
     PUBLISHED,
+    SVD_AUTOENCODER,
     PublishedModel,
     component_folders,
     published_name,
@@ -154,7 +155,12 @@ def _table(listed: list[dict[str, Any]]) -> str:
         f"Short names: {short}. Sizes are about, and what two models share is fetched once. "
         "`opensora models NAME` tells more; a model's folder can be used in place of a name."
     )
-    return "\n".join([*lines, "", *textwrap.wrap(notes, WIDTH)])
+    other = (
+        "Another autoencoder for 1.0 and 1.1, whose decoder looks at neighbouring frames: "
+        f"`{hub.fetch_command(SVD_AUTOENCODER)}` ({hub.gigabytes(SVD_AUTOENCODER.size_bytes)}), then "
+        "`opensora generate --autoencoder` with the folder `vae` in it."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(notes, WIDTH), "", *textwrap.wrap(other, WIDTH, **_WHOLE_WORDS)])
 
 
 def _one(described: Mapping[str, Any]) -> str:
