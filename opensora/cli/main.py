@@ -6,6 +6,7 @@ The module is imported only when it is called, and should import what is heavy o
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,11 +25,27 @@ COMMANDS = {
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    """Runs one command line and returns its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C.
+
+    141 if nobody reads the output any more, as in `opensora models | head -1`.
+    """
     args = list(sys.argv[1:] if args is None else args)
+    try:
+        try:
+            return _exit_code(args)
+        finally:
+            sys.stdout.flush()  # a pipe that was closed is noticed here, and not when the interpreter ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes what is left
+        return EXIT_CLOSED_PIPE
+
+
+def _exit_code(args: list[str]) -> int:
+    """The exit code; mistakes of the user's are told on stderr."""
     try:
         return _run(args)
     except OpenSoraError as error:

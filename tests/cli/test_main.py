@@ -1,5 +1,6 @@
 """The command itself: help, version, unknown commands and options, exit codes, start-up time."""
 
+import os
 import subprocess
 import sys
 import types
@@ -81,6 +82,21 @@ def test_exit_codes(monkeypatch, capsys):
         with_command(monkeypatch, error)
         with pytest.raises(type(error)):  # a mistake of ours shows where it is
             main(["broken"])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["models", "--json"]])
+def test_a_pipe_that_is_closed_ends_the_command_quietly(args, unbuffered):
+    """As in `opensora models | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "opensora.cli.main", *args]
+    try:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=120)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(
