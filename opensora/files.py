@@ -1,7 +1,8 @@
-"""Writing files: proven possible before the work starts, and then whole or not at all."""
+"""Writing files: proven possible before the work starts, then whole or not at all, and readable as other files are."""
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def use_default_permissions(folder: Path) -> None:
+    """Gives all files in and below a folder the permissions of new files; safetensors writes for the owner alone."""
+    probe = folder / f".permissions.{os.getpid()}.probe"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

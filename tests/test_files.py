@@ -1,9 +1,14 @@
 """Files are written whole or not at all, and places that cannot be written are found before the work."""
 
+import os
+import stat
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from opensora.errors import OpenSoraError
-from opensora.files import check_writable, replacing
+from opensora.files import check_writable, replacing, use_default_permissions
 
 
 def test_a_file_is_replaced_whole_and_its_folder_made(tmp_path):
@@ -32,3 +37,17 @@ def test_unwritable_places(tmp_path):
             check_writable(path)
     check_writable(tmp_path / "new" / "folder" / "a.mp4")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_weights_can_be_read_by_whoever_reads_other_files(tmp_path):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    before = os.umask(0o027)
+    try:
+        use_default_permissions(tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "x.safetensors"]

@@ -23,6 +23,7 @@ from opensora.checkpoints.report import ComponentReport, OnProgress, published_a
 from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_published
 from opensora.checkpoints.weights import cast_weights, fingerprint, read_weights
 from opensora.errors import OpenSoraError
+from opensora.files import use_default_permissions
 
 _NETWORKS = ("transformer", "autoencoder", "text_encoder")
 
@@ -73,6 +74,7 @@ def convert(
             _write_pipeline(name, folder, {"transformer": Path(source), **components}, dtype, max_shard_size)
         else:
             _write_component(Path(source), folder, model, dtype, max_shard_size)
+        use_default_permissions(folder)
         report = inspect_model(folder, on_progress=on_progress or (lambda what, done, total: None))
         _refuse_problems([problem.replace(str(folder), str(output)) for problem in report.problems])
     for part in report.components.values() if isinstance(report, PipelineReport) else [report]:

@@ -14,6 +14,7 @@ import torch
 
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
+from opensora.files import use_default_permissions
 from opensora.settings import read_json, save_settings, to_dict
 from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from opensora.training.config import Recipe
@@ -139,8 +140,10 @@ class Trainer:
 
     def export(self) -> Path:
         """Writes the averaged weights as `model/`."""
-        self.with_average(lambda: self.objective.export(self.folder / "model"))
-        return self.folder / "model"
+        folder = self.folder / "model"
+        self.with_average(lambda: self.objective.export(folder))
+        use_default_permissions(folder)
+        return folder
 
     def with_average(self, action: Callable[[], Any]) -> Any:
         """Runs `action` while the module holds its averaged weights, in evaluation mode."""

@@ -116,6 +116,7 @@ def test_a_bundled_model_gets_all_its_parts(tmp_path):
     assert original.keys() == converted.keys()
     for name, tensor in original.items():
         assert torch.equal(tensor, converted[name]) and tensor.dtype == converted[name].dtype
+    assert len({path.stat().st_mode for path in output.rglob("*") if path.is_file()}) == 1, "all can be read alike"
 
 
 @pytest.fixture

@@ -136,6 +136,8 @@ def test_two_and_two_steps_are_four_bit_for_bit(kind, tmp_path):
 def test_a_trained_model_is_a_pipeline(kind, tmp_path):
     run(diffusion_config(kind, tmp_path, export_dtype="bfloat16"), tmp_path / "run", 1)
     pipeline = opensora.load_pipeline(tmp_path / "run" / "model")
+    modes = {path.stat().st_mode for path in (tmp_path / "run" / "model").rglob("*") if path.is_file()}
+    assert len(modes) == 1, "weights can be read by whoever can read the rest"
     assert pipeline.config.trained_on["autoencoder"] == fingerprint(pipeline.autoencoder.state_dict())
     assert pipeline.config.trained_on["latent_space"] == pipeline.autoencoder.latent_space.to_dict()
     pipeline.set_progress_bar_config(disable=True)
