@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from opensora.checkpoints.identify import Identity, identify, read_header
-from opensora.checkpoints.key_maps import find_config
+from opensora.checkpoints.key_maps import class_that_runs, find_config
 from opensora.checkpoints.loading import _check_known, build_model, find_class, load_settings_of
 from opensora.checkpoints.published import (
     PUBLISHED,
@@ -137,9 +137,8 @@ def _model_with(identity: Identity, path: Path) -> str:
     """The published model that such weights are a part of, the newest if there are several."""
 
     def fits(part: PublishedPart) -> bool:
-        return part.class_name == f"{identity.library}.{identity.class_name}" or (
-            identity.class_name == "AutoencoderKL" and "temporal" not in part.config
-        )
+        over_time = identity.config.get("temporal") is not None
+        return part.class_name == ".".join(class_that_runs(identity)) and ("temporal" in part.config) == over_time
 
     fitting = [name for name, model in PUBLISHED.items() if fits(model.parts[identity.kind])]
     if not fitting:
