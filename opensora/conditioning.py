@@ -95,7 +95,8 @@ def condition(
         strength: how much of it is made anew, 0 to 1.
 
     Raises:
-        OpenSoraError: contradictions, a video of another height and width, or too few frames in it.
+        OpenSoraError: contradictions, a video of another height and width, too few frames in it, or nothing left to
+            make.
     """
     given = GivenFrames.none(autoencoder, size)
     total = given.latents.shape[2]
@@ -112,7 +113,9 @@ def condition(
         taken_at = "last" if backwards else "first"
         if (last_image if backwards else image) is not None:
             raise OpenSoraError(f"the {taken_at} frames come from extend already; leave out the {taken_at} image")
-        length = condition_frames or default_condition_frames(autoencoder, size.num_frames, backwards=backwards)
+        length = condition_frames
+        if length is None:
+            length = default_condition_frames(autoencoder, size.num_frames, backwards=backwards)
         if not 0 < length < total:
             raise OpenSoraError(f"{length} of {total} latent frames to be given; expected 1 to {total - 1}")
         start = total - length if backwards else 0
@@ -124,6 +127,10 @@ def condition(
         if picture is not None:
             _check_video(name, picture, size, 1)
             given = given.put(encode_in_place(autoencoder, picture[:, :1], size.num_frames, start, 1), start)
+    if not given.strength.any():
+        raise OpenSoraError(
+            f"all of {size.num_frames} frames are given, so nothing is left to make; give less, or ask for more frames"
+        )
     return given
 
 

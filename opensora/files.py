@@ -10,17 +10,17 @@ from opensora.errors import OpenSoraError
 
 
 def check_writable(path: str | Path) -> None:
-    """Proves, before the work starts, that a file can be written there; makes its folder if there is none.
+    """Proves, before the work starts, that a file can be written there, in a folder that may still have to be made.
 
     Raises:
         OpenSoraError: it is a folder, or the folder cannot be made or written to.
     """
     path = Path(path)
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:
         if path.is_dir():
             raise OpenSoraError(f"output {path} is a folder; name a file in it")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        probe = nearest / f".{path.name}.{os.getpid()}.probe"
         probe.touch()
         probe.unlink()
         if path.exists() and not os.access(path, os.W_OK):

@@ -45,7 +45,8 @@ def generate_loops(
         given: loop -> frames that are given besides; where they overlap with those carried over, those stay.
         generator: as the pipeline's; the noise of a later loop is drawn where that of the one before ended.
         on_loop: called with the number of each loop before it begins.
-        **options: the pipeline's other arguments.
+        **options: the pipeline's other arguments, but for `latents`, `num_videos_per_prompt`, `output_type` and
+            `return_dict`.
 
     Returns:
         As the pipeline, with frames (B, T, 3, H, W) of the whole videos and the settings of the first loop, but for
@@ -54,11 +55,16 @@ def generate_loops(
     Raises:
         OpenSoraError: as the pipeline; fewer than one loop, or more frames carried over than a clip has to spare.
     """
+    for name in ("latents", "num_videos_per_prompt", "output_type", "return_dict"):
+        if name in options:
+            raise OpenSoraError(f"a video of several loops takes no {name}; leave it out, or call the pipeline")
     if num_loops < 1:
         raise OpenSoraError(f"num_loops is {num_loops}; expected 1 or more")
     prompts, autoencoder = as_prompt_list(prompt), pipeline.autoencoder
     carried = pipeline.config.condition_frames if condition_frames is None else condition_frames
     latent_frames = autoencoder.latent_frames(size.num_frames)
+    if num_loops > 1 and latent_frames < 2:
+        raise OpenSoraError("a clip of one latent frame has nothing to carry over to the next loop; expected 1 loop")
     if num_loops > 1 and not 0 < carried < latent_frames:
         raise OpenSoraError(
             f"{carried} latent frames to be carried over from clip to clip, of {latent_frames}; "

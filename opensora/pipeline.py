@@ -82,7 +82,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         guidance_scale: default strength of classifier-free guidance, 1 = none.
         num_inference_steps: default number of steps.
         cfg_channels: default for which latent channels are guided: the first k, a list of indices, or None for all.
-            Left out: 3 for `IDDPMScheduler`, as its published samplers guide, and all for the others.
+            Left out: 3 for `IDDPMScheduler`, as its published samplers guide, and all for rectified flow. DPM-Solver++
+            guides all by default, whatever stands here.
         height: default height in pixels.
         width: default width in pixels.
         num_frames: default number of frames.
@@ -181,7 +182,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         )
         self.stages: Stages | None = None
         self.sequential_guidance = False
-        self._own_sampling = scheduler, cfg_channels
+        self._own_scheduler = scheduler
         self._current_timestep: Tensor | None = None
 
     @torch.no_grad()
@@ -246,7 +247,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
-        channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.config.cfg_channels)
+        channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.default_cfg_channels)
         guidance = self._guidance(guider, guidance_scale, channels)
         prompts, negative_prompts = pair_prompts(prompt, negative_prompt, num_videos_per_prompt)
         size = self._size(num_frames, height, width)
@@ -278,6 +279,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
                 progress.update()
 
+        del text, text_contexts  # their memory is decoding's
         _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
         with self.resident("autoencoder"):
             frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
@@ -298,6 +300,16 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             **_describe_guidance(guidance),
         }
         return OpenSoraPipelineOutput(frames, settings)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """As diffusers.
+
+        Raises:
+            OpenSoraError: the pipeline is offloaded, so its weights are not there.
+        """
+        if self.stages is not None:
+            raise OpenSoraError("an offloaded pipeline cannot be saved; load it without offload")
+        super().save_pretrained(save_directory, **options)
 
     def resident(self, name: str) -> contextlib.AbstractContextManager[None]:
         """The stage of one network ("text_encoder", "transformer", "autoencoder"): it is in memory within.
@@ -470,8 +482,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     def use_sampler(self, name: str) -> None:
         """Sample otherwise: a network that predicts noise or clean latents can be sampled in three ways.
 
-        With DPM-Solver++ all channels are guided by default, as in the reference; with the others those that the model
-        says.
+        See `default_cfg_channels` for what that changes.
 
         Args:
             name: "ancestral" (IDDPM), "ddim", or "dpm-solver++".
@@ -485,19 +496,27 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             raise OpenSoraError(
                 f"the sampler {name} is for models that predict noise; this one has a {type(self.scheduler).__name__}"
             )
-        scheduler, cfg_channels = self._own_sampling
+        own = self.scheduler if isinstance(self.scheduler, IDDPMScheduler) else self._own_scheduler
         if name == "dpm-solver++":
-            scheduler, cfg_channels = DPMSolverScheduler.from_config(scheduler.config), None
+            scheduler = DPMSolverScheduler.from_config(own.config)
         else:
-            scheduler = IDDPMScheduler.from_config(scheduler.config, sampler=name)
+            scheduler = IDDPMScheduler.from_config(own.config, sampler=name)
+        self._own_scheduler = own
         self.register_modules(scheduler=scheduler)
-        self.register_to_config(cfg_channels=cfg_channels)
+
+    @property
+    def default_cfg_channels(self) -> CfgChannels:
+        """Which channels are guided unless a call says otherwise: the model's, but all with DPM-Solver++.
+
+        The reference's DPM solver knows no choice, whatever its other samplers guide.
+        """
+        return None if isinstance(self.scheduler, DPMSolverScheduler) else self.config.cfg_channels
 
     # --- after the loop -----------------------------------------------------------------------------------------------
 
     def _decode(self, latents: Tensor, size: VideoSize, output_type: OutputType) -> Any:
-        video = self.autoencoder.decode(latents, size.num_frames)
-        frames = (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).cpu()
+        video = self.autoencoder.decode(latents, size.num_frames).float()
+        frames = video.div_(2).add_(0.5).clamp_(0, 1).permute(0, 2, 1, 3, 4).cpu()  # in place: videos are large
         if output_type == "pt":
             return frames
         pixels = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()
@@ -511,7 +530,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         `latent_space` tells under `replaces` what the weights declared, where a user's override took its place.
         """
         names = ("num_frames", "height", "width", "fps", "num_inference_steps")
-        guidance = self._guidance(None, None, self.config.cfg_channels)
+        guidance = self._guidance(None, None, self.default_cfg_channels)
         return {
             **{name: self.config[name] for name in names},
             **_describe_guidance(guidance),

@@ -7,11 +7,13 @@ import torch
 from diffusers.guiders import AdaptiveProjectedGuidance
 from tiny_pipeline import make_autoencoder, make_pipeline, seeded
 
+from opensora import load_pipeline
+from opensora.cli.sampling import SAMPLERS as cli_samplers
 from opensora.conditioning import GivenFrames, condition, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.pipeline import OpenSoraPipeline
+from opensora.pipeline import SAMPLERS, OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
 SIZE = VideoSize(18, 16, 24)  # a chunk of 17 frames in 5 latent frames, and one of 1 in 1
@@ -221,8 +223,26 @@ def test_samplers_and_their_guided_channels():
     pipe.use_sampler("dpm-solver++")
     assert pipe(PROMPT, output_type="latent").settings["cfg_channels"] == [0, 1, 2, 3]
     pipe.use_sampler("ddim")
-    assert pipe.scheduler.config.sampler == "ddim" and pipe.config.cfg_channels == 3
+    assert pipe.scheduler.config.sampler == "ddim" and pipe.default_cfg_channels == 3
     with pytest.raises(OpenSoraError, match="expected one of"):
         pipe.use_sampler("euler")
     with pytest.raises(OpenSoraError, match="for models that predict noise"):
         make_pipeline("flow").use_sampler("ddim")
+
+
+def test_something_must_be_left_to_make(autoencoder):
+    with pytest.raises(OpenSoraError, match="nothing is left to make"):
+        condition(autoencoder, VideoSize(1, 16, 24), image=clip(1))
+    with pytest.raises(OpenSoraError, match="0 of 6 latent frames"):
+        condition(autoencoder, SIZE, extend=clip(), condition_frames=0)
+
+
+def test_a_swapped_sampler_is_saved_and_swapped_back(tmp_path):
+    pipe = make_pipeline("iddpm")
+    pipe.use_sampler("dpm-solver++")
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    assert loaded.default_cfg_channels is None
+    loaded.use_sampler("ancestral")
+    assert loaded.default_cfg_channels == 3
+    assert set(SAMPLERS) == set(cli_samplers)

@@ -79,3 +79,11 @@ def test_two_prompts_and_references(pipe):
 def test_impossible_loops(pipe, options):
     with pytest.raises(OpenSoraError, match="expected 1"):
         loops(pipe, **options)
+
+
+def test_what_loops_do_not_take(pipe):
+    for options in ({"num_videos_per_prompt": 2}, {"return_dict": False}, {"output_type": "np"}):
+        with pytest.raises(OpenSoraError, match="leave it out"):
+            loops(pipe, **options)
+    with pytest.raises(OpenSoraError, match="one latent frame"):
+        loops(pipe, size=VideoSize(1, 16, 24))

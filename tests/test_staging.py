@@ -164,3 +164,9 @@ def test_caches_work_with_branches_one_after_the_other(folder):
     cached = pipe(PROMPT, generator=seeded(0)).frames
     pipe.transformer.disable_cache()
     torch.testing.assert_close(cached, pipe(PROMPT, generator=seeded(0)).frames, rtol=1e-4, atol=1e-4)
+
+
+def test_an_offloaded_pipeline_has_nothing_to_save(folder, tmp_path):
+    with pytest.raises(OpenSoraError, match="cannot be saved"):
+        load_pipeline(folder, offload=True).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -1,7 +1,7 @@
 """Parts of published models on this machine: what the cache of the Hub holds of them, and fetching what it does not.
 
-Looking touches the disk only. `download` is the one function of this package that goes to the network, and is called
-for nothing but a download that was asked for.
+Looking touches the disk only. `download` is the one function of this package that fetches files, and is called for
+nothing but a download that was asked for.
 """
 
 import fnmatch

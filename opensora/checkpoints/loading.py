@@ -98,6 +98,8 @@ def load_pipeline(
         return pipeline.to(device)
     loaders = {name: part.again for name, part in networks.items()} if device.type == "cpu" else {}
     pipeline.stages = Stages(device, {name: parts[name] for name in networks}, loaders)
+    with pipeline.resident("autoencoder"):
+        pass  # a damaged one shows now, and not when everything else is done
     return pipeline
 
 

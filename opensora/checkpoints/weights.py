@@ -200,7 +200,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except Exception as error:  # on rubbish, the restricted unpickler fails in every way a stack machine can
-        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+        refused = isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower()
+        if refused and _begins_as_pickle(path):
             raise OpenSoraError(
                 f"{path} is a pickle that holds more than tensors and could run code when opened; refused, "
                 "ask for the weights as safetensors"
@@ -210,6 +211,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if tensors is None:
         raise OpenSoraError(f"{path} holds something else than named tensors; expected a state dict")
     return tensors
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """Whether it is a pickle at all, bare or in the archive that torch makes; rubbish is refused by chance."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"\x80", b"PK"))
 
 
 def unwrap(state: Any) -> dict[str, Tensor] | None:

@@ -128,6 +128,7 @@ class Generate:
         files = GivenFiles()
         given = [self._given(job, record, files) for job in jobs]
         for job in jobs:
+            files.check_not_overwritten(job.path)
             check_writable(job.path)
             check_writable(sidecar_path(job.path))
         self.model.locate(record)
@@ -264,7 +265,7 @@ class Generate:
         size = self.size.resolve(pipe.config, pipe.size_rule(), length)
         if length is not None and size.num_frames < length:
             _say(f"note: the first {size.num_frames} of {length} frames are edited")
-        return resolve_sampling(pipe.config, size, self.sampling, self.scores, self.loops)
+        return resolve_sampling(pipe, size, self.sampling, self.scores, self.loops)
 
 
 def _with_alignment(given: Given, pipe: "OpenSoraPipeline") -> Given:

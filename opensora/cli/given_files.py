@@ -103,7 +103,13 @@ class GivenFiles:
                     f"{clip.name} was made with {file.name} (SHA-256 {file.sha256[:12]}...), but {what}; "
                     "say where it is with --image, --extend, --edit or --reference-path"
                 )
+            self._files[place.expanduser()] = file
             self._clips[file] = GivenClip(*read_video(place.expanduser()))
+
+    def check_not_overwritten(self, output: Path) -> None:
+        """Raises `OpenSoraError` if a clip would take the place of a file that it is made from."""
+        if output.resolve() in {path.resolve() for path in self._files}:
+            raise OpenSoraError(f"{output} is a file that the clip is made from; choose another --output")
 
 
 def file_hash(path: Path) -> str:

@@ -73,10 +73,14 @@ class ModelOptions:
         Raises:
             OpenSoraError: no such model, or parts are missing.
         """
+        from opensora.checkpoints.identify import read_header
         from opensora.checkpoints.published import published_name
         from opensora.checkpoints.sources import find_model, find_published
 
         name = self.name(record)
+        for part, path in self.components.items():
+            if part != "tokenizer" and path.expanduser().exists():
+                read_header(path.expanduser())  # a wrong file is told before anything is fetched
         try:
             if published_name(name) is None:
                 if self.download:

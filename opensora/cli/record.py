@@ -41,7 +41,8 @@ class Sampling:
         sampler: as `use_sampler` takes it; None for the model's own.
         scores: that the prompt ended in, by name.
         num_loops: clips that the video was made of.
-        condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended.
+        condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended; None for
+            the defaults of either.
         condition_strength: how much of the frames carried over was made anew.
     """
 

@@ -70,22 +70,21 @@ class ScoreOptions:
 
 
 def resolve_sampling(
-    config: Any, size: ClipSize, sampling: SamplingOptions, scores: ScoreOptions, loops: LoopOptions
+    pipe: "OpenSoraPipeline", size: ClipSize, sampling: SamplingOptions, scores: ScoreOptions, loops: LoopOptions
 ) -> Sampling:
     """What was asked for, completed by the model's own defaults."""
+    config = pipe.config
+    default_channels: Any = pipe.default_cfg_channels
     steps, channels = parse_steps(sampling.num_inference_steps), parse_cfg_channels(sampling.cfg_channels)
-    carried = loops.condition_frame_length
-    if carried is None and loops.num_loops > 1:
-        carried = config.condition_frames
     return Sampling(
         **asdict(size),
         num_inference_steps=config.num_inference_steps if steps is None else steps,
         guidance_scale=config.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
-        cfg_channels=config.cfg_channels if channels is None else channels,
+        cfg_channels=default_channels if channels is None else channels,
         sampler=sampling.sampler,
         scores={**(config.scores or {}), **scores.parse()} or None,
         num_loops=loops.num_loops,
-        condition_frames=carried,
+        condition_frames=loops.condition_frame_length,
         condition_strength=loops.condition_frame_edit or 0.0,
     )
 
@@ -94,7 +93,13 @@ def total_frames(pipe: "OpenSoraPipeline", sampling: Sampling) -> int:
     """Frames of the whole video: those carried over from loop to loop are shown once."""
     if sampling.num_loops == 1:
         return sampling.num_frames
-    carried, longest = sampling.condition_frames or 0, pipe.autoencoder.latent_frames(sampling.num_frames)
+    longest = pipe.autoencoder.latent_frames(sampling.num_frames)
+    if longest < 2:
+        raise OpenSoraError(
+            "a clip of one latent frame has nothing to carry over to the next loop; give more --num-frames, or leave "
+            "out --loop"
+        )
+    carried = pipe.config.condition_frames if sampling.condition_frames is None else sampling.condition_frames
     if not 0 < carried < longest:
         raise OpenSoraError(
             f"--condition-frame-length is {carried}, expected 1 to {longest - 1} for clips of "

@@ -1,5 +1,6 @@
 """A pipeline that paints seeded noise, in place of loading a model."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,13 @@ class NoisePipeline:
         self.nan = False
         self.error = None
 
+    @property
+    def default_cfg_channels(self):
+        return self.config.cfg_channels
+
+    def resident(self, name):
+        return contextlib.nullcontext()
+
     def size_rule(self):
         return self.rule
 
@@ -73,7 +81,7 @@ def pipe(monkeypatch, tmp_path):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
         return name
 
-    def load_pipeline(name, *, device, dtype, components):
+    def load_pipeline(name, *, device, dtype, components, offload):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
         return fake
 

@@ -141,3 +141,24 @@ def test_choices_that_save_memory_change_nothing(model, capsys):
     assert abs(plain - saved).max() <= 1
     assert main(["generate", PROMPT, "--model", "model", "--micro-batch-size", "0"]) == 2
     assert "--micro-batch-size is 0" in capsys.readouterr().err
+
+
+def test_a_clip_does_not_take_the_place_of_what_it_is_made_from(model, capsys):
+    assert main(["generate", PROMPT, "--model", "model", "--num-frames", "17", "--output", "clip.mp4"]) == 0
+    before = (model.parent / "clip.mp4").read_bytes()
+    edit = ["generate", PROMPT, "--model", "model", "--edit", "clip.mp4", "--strength", "0.5", "--output", "clip.mp4"]
+    assert main(edit) == 2
+    assert "made from" in capsys.readouterr().err and (model.parent / "clip.mp4").read_bytes() == before
+
+
+def test_a_refused_run_leaves_no_folder(model):
+    refused = ["generate", PROMPT, "--model", "model", "--cfg-channels", "9", "--output", "new/clip.mp4"]
+    assert main(refused) == 2
+    assert not (model.parent / "new").exists()
+
+
+def test_a_picture_is_no_weights_and_no_attack(model, capsys):
+    (model.parent / "ball.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+    assert main(["generate", PROMPT, "--model", "opensora-1.2", "--transformer", "ball.png"]) == 2
+    said = capsys.readouterr().err
+    assert "ball.png" in said and "run code" not in said and said.count("\n") == 1

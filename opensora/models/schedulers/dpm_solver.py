@@ -4,7 +4,7 @@ A thin class over diffusers' ``DPMSolverMultistepScheduler``, whose formulas it 
 which lies between the steps the network was trained on, and frames that are given. The diffusion is that of
 :class:`~opensora.models.schedulers.iddpm.IDDPMScheduler`, so a model's sampler can be swapped::
 
-    pipeline.scheduler = DPMSolverScheduler.from_config(pipeline.scheduler.config)
+    pipeline.use_sampler("dpm-solver++")
 
 Time runs over the *training steps*, 0 (almost clean) to N - 1, fractions included; log alpha is linear between them.
 Sampling visits (1 - i/n) of the way for i = 0..n-1, and the last step goes to training step 0, not to the clean
