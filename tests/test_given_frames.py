@@ -13,6 +13,7 @@ from opensora.conditioning import GivenFrames, condition, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.pipeline import SAMPLERS, OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
@@ -140,6 +141,20 @@ def test_given_frames_come_out_as_they_went_in(pipe):
     for frame in (0, -1):
         torch.testing.assert_close(result[:, :, frame], given.latents[:, :, frame], rtol=0, atol=tolerance)
     assert (result[:, :, 1:-1] - latents_of(pipe)[:, :, 1:-1]).abs().mean() > 1e-3
+
+
+def test_networks_that_predict_clean_latents_keep_given_frames_too():
+    """What such a network says of given frames would take their place in the last step."""
+    pipe = make_pipeline("iddpm", num_frames=18)
+    pipe.scheduler = IDDPMScheduler(prediction_type="sample", sampler="ddim")
+    given = condition(pipe.autoencoder, SIZE, image=clip(1))
+    torch.testing.assert_close(latents_of(pipe, given=given)[:, :, 0], given.latents[:, :, 0])
+    masks: list[torch.Tensor] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["frame_mask"][0]), with_kwargs=True
+    )
+    latents_of(pipe, given=condition(pipe.autoencoder, SIZE, edit=clip(), strength=0.5), num_inference_steps=4)
+    assert [bool(mask.all()) for mask in masks] == [False, True, True, True]  # told in the very step they begin
 
 
 def test_strength_goes_from_the_clip_to_pure_noise(pipe):

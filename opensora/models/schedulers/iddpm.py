@@ -156,7 +156,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         A frame of strength s begins with floor(s n) steps to go after this one. As in Open-Sora 1.1, a frame of
         strength 0 thus begins at the very last step and comes out almost, not exactly, as it was given; and in the
-        step in which a frame begins the network still takes it for a given one, though :meth:`step` moves it.
+        step in which a frame begins the network still takes it for a given one, though :meth:`step` moves it. Networks
+        that predict clean latents, which the reference has none of, are spared both.
 
         Args:
             sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
@@ -179,10 +180,15 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise = noise_like(sample, generator) if noise is None else noise
         # In float32, where 0.29 * 100 is 29 and not a hair less.
         begin = (frame_strength.to(device=sample.device, dtype=torch.float32) * len(self.tables)).to(torch.int64)
-        begun = begin == index
+        begun, generated = begin == index, begin > index
+        if self.prediction_type == "sample":
+            # What a network says of frames that it takes for given is learnt by nobody. As noise, which is all but gone
+            # in the last step, it does no harm; as clean latents it would take their place.
+            begun = begun & (frame_strength.to(begun.device) > 0)
+            generated = generated | begun
         self._begun = (index, begun)
         noised = gaussian.q_sample(self.tables, sample, torch.tensor([index]), noise).to(sample.dtype)
-        return choose_frames(begun, noised, sample), begin > index
+        return choose_frames(begun, noised, sample), generated
 
     def step(
         self,
