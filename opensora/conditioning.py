@@ -136,10 +136,10 @@ def condition(
 
 def default_condition_frames(autoencoder: VideoAutoencoder, num_frames: int, *, backwards: bool) -> int:
     """2 latent frames; going backwards, those of the last chunk if it is not the only one: it knows no other."""
-    chunk = autoencoder.micro_frame_size
-    if not backwards or autoencoder.temporal_factor == 1 or chunk is None or num_frames <= chunk:
+    last_chunk = autoencoder.chunk_start(num_frames - 1, num_frames)
+    if not backwards or autoencoder.temporal_factor == 1 or last_chunk == 0:
         return 2
-    return autoencoder.latent_frames(num_frames) - autoencoder.latent_frames((num_frames - 1) // chunk * chunk)
+    return autoencoder.latent_frames(num_frames) - autoencoder.latent_frames(last_chunk)
 
 
 @torch.no_grad()
@@ -164,8 +164,8 @@ def encode_in_place(
     """
     video = video[None] if video.ndim == 4 else video
     first, end = autoencoder.frames_before(start, num_frames), autoencoder.frames_before(start + length, num_frames)
-    chunk = (autoencoder.micro_frame_size or num_frames) if autoencoder.temporal_factor > 1 else 1
-    before, after = first % chunk, max(0, end - first - video.shape[2])
+    before = first - autoencoder.chunk_start(first, num_frames)
+    after = max(0, end - first - video.shape[2])
     video = video[:, :, : end - first]
     still_before, still_after = (video[:, :, at].unsqueeze(2) for at in (0, -1))
     whole = torch.cat(

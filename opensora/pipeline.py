@@ -37,6 +37,7 @@ from opensora.models.guidance import (
     merge_cfg_channel_alias,
 )
 from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.schedulers import SAMPLERS
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.text.cleaning import clean_text
@@ -47,7 +48,6 @@ from opensora.staging import Stages
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
-SAMPLERS = ("ancestral", "ddim", "dpm-solver++")
 
 
 @dataclass

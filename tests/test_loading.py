@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
+from exploit import Exploit
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_pipeline, make_transformer, seeded
 from transformers import T5EncoderModel
@@ -30,16 +31,6 @@ from opensora.pipeline import OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class Exploit:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.published import component_folders, published_name
+from opensora.checkpoints.published import PublishedModel, component_folders, published_name
 from opensora.checkpoints.sources import (
     PIPELINE_INDEX,
     PublishedSource,
@@ -137,7 +137,7 @@ def _load_folder(
     if missing:
         raise OpenSoraError(f"{folder / PIPELINE_INDEX} names no {', '.join(missing)}; a pipeline needs all of {names}")
     defaults = {name: value for name, value in index.items() if not name.startswith("_") and name not in names}
-    _check_known(defaults, parameters, folder / PIPELINE_INDEX)
+    check_known(defaults, parameters, folder / PIPELINE_INDEX)
     components: dict[str, Any] = {}
     for name, path in find_folders(folder, names, given).items():
         cls = find_class(name, *index[name])
@@ -169,10 +169,15 @@ def _load_published(
         config = find_config(path, cls, read_weights(path), part.config) if given else part.config
         checked = check_latent_space or name != "autoencoder"
         components[name] = load(path, cls, config, check_latent_space=checked)
+    components["scheduler"], defaults = published_settings(model)
+    return components, defaults
+
+
+def published_settings(model: PublishedModel) -> tuple[Any, dict[str, Any]]:
+    """Scheduler, and the pipeline's defaults, of a published model: what its table alone says."""
     scheduler = find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
-    components["scheduler"] = scheduler(**model.scheduler_config)
     trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
-    return components, {**model.defaults, "trained_on": trained_on}
+    return scheduler(**model.scheduler_config), {**model.defaults, "trained_on": trained_on}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -246,7 +251,7 @@ def load_settings_of(folder: Path, cls: Any) -> Any:
     if hasattr(cls, "from_config"):
         path = folder / cls.config_name
         config = read_object(path)
-        _check_known(config, inspect.signature(cls.__init__).parameters, path)
+        check_known(config, inspect.signature(cls.__init__).parameters, path)
         return _build_from(path, cls, lambda: cls.from_config(config))
     try:
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -278,7 +283,7 @@ def build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
     """The model that a configuration describes, in float32, with arbitrary numbers for weights."""
     if getattr(cls, "config_class", None) is not None:  # transformers
         return _build_from(path, cls, lambda: cls(cls.config_class.from_dict(dict(config))))
-    _check_known(config, inspect.signature(cls.__init__).parameters, path)
+    check_known(config, inspect.signature(cls.__init__).parameters, path)
     return _build_from(path, cls, lambda: cls.from_config(dict(config)))
 
 
@@ -306,7 +311,7 @@ class _WithoutRandomInit(TorchFunctionMode):
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
-def _check_known(values: Iterable[str], parameters: Mapping[str, Any], path: Path) -> None:
+def check_known(values: Iterable[str], parameters: Mapping[str, Any], path: Path) -> None:
     """Refuse options that would be ignored; those with a leading underscore are the libraries' own notes."""
     known = [name for name in parameters if name != "self"]
     for name in values:

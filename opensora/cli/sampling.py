@@ -12,13 +12,12 @@ from opensora.cli.options import option
 from opensora.cli.record import Sampling
 from opensora.cli.sizes import ClipSize
 from opensora.errors import OpenSoraError
+from opensora.models.schedulers import SAMPLERS
 from opensora.settings import nearest_name
 
 if TYPE_CHECKING:
     from opensora.conditioning import GivenFrames
     from opensora.pipeline import OpenSoraPipeline
-
-SAMPLERS = ("ancestral", "ddim", "dpm-solver++")
 
 
 @dataclass(frozen=True)

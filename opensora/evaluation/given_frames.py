@@ -137,8 +137,7 @@ def _reconstructed(pipeline: OpenSoraPipeline, given: GivenFrames, size: VideoSi
     """Frames first .. end as the autoencoder alone decodes them: from the given latents, and nothing after them."""
     latents, autoencoder = given.latents, pipeline.autoencoder
     frames = [autoencoder.frames_before(k, size.num_frames) for k in range(latents.shape[2] + 1)]
-    chunk = (autoencoder.micro_frame_size or size.num_frames) if autoencoder.temporal_factor > 1 else 1
-    begin = first // chunk * chunk
+    begin = autoencoder.chunk_start(first, size.num_frames)
     decoded = autoencoder.decode(latents[:, :, frames.index(begin) : frames.index(end)], end - begin)
     return decoded[:, :, first - begin :].clamp(-1, 1).cpu()
 

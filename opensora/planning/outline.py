@@ -13,7 +13,13 @@ from torch import nn
 
 from opensora.checkpoints.identify import Identity, identify, read_header
 from opensora.checkpoints.key_maps import class_that_runs, find_config
-from opensora.checkpoints.loading import _check_known, build_model, find_class, load_settings_of
+from opensora.checkpoints.loading import (
+    build_model,
+    check_known,
+    find_class,
+    load_settings_of,
+    published_settings,
+)
 from opensora.checkpoints.published import (
     PUBLISHED,
     PublishedModel,
@@ -73,7 +79,7 @@ def _folder(tracer: Tracer, folder: Path, given: Mapping[str, str | Path] | None
     index = read_index(folder)
     names = [name for name, value in index.items() if is_component(value)]
     defaults = {name: value for name, value in index.items() if not name.startswith("_") and name not in names}
-    _check_known([*names, *defaults], inspect.signature(OpenSoraPipeline.__init__).parameters, folder / PIPELINE_INDEX)
+    check_known([*names, *defaults], inspect.signature(OpenSoraPipeline.__init__).parameters, folder / PIPELINE_INDEX)
     parts: dict[str, Any] = {}
     for name, path in find_folders(folder, names, given).items():
         cls = find_class(name, *index[name])
@@ -100,10 +106,8 @@ def _published(tracer: Tracer, model: PublishedModel, given: Mapping[str, str | 
             path = Path(given[name]).expanduser() if name in given else Path(part.repository)
             config = find_config(path, cls, _header(path), part.config) if name in given else part.config
             parts[name] = _without_data(tracer, cls, config, path)
-    scheduler = find_class("scheduler", *model.scheduler_class.rsplit(".", 1))
-    parts["scheduler"] = scheduler(**model.scheduler_config)
-    trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
-    return OpenSoraPipeline(**parts, tokenizer=None, **{**model.defaults, "trained_on": trained_on})
+    parts["scheduler"], defaults = published_settings(model)
+    return OpenSoraPipeline(**parts, tokenizer=None, **defaults)
 
 
 def _without_data(tracer: Tracer, cls: type, config: Mapping[str, Any], path: Path) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_published
 import torch
+from exploit import Exploit
 from safetensors.torch import save_file
 from tiny_pipeline import make_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,16 +32,6 @@ MODELS = {
     STDiT3: tiny_published.tiny("opensora-1.2"),
 }
 SD_VAE, VAE_1_2 = MODELS[STDiT].autoencoder, MODELS[STDiT3].autoencoder
-
-
-class Exploit:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """`opensora convert`: what comes out loads with equal weights and makes equal frames, or nothing comes out."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from exploit import Exploit
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_autoencoder, make_pipeline
 from tiny_published import frame_config, frame_weights, network, snapshot, tiny, write_json, write_published
@@ -278,18 +278,9 @@ def test_weights_that_are_no_numbers(recorded, tmp_path, capsys):
     assert "NaN" in refusal(capsys, recorded, tmp_path / "out")
 
 
-class Code:
-    folder = ""
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 def test_a_pickle_with_code(recorded, tmp_path, capsys):
-    code = Code()
-    code.folder = str(tmp_path / "made")
     path = recorded / "transformer" / "diffusion_pytorch_model.bin"
-    torch.save({"x": torch.zeros(1), "code": code}, path)
+    torch.save({"x": torch.zeros(1), "code": Exploit(tmp_path / "made")}, path)
     (recorded / "transformer" / WEIGHTS).unlink()
     for source in (path, recorded):
         assert "refused" in refusal(capsys, source, tmp_path / "out")

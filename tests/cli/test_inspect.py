@@ -1,7 +1,6 @@
 """`opensora inspect`: good checkpoints are described, wrong ones are called by what is wrong with them."""
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exploit import Exploit
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_autoencoder, make_pipeline
 from tiny_transformers import build
@@ -344,18 +344,9 @@ def test_a_truncated_file(capsys, folder):
     assert "T5EncoderModel" in out, "the other parts are reported all the same"
 
 
-class Code:
-    folder = ""
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 def test_a_pickle_with_code(capsys, folder, tmp_path):
-    code = Code()
-    code.folder = str(tmp_path / "made")
     path = folder / "transformer" / "diffusion_pytorch_model.bin"
-    torch.save({"x": torch.zeros(1), "code": code}, path)
+    torch.save({"x": torch.zeros(1), "code": Exploit(tmp_path / "made")}, path)
     assert "refused" in problem(capsys, path)
     (folder / "transformer" / WEIGHTS).unlink()
     assert "refused" in problem(capsys, folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exploit import Exploit
 from safetensors.torch import save_file
 from tiny_pipeline import make_pipeline, make_transformer
 
@@ -109,14 +110,6 @@ def test_files_that_are_no_weights(tmp_path):
         outline(Tracer(), tmp_path / "empty")
     with pytest.raises(OpenSoraError, match=r"unknown model 'opensora-1\.3'; did you mean 'opensora-1\.2"):
         outline(Tracer(), "opensora-1.3")
-
-
-class Exploit:
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self):
-        return Path.touch, (self.witness,)
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):

@@ -142,6 +142,14 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             frames, latent_frame = frames + chunk, latent_frame - latents
         return frames
 
+    def chunk_start(self, frame: int, num_frames: int) -> int:
+        """The first frame of the chunk in which a frame of a clip of `num_frames` lies.
+
+        Where every frame has a latent frame of its own, that is the frame itself.
+        """
+        size = 1 if self.temporal_factor == 1 else self.micro_frame_size or num_frames
+        return frame // size * size
+
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(T, H, W) in frames and pixels -> (N, h, w).
 
