@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora.distributed.seeding import Draw
 from opensora.evaluation.judge import Judge
 from opensora.toybox.world import World, render, sample_specs
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Draw, Objective
+from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
 
 

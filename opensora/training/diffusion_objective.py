@@ -23,6 +23,7 @@ from opensora.checkpoints.weights import cast_weights, fingerprint
 from opensora.conditioning import IMAGE_FPS
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import CaptionedLatents, ToyboxClips
+from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import load_judge
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
@@ -34,7 +35,7 @@ from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.stdit3 import STDiT3
 from opensora.pipeline import OpenSoraPipeline
 from opensora.toybox.captions import build_tokenizer
-from opensora.training.objective import Draw, Objective
+from opensora.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,8 @@ class DiffusionObjective(Objective):
         text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
         return STDiT3(**config.transformer), T5EncoderModel(text_config)
 
-    def compile_blocks(self) -> None:
-        for block in self.transformer.blocks:
-            block.compile()
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer.blocks)
 
     def set_up(self, cache: Path) -> None:
         config = self.config

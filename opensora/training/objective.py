@@ -5,28 +5,14 @@ loss terms (`loss`). The trainer knows neither videos nor diffusion.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from opensora.distributed.seeding import generator
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Where in a run a batch is drawn: the only source of its randomness."""
-
-    seed: int
-    step: int
-    rank: int = 0
-    microbatch: int = 0
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """A CPU generator for one purpose ("clips", "noise", ...) of this batch."""
-        return generator(self.seed, purpose, self.rank, self.step, self.microbatch)
+from opensora.data.batch import BatchShape
+from opensora.distributed.seeding import Draw
 
 
 class Objective(ABC):
@@ -35,14 +21,18 @@ class Objective(ABC):
     Attributes:
         module: holds every trainable parameter; its state dict is what checkpoints and the moving average keep.
         not_matrices: names of matrix parameters that AdamW takes (first and last layers, embeddings).
+        frozen: networks that are used and not trained, by name; never sharded, saved or averaged.
+        critic: a network that is trained against the module, by an optimiser of its own, on `critic_loss`.
     """
 
     module: nn.Module
     not_matrices: set[str] = set()
+    frozen: dict[str, nn.Module] = {}
+    critic: nn.Module | None = None
 
     @abstractmethod
     def prepare(self, draw: Draw) -> Any:
-        """A batch that depends on `draw` alone."""
+        """A batch, on the device, that depends on `draw` alone."""
 
     @abstractmethod
     def loss(self, batch: Any, draw: Draw) -> dict[str, Tensor]:
@@ -51,11 +41,35 @@ class Objective(ABC):
         Terms whose name starts with "_" are reported and not minimised.
         """
 
+    def critic_loss(self, batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """Like `loss`, for the critic, after the module's own step on the same batch."""
+        raise NotImplementedError
+
+    def groups(self, batch: Any) -> dict[str, list[str]]:
+        """What each of the B samples belongs to, for figures group by group: {"bucket": [...], "t": [...]}."""
+        return {}
+
+    def announce(self, draws: Sequence[Draw]) -> None:  # noqa: B027
+        """Batches that will be prepared next, in this order: reading them may begin."""
+
+    def figures(self) -> dict[str, float]:
+        """What is worth logging besides losses, such as how many clips could not be read."""
+        return {}
+
     def set_up(self, cache: Path) -> None:  # noqa: B027
         """Work before the first step, such as encoding latents; results kept in `cache` serve a resumed run."""
 
-    def compile_blocks(self) -> None:  # noqa: B027
-        """Compiles what is repeated and worth it; nothing by default."""
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of the module: units of compilation, sharding and activation checkpointing."""
+        return []
+
+    def shapes(self) -> list[BatchShape]:
+        """Every size that batches may have, for plans."""
+        return []
+
+    def imagine(self, shape: BatchShape) -> Any:
+        """A batch of that size without any content, on the module's device, for plans."""
+        raise NotImplementedError
 
     def preview(self, folder: Path, step: int) -> dict[str, float]:
         """Writes samples of the current weights into `folder`; returns figures to log. Nothing by default."""

@@ -2,7 +2,7 @@
 
 A run lives in one folder: `recipe.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `previews/`, `cache/` and, at
 the end, `model/`. Starting a run in a folder that holds checkpoints resumes it; because every draw depends on
-(seed, rank, step, microbatch) alone, the resumed run's weights equal an uninterrupted run's bit for bit on CPU.
+a batch's place in the run alone, the resumed run's weights equal an uninterrupted run's bit for bit on CPU.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opensora.distributed.seeding import derive_seed
+from opensora.distributed.seeding import Draw, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.files import use_default_permissions
 from opensora.settings import read_json, save_settings, to_dict
@@ -20,7 +20,6 @@ from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save
 from opensora.training.config import Recipe
 from opensora.training.ema import EMA
 from opensora.training.metrics import Metrics
-from opensora.training.objective import Draw
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
 
 
@@ -49,7 +48,8 @@ class Trainer:
         self.objective = recipe.objective.build(device)
         self.module = self.objective.module.to(device)
         if self.loop.compile:
-            self.objective.compile_blocks()
+            for block in self.objective.blocks():
+                block.compile()
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.optimizer = Optimizer(named, self.objective.not_matrices, self.loop.optimizer)
@@ -107,8 +107,8 @@ class Trainer:
         self.module.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for microbatch in range(self.loop.microbatches):
-            draw = Draw(self.loop.seed, self.step, microbatch=microbatch)
-            torch.manual_seed(derive_seed(self.loop.seed, "layers", self.step, microbatch))  # dropout and its like
+            draw = Draw(self.loop.seed, self.step * self.loop.microbatches + microbatch, self.step)
+            torch.manual_seed(derive_seed(self.loop.seed, "layers", draw.position))  # dropout and its like
             batch = self.objective.prepare(draw)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
                 terms = self.objective.loss(batch, draw)

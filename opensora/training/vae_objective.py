@@ -22,11 +22,11 @@ from torch import Tensor
 
 from opensora.checkpoints.loading import load_component
 from opensora.data.toybox import ToyboxClips
-from opensora.distributed.seeding import generator
+from opensora.distributed.seeding import Draw, generator
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
-from opensora.training.objective import Draw, Objective
+from opensora.training.objective import Objective
 
 
 @dataclass(frozen=True)

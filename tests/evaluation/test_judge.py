@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.toybox import real_accuracy
 from opensora.recipes.toybox_judge import JudgeObjectiveConfig, spoil, toybox_judge
 from opensora.toybox.world import ATTRIBUTES, World, render, sample_specs
-from opensora.training.objective import Draw
 
 
 @pytest.fixture(scope="module")

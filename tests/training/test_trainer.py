@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
 from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.ema import EMA
-from opensora.training.objective import Draw, Objective
+from opensora.training.objective import Objective
 from opensora.training.optimizer import Optimizer, OptimizerConfig, learning_rate_factor
 from opensora.training.trainer import Trainer
 
