@@ -26,7 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--golden-dir", type=Path, default=GOLDEN_DIR, help="folder with the reference fixtures (default: tests/golden)"
     )
     parser.addoption(
-        "--real-clips", type=Path, default=REAL_CLIPS_DIR, help="folder with real clips (default: what `make clips` makes)"
+        "--real-clips",
+        type=Path,
+        default=REAL_CLIPS_DIR,
+        help="folder with real clips (default: what `make clips` makes)",
     )
 
 
