@@ -27,6 +27,7 @@ from diffusers.hooks import (
     apply_first_block_cache,
     apply_mag_cache,
 )
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
@@ -194,13 +195,15 @@ class _BlocksInOrder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
 
-class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin):
+class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdapterMixin):
     """Text, checks, caches and the way in and out; subclasses build the layers and write `forward`.
 
     What of diffusers works with these models:
 
-    - `enable_gradient_checkpointing`, `compile_repeated_blocks`, `enable_layerwise_casting`, `set_attention_backend`
-      (sequences of more than 128 keys; shorter ones never need it), save and load, LoRA through peft.
+    - `enable_gradient_checkpointing` (also with a function of one's own), `compile_repeated_blocks`,
+      `enable_layerwise_casting`, `set_attention_backend` (sequences of more than 128 keys; shorter ones never need it),
+      save and load.
+    - Adapters through peft, where it is installed: `add_adapter`, `load_lora_adapter`, `save_lora_adapter`, ...
     - `enable_group_offload` and the pipeline's offloading. While the weights are away, `encode_text` only stores the
       text and every step projects it anew.
     - `enable_cache` with FirstBlockCache, MagCache, PyramidAttentionBroadcast and TaylorSeer; the classes say by which

@@ -9,6 +9,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from tiny_pipeline import make_pipeline, seeded
 from tiny_transformers import SIZES, TINY, build, inputs, some_frames_given
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from opensora.errors import OpenSoraError
 from opensora.models import attention
@@ -146,6 +147,21 @@ def test_gradient_checkpointing_equals_plain(model):
     model.enable_gradient_checkpointing()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_gradient_checkpointing_by_a_function_of_ones_own(model):
+    """Which blocks are computed again is the caller's choice."""
+    plain, seen = {name: gradient.clone() for name, gradient in gradients(model).items()}, []
+
+    def first_block_only(block: Any, *arguments: Any) -> Any:
+        seen.append(block)
+        again = block is model.blocks[0]
+        return checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
+
+    model.enable_gradient_checkpointing(first_block_only)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+    assert seen == list(model.blocks)
 
 
 @pytest.mark.parametrize("mode", ["autocast", "whole"])
@@ -309,6 +325,22 @@ def test_compiled_blocks_equal_eager(model):
     model.compile_repeated_blocks(fullgraph=True)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, plain[name], msg=name, atol=1e-5, rtol=1e-3)
+
+
+def test_adapters(model, tmp_path):
+    """An adapter changes the result, is saved and loaded, and can be switched off."""
+    peft = pytest.importorskip("peft")
+    model.requires_grad_(False)
+    plain, name = model(**inputs(), **SIZES).sample, "pytorch_lora_weights.safetensors"
+    other = build(type(model))
+    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["qkv", "q_linear"]))
+    adapted = model(**inputs(), **SIZES).sample
+    assert (adapted - plain).abs().max() > 0.1
+    model.save_lora_adapter(tmp_path, weight_name=name)
+    other.load_lora_adapter(tmp_path, prefix=None, weight_name=name)
+    torch.testing.assert_close(other(**inputs(), **SIZES).sample, adapted)
+    other.disable_adapters()
+    torch.testing.assert_close(other(**inputs(), **SIZES).sample, plain)
 
 
 @pytest.mark.parametrize("cls", MODELS)
