@@ -4,17 +4,17 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from opensora.cli.devices import choose_device
+from opensora.cli.dry_run import DryRunOptions
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
-    from opensora.training.config import Recipe
     from opensora.training.trainer import Trainer
 
 
@@ -32,11 +32,12 @@ class Train:
     output: Path | None = None
     """Folder of the run; runs/RECIPE by default. What it holds is resumed."""
     device: str | None = None
-    """cpu, cuda or mps; an accelerator if there is one when left out."""
+    """cpu, cuda or mps; an accelerator if there is one when left out. With --dry-run also h100-80g and others."""
     threads: int | None = None
     """CPU threads; all cores by default. Bit-for-bit resumption needs the same number."""
-    dry_run: bool = False
-    """Print the settings and the size of what would be trained, and stop."""
+    plan: tyro.conf.OmitArgPrefixes[Annotated[DryRunOptions, tyro.conf.arg(name="plan")]] = field(
+        default_factory=DryRunOptions
+    )
 
     def run(self) -> None:
         import torch
@@ -45,16 +46,17 @@ class Train:
         from opensora.settings import apply_overrides
         from opensora.training.trainer import Trainer
 
+        self.plan.check()
         if self.threads is not None:
             if self.threads < 1:
                 raise OpenSoraError(f"--threads is {self.threads}; give 1 or more")
             torch.set_num_threads(self.threads)
         recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
-        device = str(choose_device(self.device))
         folder = self.output or Path("runs") / recipe.name
-        if self.dry_run:
-            describe(recipe, folder, device)
+        if self.plan.dry_run:
+            self.plan.run(recipe, folder, self.device)
             return
+        device = str(choose_device(self.device))
         with Progress() as progress:
             trainer = Trainer(recipe, folder, device, on_step=progress.update)
             progress.start(trainer, folder)
@@ -78,25 +80,6 @@ def stopping_between_steps(trainer: "Trainer") -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def describe(recipe: "Recipe", folder: Path, device: str) -> None:
-    """Prints the recipe's settings, the parameters it trains and where it would start."""
-    import json
-
-    from opensora.settings import to_dict
-    from opensora.training.checkpoint import list_checkpoints
-
-    module = recipe.objective.build(device).module
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    print(json.dumps(to_dict(recipe), indent=2))
-    print(f"parameters: {trained:,} trained, {frozen:,} frozen")
-    for name, child in module.named_children():
-        print(f"  {name}: {sum(p.numel() for p in child.parameters()):,}")
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    start = f"resume from {checkpoints[-1].name}" if checkpoints else "start at step 0"
-    print(f"run: {folder}, {recipe.loop.steps} steps, {start}")
 
 
 class Progress:
