@@ -11,7 +11,9 @@ from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
+    from opensora.data.toybox import ToyboxClips
     from opensora.evaluation.judge import Judge
+    from opensora.evaluation.loss import LossResults
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,76 @@ class EvaluateGivenFrames:
         print(f"{self.num_clips} clips each; dB: the worst given frame against what the autoencoder makes of it")
 
 
+@dataclass(frozen=True)
+class EvaluateLoss:
+    """The training loss on held-out clips at ten fixed timesteps, size by size.
+
+    Clips of the toy world in every given size and length, which no model was trained on.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "toybox"
+    """Name or folder of the model."""
+    sizes: tuple[str, ...] = ("64x64",)
+    """Heights and widths in pixels, as HxW."""
+    lengths: tuple[int, ...] = (1, 17, 34)
+    """Numbers of frames; 1 is an image."""
+    num_clips: int = 40
+    """Clips of every size and length."""
+    seed: int = 0
+    """Chooses the noise."""
+    batch_size: int = 20
+    """Clips measured at a time."""
+    output: Path | None = None
+    """JSON file of the results, kept up to date; an existing one is gone on with."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
+
+    def run(self) -> None:
+        import opensora
+        from opensora.evaluation import loss
+
+        check_count("--num-clips", self.num_clips)
+        check_count("--batch-size", self.batch_size)
+        check_output("--output", self.output, ".json")
+        clips = toybox_sizes(self.sizes, self.lengths)
+        pipeline = opensora.load_pipeline(self.model, device=choose_device(self.device))
+        portions = [p for c in clips for p in loss.toybox_portions(pipeline, c, self.num_clips, self.batch_size)]
+        results = loss.LossResults(
+            loss.describe(pipeline, self.model, self.seed), loss.fixed_timesteps(pipeline.scheduler)
+        )
+        if self.output is not None:
+            results.resume(self.output)
+        with Progress("measuring") as progress:
+            loss.measure(pipeline, portions, results, self.output, self.seed, progress.update)
+        print_losses(results)
+        if self.output is not None:
+            print(f"results: {self.output}")
+
+
+def toybox_sizes(sizes: tuple[str, ...], lengths: tuple[int, ...]) -> "list[ToyboxClips]":
+    """Every size in every length.
+
+    Raises:
+        OpenSoraError: a size that is not HxW, or no frames.
+    """
+    from opensora.data.toybox import ToyboxClips
+
+    for length in lengths:
+        check_count("--lengths", length)
+    clips = []
+    for size in sizes:
+        height, x, width = size.partition("x")
+        if not (x and height.isdecimal() and width.isdecimal()):
+            raise OpenSoraError(f"--sizes is {size!r}; give height and width in pixels, such as 64x64")
+        clips += [ToyboxClips(num_frames=n, height=int(height), width=int(width)) for n in lengths]
+    return clips
+
+
 Evaluate = (
     Annotated[EvaluateToybox, tyro.conf.subcommand("toybox")]
     | Annotated[EvaluateGivenFrames, tyro.conf.subcommand("given-frames")]
     | Annotated[EvaluateToyboxVae, tyro.conf.subcommand("toybox-vae")]
+    | Annotated[EvaluateLoss, tyro.conf.subcommand("loss")]
 )
 """What `opensora evaluate` can do; every member has `run()`."""
 
@@ -227,4 +295,15 @@ def print_rows(rows: list[tuple[str, str, dict[str, float]]]) -> None:
     table = Table("given", "dB", *(f"{name}, %" for name in rows[0][2]))
     for name, decibels, shares in rows:
         table.add_row(name, decibels, *(f"{100 * share:.1f}" for share in shares.values()))
+    Console(width=120).print(table)
+
+
+def print_losses(results: "LossResults") -> None:
+    """Prints losses: a row per size, a column per timestep, and the mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("clips", "size", *(f"t={t:.0f}" for t in results.timesteps), "mean")
+    for label, row in results.table().items():
+        table.add_row(str(len(results.losses[label])), label, *(f"{value:.3f}" for value in row))
     Console(width=120).print(table)

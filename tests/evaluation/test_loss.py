@@ -1,0 +1,174 @@
+"""The held-out loss suite: fixed timesteps and noise, figures by hand, resuming, both kinds of diffusion."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_pipeline import make_pipeline
+
+from opensora.cli.main import main
+from opensora.data.batch import LatentBatch
+from opensora.data.toybox import ToyboxClips
+from opensora.errors import OpenSoraError
+from opensora.evaluation.loss import (
+    LossResults,
+    batch_losses,
+    fixed_timesteps,
+    held_out_losses,
+    loss_at,
+    measure,
+    toybox_portions,
+)
+from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
+from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
+
+CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
+
+
+def fresh(pipeline, num_timesteps: int = 3, seed: int = 0) -> LossResults:
+    return LossResults({"seed": seed}, fixed_timesteps(pipeline.scheduler, num_timesteps))
+
+
+def test_ten_timesteps_lie_evenly_between_clean_and_noise():
+    flow = fixed_timesteps(RectifiedFlowScheduler())
+    assert len(flow) == 10 and flow[0] == 0 and flow[-1] == 1000
+    assert flow[1] == pytest.approx(1000 / 9)
+    steps = fixed_timesteps(IDDPMScheduler())
+    assert steps == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    with pytest.raises(OpenSoraError, match="1 timesteps"):
+        fixed_timesteps(RectifiedFlowScheduler(), 1)
+    with pytest.raises(OpenSoraError, match="DPMSolverScheduler"):
+        fixed_timesteps(DPMSolverScheduler())
+
+
+def test_a_network_that_knows_the_answer_has_no_flow_loss_and_one_that_says_nothing_has_the_targets_power():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 5, 6, generator=generator), torch.randn(2, 3, 4, 5, 6, generator=generator)
+    scheduler = RectifiedFlowScheduler()
+    told = []
+
+    def oracle(noisy):
+        told.append(noisy)
+        return clean - noise
+
+    assert loss_at(scheduler, 250.0, clean, noise, oracle).tolist() == [0, 0]
+    torch.testing.assert_close(told[0], 0.75 * clean + 0.25 * noise)
+    silent = loss_at(scheduler, 250.0, clean, noise, torch.zeros_like)
+    torch.testing.assert_close(silent, (clean - noise).square().flatten(1).mean(dim=1))
+
+
+def test_the_discrete_loss_is_squared_error_and_bound():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 5, 6, generator=generator), torch.randn(2, 3, 4, 5, 6, generator=generator)
+    scheduler = IDDPMScheduler(variance_type="fixed_small")
+    torch.testing.assert_close(loss_at(scheduler, 500, clean, noise, lambda noisy: noise + 0.5), torch.full((2,), 0.25))
+    learned = IDDPMScheduler()
+    found = loss_at(learned, 500, clean, noise, lambda noisy: torch.cat([noise + 0.5, -torch.ones_like(noise)], dim=1))
+    # The variance is right at -1 (the smaller bound), so that the bound holds what the mean misses and no more.
+    assert ((found > 0.25) & (found < 0.26)).all()
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_a_clips_losses_depend_on_neither_batch_nor_chance(kind: str):
+    pipeline = make_pipeline(kind)
+    whole = measure(pipeline, toybox_portions(pipeline, CLIPS, 3, batch_size=3), fresh(pipeline))
+    torch.manual_seed(99)
+    parts = measure(pipeline, toybox_portions(pipeline, CLIPS, 3, batch_size=2), fresh(pipeline))
+    (label,) = whole.losses
+    assert label == "16x24 5f"
+    torch.testing.assert_close(torch.tensor(whole.losses[label]), torch.tensor(parts.losses[label]))
+    other = measure(pipeline, toybox_portions(pipeline, CLIPS, 3), fresh(pipeline), seed=1)
+    assert other.losses != whole.losses
+
+
+def test_the_table_is_the_mean_over_clips_and_then_over_timesteps():
+    results = LossResults({}, [0.0, 500.0, 1000.0], {"small": [[1, 2, 3], [3, 4, 5]], "large": [[0, 0, 6]]})
+    assert results.table() == {"small": [2, 3, 4, 3], "large": [0, 0, 6, 2]}
+
+
+def test_sizes_are_kept_apart_and_watching_a_run_gives_the_tables_means():
+    pipeline = make_pipeline()
+    other = replace(CLIPS, num_frames=1)
+    portions = [p for c in (CLIPS, other) for p in toybox_portions(pipeline, c, 3, batch_size=2)]
+    results = measure(pipeline, portions, fresh(pipeline))
+    means = held_out_losses(pipeline, (portion.load() for portion in portions), num_timesteps=3)
+    assert list(means) == ["16x24 5f", "16x24 1f"]
+    assert means == pytest.approx({label: row[-1] for label, row in results.table().items()}, rel=1e-5)
+
+
+def test_the_weights_decide():
+    pipeline = make_pipeline()
+    before = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3)
+    with torch.no_grad():
+        pipeline.transformer.final_layer.linear.weight.mul_(2)
+    after = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3)
+    assert before != after
+
+
+def test_text_states_that_a_batch_brings_are_used():
+    pipeline = make_pipeline()
+    batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
+    timesteps = fixed_timesteps(pipeline.scheduler, 3)
+    from opensora.evaluation.loss import text_of
+
+    with torch.no_grad():
+        states, mask = text_of(pipeline, batch)
+    brought = replace(batch, captions=["", ""], text_states=states, text_mask=mask)
+    assert torch.equal(batch_losses(pipeline, brought, timesteps, 0, 0), batch_losses(pipeline, batch, timesteps, 0, 0))
+
+
+def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path):
+    pipeline, output = make_pipeline(), tmp_path / "losses.json"
+    portions = toybox_portions(pipeline, CLIPS, 4, batch_size=2)
+    measure(pipeline, portions[:1], fresh(pipeline), output)
+    again, loaded = fresh(pipeline), []
+    again.resume(output)
+    counted = [replace(p, load=lambda p=p: (loaded.append(p.first), p.load())[1]) for p in portions]
+    told = []
+    measure(pipeline, counted, again, output, progress=lambda *step: told.append(step))
+    assert loaded == [2] and told == [(2, 4), (4, 4)]
+    assert again.losses == measure(pipeline, portions, fresh(pipeline)).losses
+    assert json.loads(output.read_text())["losses"] == again.losses
+
+
+def test_other_settings_and_foreign_files_are_not_resumed(tmp_path):
+    pipeline, output = make_pipeline(), tmp_path / "losses.json"
+    fresh(pipeline).save(output)
+    with pytest.raises(OpenSoraError, match=r"seed = 0, this run has 1"):
+        fresh(pipeline, seed=1).resume(output)
+    with pytest.raises(OpenSoraError, match=r"made with timesteps"):
+        fresh(pipeline, num_timesteps=4).resume(output)
+    for content in ("[]", "{", '{"settings": {}, "timesteps": [], "losses": {"a": 3}}'):
+        output.write_text(content)
+        with pytest.raises(OpenSoraError, match="not a results file"):
+            fresh(pipeline).resume(output)
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_the_command_prints_a_row_for_every_size_and_length(kind: str, tmp_path, capsys):
+    make_pipeline(kind).save_pretrained(tmp_path / "model")
+    output = tmp_path / "losses.json"
+    args = ["evaluate", "loss", str(tmp_path / "model"), "--num-clips", "2", "--output", str(output)]
+    assert main([*args, "--sizes", "16x24", "16x16", "--lengths", "1", "5"]) == 0
+    found = json.loads(output.read_text())
+    assert list(found["losses"]) == ["16x24 1f", "16x24 5f", "16x16 1f", "16x16 5f"]
+    assert len(found["losses"]["16x24 5f"]) == 2 and len(found["losses"]["16x24 5f"][0]) == 10
+    printed = capsys.readouterr().out
+    assert all(f"{mean:.3f}" in printed for mean in found["mean"].values())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sizes", "64"], "--sizes is '64'; give height and width in pixels, such as 64x64"),
+        (["--lengths", "0"], "--lengths is 0; give 1 or more"),
+        (["--num-clips", "0"], "--num-clips is 0; give 1 or more"),
+        (["--output", "losses.csv"], "--output is losses.csv; give a file that ends in .json"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(args: list[str], message: str, capsys):
+    assert main(["evaluate", "loss", "toybox", *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
