@@ -118,6 +118,20 @@ def test_sampling():
     assert torch.equal(zero, autoencoder.encode(video))
 
 
+@PARTS
+@torch.no_grad()
+def test_the_posterior_is_of_the_normalised_latents(temporal):
+    autoencoder, video = make(temporal), clip(batch=2)
+    posterior = autoencoder.posterior(video)
+    assert torch.equal(posterior.mean, autoencoder.encode(video))
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+    own = "latent_noise" if temporal else "frame_noise"
+    frames = autoencoder.encode_frames(video)
+    silent = {"frame_noise": torch.zeros_like(frames.mean)} if temporal else {}
+    sampled = autoencoder.encode(video, sample=True, **silent | {own: noise})
+    torch.testing.assert_close(posterior.sample(noise=noise), sampled)
+
+
 @torch.no_grad()
 def test_the_parts_make_the_whole():
     autoencoder, video = make(), clip()

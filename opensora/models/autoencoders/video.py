@@ -13,6 +13,7 @@ latent, N latent frames, h, w latent height and width, p spatial patch size.
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -203,6 +204,23 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         else:
             latents = _draw(self.encode_time(frame_latents), sample, generator, latent_noise)
         return self.latent_space.normalise(latents)
+
+    def posterior(self, video: Tensor) -> Posterior:
+        """What is predicted of a video (B, 3, T, H, W): its normalised latents (B, Z, N, h, w) with their uncertainty.
+
+        The mean is what `encode` returns. With a temporal part the log-variance is that part's own, given the modes of
+        the frames.
+        """
+        frame_posterior = self.encode_frames(video)
+        space, log_factor = self.latent_space, 0.0
+        if self.temporal_vae is None:
+            mean, logvar = space.scale_frames(frame_posterior.mode()), frame_posterior.logvar
+            log_factor = math.log(space.factor)
+        else:
+            time_posterior = self.encode_time(frame_posterior.mode())
+            mean, logvar = time_posterior.mean, time_posterior.logvar
+        _, scale = space.statistics(mean.shape[1], mean.device)
+        return Posterior(space.normalise(mean), logvar + 2 * (log_factor - scale.log()))
 
     def decode(self, latents: Tensor, num_frames: int) -> Tensor:
         """Normalised latents (B, Z, N, h, w) -> video (B, 3, num_frames, H, W), nominally in [-1, 1], float32.
