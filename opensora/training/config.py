@@ -19,12 +19,22 @@ class LoopConfig:
         precision: "bf16" runs matrix products under autocast; weights stay float32.
         compile: compile the repeated blocks of the network; faster after a first step of many seconds. A compiled run
             resumes up to rounding only: its kernels depend on the batch shapes that the process has met.
+        activation_checkpointing: what of a block is computed again in the backward pass to save memory: "full" all of
+            it, "selective" what is cheap (results of matrix products and attention are kept), "none" nothing.
+        sharding: where several ranks train together. "full": each keeps its share of weights, gradients, averages and
+            optimiser state, and gathers a block when it computes it (FSDP). "none": each keeps all of them.
+        sequence_parallel: ranks that share each clip, a part of its tokens each; divides the number of ranks.
         ema_decay: decay of the moving average of the weights.
+        ema_warmup: begin the average at min(ema_decay, (1 + step) / (10 + step)), so that early averages follow the
+            weights; without it the decay is constant, as in the published models' training.
         max_grad_norm: gradients are scaled down to this global norm.
         max_bad_steps: non-finite steps in a row after which the run stops; each is skipped and counted.
         log_every, checkpoint_every, preview_every: steps between figures, checkpoints, samples (0 = never).
         keep_checkpoints: newest checkpoints kept.
+        prefetch: batches that the data are told of ahead of time.
+        peak_tflops: what one device can do, in 10^12 operations a second; with it the share in use (MFU) is logged.
         optimizer: rates and decay.
+        critic: the same for the critic, where the objective has one.
     """
 
     steps: int
@@ -32,22 +42,33 @@ class LoopConfig:
     microbatches: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    sharding: Literal["full", "none"] = "full"
+    sequence_parallel: int = 1
     ema_decay: float = 0.998
+    ema_warmup: bool = True
     max_grad_norm: float = 1.0
     max_bad_steps: int = 10
     log_every: int = 20
     checkpoint_every: int = 200
     preview_every: int = 0
     keep_checkpoints: int = 2
+    prefetch: int = 4
+    peak_tflops: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: OptimizerConfig = OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.5, 0.9), warmup_steps=0, decay=0.0)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "microbatches", "max_bad_steps", "keep_checkpoints"):
+        for name in ("steps", "microbatches", "sequence_parallel", "max_bad_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise OpenSoraError(f"loop.{name} is {getattr(self, name)}; give 1 or more")
         for name in ("log_every", "checkpoint_every", "preview_every"):
             if getattr(self, name) < 0:
                 raise OpenSoraError(f"loop.{name} is {getattr(self, name)}; give a number of steps, or 0 for never")
+        if self.prefetch < 0:
+            raise OpenSoraError(f"loop.prefetch is {self.prefetch}; give 0 or more")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise OpenSoraError(f"loop.peak_tflops is {self.peak_tflops:g}; give a number above 0")
         if not 0 <= self.ema_decay < 1:
             raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
 

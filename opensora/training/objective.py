@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from opensora.data.batch import BatchShape
 from opensora.distributed.seeding import Draw
+from opensora.errors import OpenSoraError
 
 
 class Objective(ABC):
@@ -62,6 +64,18 @@ class Objective(ABC):
     def blocks(self) -> list[nn.Module]:
         """The repeated parts of the module: units of compilation, sharding and activation checkpointing."""
         return []
+
+    def split_sequences(self, group: ProcessGroup | None) -> None:
+        """From now on the ranks of `group` compute each batch together, a part of its tokens each; None: alone again.
+
+        Every rank of the group prepares the same batch and returns the same losses. Gradients are those of the mean of
+        all ranks' losses, as autograd hands them through the collectives: the trainer averages them over all ranks.
+
+        Raises:
+            OpenSoraError: this objective's network cannot be split.
+        """
+        if group is not None:
+            raise OpenSoraError(f"{type(self).__name__} cannot split a clip over ranks; set loop.sequence_parallel=1")
 
     def shapes(self) -> list[BatchShape]:
         """Every size that batches may have, for plans."""

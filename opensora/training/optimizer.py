@@ -22,6 +22,7 @@ class OptimizerConfig:
         muon_lr: peak learning rate of Muon.
         lr: peak learning rate of AdamW.
         betas: AdamW's decay rates.
+        eps: what AdamW adds to its denominator.
         weight_decay: decoupled weight decay of matrices (vectors are never decayed).
         warmup_steps: linear warm-up from 0.
         decay: fraction of the run, at its end, over which the rate falls to 0 along a cosine.
@@ -31,6 +32,7 @@ class OptimizerConfig:
     muon_lr: float = 0.02
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 50
     decay: float = 0.4
@@ -71,7 +73,9 @@ class Optimizer:
         groups = [g for g in groups if g["params"]]
         self.parts: dict[str, torch.optim.Optimizer] = {}
         if groups:
-            self.parts["adamw"] = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+            self.parts["adamw"] = torch.optim.AdamW(
+                groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+            )
         if self.matrix_views:
             self.parts["muon"] = torch.optim.Muon(
                 self.matrix_views, lr=config.muon_lr, momentum=0.95, nesterov=True, weight_decay=config.weight_decay
