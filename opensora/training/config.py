@@ -8,6 +8,11 @@ from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
 
 
+def critic_optimizer() -> OptimizerConfig:
+    """What discriminators are usually trained with: short memory, no schedule."""
+    return OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.5, 0.9), warmup_steps=0, decay=0.0)
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """The loop around an objective.
@@ -56,7 +61,7 @@ class LoopConfig:
     prefetch: int = 4
     peak_tflops: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    critic: OptimizerConfig = OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.5, 0.9), warmup_steps=0, decay=0.0)
+    critic: OptimizerConfig = field(default_factory=critic_optimizer)
 
     def __post_init__(self) -> None:
         for name in ("steps", "microbatches", "sequence_parallel", "max_bad_steps", "keep_checkpoints"):
