@@ -14,6 +14,7 @@ of frames is considered at all, before the next smaller one is. Images go to 1 a
 Every clip draws for itself, by numpy's generator of its own seed plus the number of resolution and frames.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -210,6 +211,24 @@ class Buckets:
             known = np.array(list(aspect_table(rule.resolution)))
             bucket[here] = rule.first + np.abs(known - ratio[here, None]).argmin(axis=1)
         return Assignment(bucket, reason)
+
+    def possible(self, num_frames: int, height: int, width: int, frame_interval: int = 1) -> list[int]:
+        """Numbers of all buckets that a clip may ever be in, whatever it draws, in the order in which it tries them."""
+        found = []
+        for resolution, rules in itertools.groupby(self.rules, lambda rule: rule.resolution):
+            if height * width < num_pixels(resolution) * _FILLED:
+                continue
+            for rule in rules:
+                if (rule.num_frames == 1) != (num_frames == 1) or 1 < num_frames <= rule.num_frames * frame_interval:
+                    continue
+                if rule.chance:
+                    known = np.array(list(aspect_table(resolution)))
+                    found.append(rule.first + int(np.abs(known - height / width).argmin()))
+                if rule.chance == 1:
+                    return found
+                if rule.considered in (None, 1):
+                    break
+        return found
 
     def _choose(
         self,

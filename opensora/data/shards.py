@@ -1,0 +1,80 @@
+"""Numbered safetensors files that share many clips' tensors, each written whole or not at all.
+
+A shard knows what it holds: its header carries a note, plain JSON, besides the tensors. So a folder of shards needs no
+list that could disagree with it, several processes fill it side by side, and whoever goes on after a kill makes only
+what is missing.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opensora.errors import OpenSoraError
+from opensora.files import replacing
+
+_NOTE = "note"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+    """Writes tensors and a note, which may be anything JSON holds."""
+    with replacing(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {_NOTE: json.dumps(note)})
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of a shard; its tensors are not read.
+
+    Raises:
+        OpenSoraError: it is missing, damaged, or no shard.
+    """
+    with _reading(path), safe_open(path, "pt") as file:
+        note = json.loads((file.metadata() or {})[_NOTE])
+    if not isinstance(note, dict):
+        raise _damaged(path, "it has no note")
+    return note
+
+
+class ShardReader:
+    """Reads single tensors; the files it read from last stay open.
+
+    Args:
+        folder: where the shards lie.
+        most_open: files open at a time.
+    """
+
+    def __init__(self, folder: Path, most_open: int = 64) -> None:
+        self.folder, self.most_open = folder, most_open
+        self._open: dict[str, Any] = {}
+
+    def read(self, shard: str, name: str) -> Tensor:
+        """A tensor of a shard, by file name and name.
+
+        Raises:
+            OpenSoraError: the file is missing or damaged.
+        """
+        with _reading(self.folder / shard):
+            file = self._open.pop(shard, None) or safe_open(self.folder / shard, "pt")
+            self._open[shard] = file  # the one that was used last is the last
+            if len(self._open) > self.most_open:
+                self._open.pop(next(iter(self._open)))
+            return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise OpenSoraError(f"{path} is missing; make the cache again, what is there is kept") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, " ".join(str(error).split())) from error
+
+
+def _damaged(path: Path, why: str) -> OpenSoraError:
+    return OpenSoraError(f"{path} is damaged ({why}); delete it and make the cache again, the rest is kept")
