@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffuser
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from opensora.distributed.sequence_parallel import Shards
 from opensora.errors import OpenSoraError
 from opensora.models.attention import SelfAttention
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_code, position_embedding_2d
@@ -61,6 +62,7 @@ class STDiTBlock(SpaceTimeBlock):
         text_bias: Tensor | None = None,
         text_keys_values: KeysValues | None = None,
         frame_positions: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """One block.
 
@@ -72,13 +74,14 @@ class STDiTBlock(SpaceTimeBlock):
             text_bias: (B, 1, 1, L) of `TextContext`.
             text_keys_values: this block's entry of `TextContext`.
             frame_positions: (T, 1, D), added to what attends in time; None but in the first block.
+            shards: how the tokens lie on several ranks; None = all are here.
 
         Returns:
             (B, T, S, D), in the dtype of `hidden_states`.
         """
         dtype = hidden_states.dtype
         table = (self.scale_shift_table + modulation).to(dtype).unsqueeze(3).unbind(2)
-        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], SPACE)
+        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], SPACE, shards=shards)
 
         gate = (self.scale_shift_table[2] + time_gate).to(dtype).unsqueeze(2)
         in_time = hidden_states if frame_positions is None else hidden_states + frame_positions.to(dtype)
@@ -215,6 +218,7 @@ class STDiT(SpaceTimeTransformer):
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
         _, num_frames, h, w, _ = tokens.shape
         tokens = tokens.flatten(2, 3) + self._patch_positions(h, w, device)[:, None].to(tokens.dtype)  # (B, T, S, D)
+        tokens, shards = self._split(tokens)
         frame_positions: Tensor | None = self._frame_positions(num_frames, device)[:, None]
 
         embedding = self.t_embedder(values_per_sample(timestep, batch, device), dtype).expand(batch, -1)
@@ -226,7 +230,7 @@ class STDiT(SpaceTimeTransformer):
 
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)
         for block, keys_values in zip(self.blocks, text.keys_values, strict=True):
-            arguments = (text.states, modulation, time_gate, text.bias, keys_values, frame_positions)
+            arguments = (text.states, modulation, time_gate, text.bias, keys_values, frame_positions, shards)
             tokens = self._run_block(block, tokens, *arguments)
             frame_positions = None
-        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict)
+        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)

@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffuser
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding, SelfAttention
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
 from opensora.models.transformer import (
@@ -71,6 +72,7 @@ class STDiT2Block(SpaceTimeBlock):
         text_bias: Tensor | None = None,
         text_keys_values: KeysValues | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """One block.
 
@@ -82,6 +84,7 @@ class STDiT2Block(SpaceTimeBlock):
             text_bias: (B, 1, 1, L) of `TextContext`.
             text_keys_values: this block's entry of `TextContext`.
             rope: rotary tables of the frames.
+            shards: how the tokens lie on several ranks; None = all are here.
 
         Returns:
             (B, T, S, D), in the dtype of `hidden_states`.
@@ -89,7 +92,7 @@ class STDiT2Block(SpaceTimeBlock):
         dtype = hidden_states.dtype
         table = (self.scale_shift_table + modulation).to(dtype).unsqueeze(3).unbind(2)
         time_table = (self.scale_shift_table_temporal + time_modulation).to(dtype).unsqueeze(3).unbind(2)
-        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], SPACE)
+        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], SPACE, shards=shards)
         hidden_states = self.modulated_attention(self.attn_temp, hidden_states, time_table, TIME, rope)
         return self.text_and_mlp(hidden_states, encoder_hidden_states, table[3:], text_bias, text_keys_values)
 
@@ -219,6 +222,7 @@ class STDiT2(SpaceTimeTransformer):
         scale = torch.sqrt(rows * columns) / self.input_sq_size
         positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
+        tokens, shards = self._split(tokens)
 
         ratio = rows / columns if height_to_width is None else values(height_to_width)
         size = self.csize_embedder(torch.stack([rows, columns], dim=-1).flatten(), dtype).view(len(rows), -1)
@@ -237,7 +241,7 @@ class STDiT2(SpaceTimeTransformer):
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)
         rope = self.rope(tokens.shape[1])
         for block, keys_values in zip(self.blocks, text.keys_values, strict=True):
-            arguments = (text.states, modulation, time_modulation, text.bias, keys_values, rope)
+            arguments = (text.states, modulation, time_modulation, text.bias, keys_values, rope, shards)
             tokens = self._run_block(block, tokens, *arguments)
         # The last layer is told the size for given frames only: published weights were trained so.
-        return self._output(tokens, embedding, given_space, frame_mask, (h, w), hidden_states, return_dict)
+        return self._output(tokens, embedding, given_space, frame_mask, (h, w), hidden_states, return_dict, shards)

@@ -23,6 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffuser
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
 from opensora.models.transformer import (
@@ -64,6 +65,7 @@ class STDiT3Block(SpaceTimeBlock):
         text_bias: Tensor | None = None,
         text_keys_values: KeysValues | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """One block.
 
@@ -74,12 +76,13 @@ class STDiT3Block(SpaceTimeBlock):
             text_bias: (B, 1, 1, L) of `TextContext`.
             text_keys_values: this block's entry of `TextContext`.
             rope: rotary tables of the attending axis.
+            shards: how the tokens lie on several ranks; None = all are here.
 
         Returns:
             (B, T, S, D), in the dtype of `hidden_states`.
         """
         table = (self.scale_shift_table + modulation).to(hidden_states.dtype).unsqueeze(3).unbind(2)
-        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], self.axis, rope)
+        hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], self.axis, rope, shards)
         return self.text_and_mlp(hidden_states, encoder_hidden_states, table[3:], text_bias, text_keys_values)
 
 
@@ -207,6 +210,7 @@ class STDiT3(SpaceTimeTransformer):
         )
         positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
+        tokens, shards = self._split(tokens)
 
         rate = self.fps_embedder(values_per_sample(fps, batch, device), dtype)
         embedding = (self.t_embedder(values_per_sample(timestep, batch, device), dtype) + rate).expand(batch, -1)
@@ -219,5 +223,6 @@ class STDiT3(SpaceTimeTransformer):
         rope = self.rope(num_frames)
         for block, keys_values in zip(self.blocks, text.keys_values, strict=True):
             axis_rope = rope if block.axis == TIME else None
-            tokens = self._run_block(block, tokens, text.states, modulation, text.bias, keys_values, axis_rope)
-        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict)
+            arguments = (text.states, modulation, text.bias, keys_values, axis_rope, shards)
+            tokens = self._run_block(block, tokens, *arguments)
+        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)

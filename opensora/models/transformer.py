@@ -33,7 +33,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from opensora.distributed.sequence_parallel import Shards
 from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
 from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
@@ -125,10 +127,15 @@ class SpaceTimeBlock(nn.Module):
         table: Sequence[Tensor],
         axis: int,
         rope: tuple[Tensor, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """Add attention along `axis` of the modulated tokens, gated; `table` is shift, scale and gate."""
         shift, scale, gate = table
-        attended = attention(modulate(hidden_states, shift, scale), axis, rope)
+        modulated = modulate(hidden_states, shift, scale)
+        if shards is not None and axis == SPACE:
+            attended = shards.in_whole_frames(attention, modulated)
+        else:
+            attended = attention(modulated, axis, rope)
         return torch.addcmul(hidden_states, gate, attended.to(hidden_states.dtype))
 
     def text_and_mlp(
@@ -210,7 +217,8 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
       identifiers the last two find their modules.
 
     What does not, and raises: FasterCache and TextKVCache look for module names of other models, and SeaCache for the
-    inputs of two others. Diffusers' context parallelism has no plan for alternating axes.
+    inputs of two others. Diffusers' context parallelism has no plan for alternating axes; `enable_sequence_parallel`
+    takes its place.
 
     Attributes:
         in_channels: C.
@@ -238,6 +246,7 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if pred_sigma else in_channels
         self.gradient_checkpointing = False
+        self._sequence_group: ProcessGroup | None = None
 
     def _initialize(self, *last_layers: nn.Module) -> None:
         """For training from scratch: Xavier-uniform layers; every block starts as the identity, the output as zero.
@@ -267,6 +276,8 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
             super().enable_cache(config)
             return
         if isinstance(config, FirstBlockCacheConfig):
+            if self._sequence_group is not None:
+                raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; use MagCacheConfig")
             apply_first_block_cache(_BlocksInOrder(self.blocks), config)
         elif isinstance(config, MagCacheConfig):
             apply_mag_cache(_BlocksInOrder(self.blocks), config)
@@ -277,6 +288,23 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
             )
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
         self._cache_config = config
+
+    def enable_sequence_parallel(self, group: ProcessGroup) -> None:
+        """Share every forward among the ranks of a group: each computes a part of the tokens, all return the whole.
+
+        All ranks of the group call the model with the same arguments, at the same time. See
+        `opensora.distributed.sequence_parallel` for how, and for what gradients mean then.
+
+        Raises:
+            OpenSoraError: FirstBlockCache is enabled; ranks would not agree on which steps to skip.
+        """
+        if self.is_cache_enabled and isinstance(self._cache_config, FirstBlockCacheConfig):
+            raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; call disable_cache() first")
+        self._sequence_group = group
+
+    def disable_sequence_parallel(self) -> None:
+        """Compute everything on this rank again."""
+        self._sequence_group = None
 
     @property
     def null_text(self) -> Tensor:
@@ -338,6 +366,13 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
                 return states, None
         return states, text_bias(mask, states.dtype)
 
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Shards | None]:
+        """This rank's part of the tokens (B, T, S, D), if a group of ranks shares them."""
+        if self._sequence_group is None:
+            return tokens, None
+        shards = Shards(self._sequence_group, tokens.shape[2])
+        return shards.split(tokens), shards
+
     def _run_block(self, block: nn.Module, *arguments: Any) -> Tensor:
         """One block, checkpointed where that is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing and self._gradient_checkpointing_func:
@@ -353,10 +388,15 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
         grid: tuple[int, int],
         latents: Tensor,
         return_dict: bool,
+        shards: Shards | None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Tokens of `grid` = (h, w) patches through the last layer to the size of `latents`."""
-        patches = self.final_layer(tokens, embedding, given, frame_mask).unflatten(2, grid)
-        sample = unpatchify(patches, self.patch_size, (latents.shape[2], latents.shape[3], latents.shape[4]))
+        patches = self.final_layer(tokens, embedding, given, frame_mask)
+        if shards is not None:
+            patches = shards.gather(patches)
+        sample = unpatchify(
+            patches.unflatten(2, grid), self.patch_size, (latents.shape[2], latents.shape[3], latents.shape[4])
+        )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _text(
