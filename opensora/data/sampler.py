@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora.data.buckets import Assignment, Buckets
+from opensora.data.buckets import Assignment, Buckets, Dropped
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow
@@ -99,6 +99,16 @@ class BucketSampler:
         self._ends: list[int] = []  # of the epochs so far, in batches
         self._recent: dict[int, Epoch] = {}
         self._assignment: Assignment | None = None  # where it is the same for all epochs
+
+    def check(self) -> None:
+        """Raises `OpenSoraError` if no clip can ever be in a bucket; says why."""
+        dropped = self._assign(0).dropped()
+        if sum(map(len, dropped.values())) == len(self.num_frames) and Dropped.NOT_KEPT not in dropped:
+            reasons = ", ".join(f"{len(clips)} {reason.value}" for reason, clips in dropped.items())
+            raise OpenSoraError(
+                f"nothing to train on: none of {len(self.num_frames)} clips is in any bucket "
+                f"({reasons or 'no clips'}); opensora data plan tells more"
+            )
 
     def batch(self, position: int) -> SampledBatch:
         """The batch at a position of the stream, 0 or more.

@@ -1,0 +1,269 @@
+"""Clips of a manifest as training data: read, cut to a window of frames, and brought to their bucket's size.
+
+What a place of the run gets is drawn from that place alone (`Draw`): which clips from the sampler, and of each clip a
+window of frames. A clip that cannot be read is replaced by another of its bucket, drawn likewise, so that a resumed run
+meets the same replacement. Every broken clip is named once, with the reason, and when too many of those met so far are
+broken the run stops.
+
+Letters: B clips, T frames, H, W pixels.
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opensora.conditioning import IMAGE_FPS
+from opensora.data.batch import BatchShape, ClipBatch, Source
+from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.sampler import BucketSampler, SampledBatch
+from opensora.distributed.seeding import Draw, derive_seed
+from opensora.errors import OpenSoraError
+from opensora.manifest import ClipRow, read_manifest
+from opensora.media.frames import is_picture, read_frames, read_picture
+from opensora.media.transforms import fill_image, fill_video, random_window, spread_frames, to_video
+
+logger = logging.getLogger(__name__)
+
+# Before so many clips were met, a few broken ones say nothing about the others.
+_ENOUGH_CLIPS = 100
+# How many replacements are tried in a bucket, and then among all clips that are long enough.
+_MOST_REPLACEMENTS = 100
+
+
+@dataclass(frozen=True)
+class ManifestClips:
+    """Clips of a table, in buckets.
+
+    Attributes:
+        buckets: sizes, chances and batch sizes, see `data.buckets`.
+        manifest: the table, `.csv` or `.parquet`; None where the user still has to name one, which is enough for plans.
+        frame_interval: every how manieth frame of a video is taken.
+        told_fps: the rate that networks are told: that of the frames that are taken (1.2), or that of the file,
+            whatever the interval (1.1). Images are told 120.
+        text_required: set rows without a caption aside.
+        batches_in_a_row: how many batches of one size follow each other; a multiple of the number of ranks keeps the
+            work of a step equal.
+        num_workers: threads that read clips; 0 reads when asked.
+        max_broken_share: of the clips met so far; the run stops when more are broken.
+    """
+
+    buckets: BucketConfig
+    manifest: Path | None = None
+    frame_interval: int = 1
+    told_fps: Literal["taken", "file"] = "taken"
+    text_required: bool = True
+    batches_in_a_row: int = 8
+    num_workers: int = 4
+    max_broken_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        Buckets(self.buckets)
+        least = {"frame_interval": 1, "batches_in_a_row": 1, "num_workers": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise OpenSoraError(f"{name} is {getattr(self, name)}, expected {smallest} or more")
+        if not 0 <= self.max_broken_share <= 1:
+            raise OpenSoraError(f"max_broken_share is {self.max_broken_share:g}, expected a share from 0 to 1")
+
+    def open(self) -> "ClipSource":
+        """The source.
+
+        Raises:
+            OpenSoraError: a manifest that cannot be read, or none of whose clips is in any bucket.
+        """
+        return ClipSource(self)
+
+
+class ClipSource(Source):
+    """Batches of clips (`ClipBatch`).
+
+    Attributes:
+        config: what it was made of.
+        rows: the clips; empty without a manifest.
+        buckets: the sizes.
+        broken: clips that could not be read so far, by their number in `rows`, with the reason.
+    """
+
+    def __init__(self, config: ManifestClips) -> None:
+        self.config, self.buckets = config, Buckets(config.buckets)
+        self.rows: list[ClipRow] = []
+        self.broken: dict[int, str] = {}
+        self._met: set[int] = set()
+        self._lock = threading.RLock()
+        self._samplers: dict[int, BucketSampler] = {}
+        self._announced: dict[Draw, list[Future]] = {}
+        self._readers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
+        if config.manifest is not None:
+            self._read_manifest(config.manifest)
+
+    def sampler(self, seed: int) -> BucketSampler:
+        """The order of the clips in a run of this seed."""
+        if seed not in self._samplers:
+            self._samplers[seed] = BucketSampler(
+                self.rows,
+                self.buckets,
+                seed,
+                frame_interval=self.config.frame_interval,
+                batches_in_a_row=self.config.batches_in_a_row,
+            )
+        return self._samplers[seed]
+
+    def batch(self, draw: Draw) -> ClipBatch:
+        """The clips of a place in the run.
+
+        Raises:
+            OpenSoraError: there is no manifest, too many clips are broken, or none of a bucket can be read.
+        """
+        self._check_manifest()
+        if (reads := self._announced.pop(draw, None)) is not None:
+            clips = [read.result() for read in reads]
+        else:
+            clips = [self._read(draw, slot) for slot in range(len(self._sampled(draw).rows))]
+        self._check_share()
+        bucket = self.buckets.buckets[self._sampled(draw).bucket]
+        rows = [self.rows[number] for _, number in clips]
+        return ClipBatch(
+            video=torch.stack([video for video, _ in clips]),
+            captions=[row.text for row in rows],
+            fps=torch.tensor([self.told_fps(row, bucket) for row in rows]),
+            label=bucket.label,
+        )
+
+    def announce(self, draws: Sequence[Draw]) -> None:
+        if self._readers is None or self.config.manifest is None:
+            return
+        for draw in draws:
+            if draw not in self._announced:
+                slots = range(len(self._sampled(draw).rows))
+                self._announced[draw] = [self._readers.submit(self._read, draw, slot) for slot in slots]
+
+    def shapes(self) -> list[BatchShape]:
+        """Shares are those of the first epoch of seed 0; without a manifest, see `Buckets.shapes`."""
+        if not self.rows:
+            return self.buckets.shapes()
+        batches = self.sampler(0).epoch(0).batch_bucket
+        return self.buckets.shapes(np.bincount(batches, minlength=len(self.buckets)) if len(batches) else None)
+
+    def figures(self) -> dict[str, float]:
+        return {"clips_met": float(len(self._met)), "broken_clips": float(len(self.broken))}
+
+    def told_fps(self, row: ClipRow, bucket: Bucket) -> float:
+        """The frame rate that networks are told."""
+        if bucket.num_frames == 1 or row.fps is None:
+            return IMAGE_FPS
+        return row.fps / (self.config.frame_interval if self.config.told_fps == "taken" else 1)
+
+    def _read_manifest(self, path: Path) -> None:
+        manifest = read_manifest(path, text_required=self.config.text_required)
+        self.rows = manifest.rows
+        if manifest.rejected:
+            logger.warning(
+                "%s: %d rows set aside, %s", path, len(manifest.rejected), "; ".join(map(str, manifest.rejected[:3]))
+            )
+        if not self.rows:
+            first = f"; {manifest.rejected[0]}" if manifest.rejected else ""
+            raise OpenSoraError(f"manifest {path} has no row that can be used{first}")
+        self.sampler(0).check()
+
+    def _check_manifest(self) -> None:
+        if self.config.manifest is None:
+            raise OpenSoraError(
+                "no manifest: name the table of your clips; opensora data manifest makes one of a folder"
+            )
+
+    def _sampled(self, draw: Draw) -> SampledBatch:
+        with self._lock:
+            return self.sampler(draw.seed).batch(draw.position)
+
+    def _read(self, draw: Draw, slot: int) -> tuple[Tensor, int]:
+        """A clip of a batch, or its replacement; video (3, T, H, W) and the number of the row."""
+        sampled = self._sampled(draw)
+        bucket = self.buckets.buckets[sampled.bucket]
+        for attempt, number in enumerate(self._candidates(draw, slot, sampled)):
+            with self._lock:
+                self._met.add(number)
+                if number in self.broken:
+                    continue
+            try:
+                rng = random.Random(derive_seed(draw.seed, "window", draw.position, slot, attempt))
+                return read_clip(self.rows[number], bucket, self.config.frame_interval, rng), number
+            except OpenSoraError as error:
+                self._note_broken(number, str(error))
+        last = f"{self.rows[number].path}: {self.broken[number]}"
+        raise OpenSoraError(f"no clip for {bucket.label} can be read; the last one tried: {last}")
+
+    def _candidates(self, draw: Draw, slot: int, sampled: SampledBatch) -> Iterator[int]:
+        """The clip itself, then others of its bucket, then any that are long enough for it."""
+        yield int(sampled.rows[slot])
+        rng = random.Random(derive_seed(draw.seed, "replacement", draw.position, slot))
+        with self._lock:
+            sampler = self.sampler(draw.seed)
+            same = sampler.epoch(sampled.epoch).clips_of(sampled.bucket)
+        num_frames = self.buckets.buckets[sampled.bucket].num_frames
+        needed = 1 if num_frames == 1 else num_frames * self.config.frame_interval + 1
+        for others in (same, np.flatnonzero(sampler.num_frames >= needed)):
+            for index in rng.sample(range(len(others)), min(len(others), _MOST_REPLACEMENTS)):
+                yield int(others[index])
+
+    def _note_broken(self, number: int, reason: str) -> None:
+        with self._lock:
+            if number not in self.broken:
+                self.broken[number] = reason
+                logger.warning("broken clip %s: %s; another one takes its place", self.rows[number].path, reason)
+
+    def _check_share(self) -> None:
+        with self._lock:
+            met, broken = len(self._met), dict(self.broken)
+        if met >= _ENOUGH_CLIPS and len(broken) > self.config.max_broken_share * met:
+            number, reason = next(reversed(broken.items()))
+            raise OpenSoraError(
+                f"{len(broken)} of {met} clips are broken, more than max_broken_share {self.config.max_broken_share:g} "
+                f"allows; the last one: {self.rows[number].path}: {reason}"
+            )
+
+
+def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Random) -> Tensor:
+    """A clip, or a window of one, at a bucket's size.
+
+    Args:
+        row: the clip.
+        bucket: its size; a single frame is an image.
+        frame_interval: every how manieth frame is taken.
+        rng: chooses the window.
+
+    Returns:
+        video (3, T, H, W) in [-1, 1].
+
+    Raises:
+        OpenSoraError: the reason why it cannot be read; the message does not name the file.
+    """
+    if is_picture(row.path):
+        image = read_picture(row.path)
+        _check_size(row, image.height, image.width)
+        if bucket.num_frames > 1:
+            raise OpenSoraError(f"a picture, but the manifest says {row.num_frames} frames")
+        return to_video(np.asarray(fill_image(image, bucket.height, bucket.width))[None])
+    first, end = random_window(
+        bucket.num_frames * (frame_interval if bucket.num_frames > 1 else 1), row.num_frames, rng
+    )
+    indices = spread_frames(first, end, bucket.num_frames).tolist()
+    frames = []
+    for frame in read_frames(row.path, indices, row.num_frames):
+        _check_size(row, *frame.shape[:2])
+        # One by one, because a clip at its full size may be far larger than what is left of it.
+        frames.append(fill_video(to_video(frame[None]), bucket.height, bucket.width))
+    return torch.cat(frames, dim=1)
+
+
+def _check_size(row: ClipRow, height: int, width: int) -> None:
+    if (height, width) != (row.height, row.width):
+        raise OpenSoraError(f"{height}x{width} pixels, but the manifest says {row.height}x{row.width}")
