@@ -5,8 +5,11 @@ from typing import Any
 
 from tiny_pipeline import make_autoencoder
 
-from opensora.data.toybox import ToyboxClips
+from opensora.data.toybox import ToyboxClips, ToyboxLatents
 from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+from opensora.training.diffusions import IDDPM, Flow
+from opensora.training.previews import JudgedPrompts
+from opensora.training.text import TrainedText
 from opensora.training.vae_objective import VAEObjectiveConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
@@ -26,15 +29,14 @@ def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObject
     if not autoencoder.exists():
         make_autoencoder().save_pretrained(autoencoder)
     options: dict[str, Any] = {
-        "diffusion": kind,
-        "autoencoder": autoencoder,
-        "clips": CLIPS,
-        "num_clips": 6,
+        "data": ToyboxLatents(CLIPS, num_clips=6, batch_size=3),
+        "diffusion": Flow() if kind == "flow" else IDDPM(),
+        "autoencoder": str(autoencoder),
+        "text": TrainedText(TEXT_ENCODER),
         "transformer": TRANSFORMER | {"learn_null_text": True},
-        "text_encoder": TEXT_ENCODER,
-        "batch_size": 3,
         "drop_text": 0.5,
-        "num_previews": 2,
+        "object_weight": 5.0,
+        "preview": JudgedPrompts(2),
         "export_dtype": "float32",
         "defaults": DEFAULTS,
     }

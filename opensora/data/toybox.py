@@ -2,9 +2,9 @@
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.checkpoints.weights import fingerprint
+from opensora.conditioning import IMAGE_FPS
+from opensora.data.batch import BatchShape, LatentBatch, Source
+from opensora.distributed.seeding import Draw
+from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.captions import caption
@@ -51,12 +55,93 @@ class ToyboxClips:
 
 
 @dataclass(frozen=True)
-class CaptionedBatch:
-    """Latents (B, C, T, h, w), object mask (B, 1, T, h, w) in {0, 1}, and one caption each."""
+class OtherLength:
+    """Clips of another length than most.
 
-    latents: Tensor
-    object_mask: Tensor
-    captions: list[str]
+    Attributes:
+        num_frames: T; 1 for images.
+        share: of all steps, each of which has clips of one length.
+    """
+
+    num_frames: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ToyboxLatents:
+    """Clips of the toybox, encoded once before the first step and worded anew whenever they are drawn.
+
+    Attributes:
+        clips: what they show, and their usual length.
+        num_clips: clips of the usual length.
+        other_lengths: clips of other lengths, which some steps have.
+        num_clips_of_other_lengths: clips of each.
+        batch_size: B, clips a step.
+    """
+
+    clips: ToyboxClips = field(default_factory=ToyboxClips)
+    num_clips: int = 20_000
+    other_lengths: tuple[OtherLength, ...] = ()
+    num_clips_of_other_lengths: int = 5_000
+    batch_size: int = 48
+
+    def __post_init__(self) -> None:
+        total = sum(length.share for length in self.other_lengths)
+        if total > 1 or any(length.share < 0 for length in self.other_lengths):
+            raise OpenSoraError(f"other_lengths have shares that sum to {total:g}; expected shares from 0 to 1 in all")
+
+    def shapes(self) -> list[BatchShape]:
+        """The sizes that batches have."""
+        clips, rest = self.clips, 1 - sum(length.share for length in self.other_lengths)
+        lengths = [(clips.num_frames, rest), *((length.num_frames, length.share) for length in self.other_lengths)]
+        return [
+            BatchShape(f"{frames}f", self.batch_size, frames, clips.height, clips.width, share)
+            for frames, share in lengths
+        ]
+
+    def defaults(self) -> dict[str, Any]:
+        """Size and rate of the usual clips, under the names of the pipeline's defaults."""
+        return {name: getattr(self.clips, name) for name in ("num_frames", "height", "width", "fps")}
+
+    def open(self, autoencoder: VideoAutoencoder, cache: Path, device: str) -> "ToyboxSource":
+        """The clips, encoded with an autoencoder or read from `cache`."""
+        wanted = [(self.clips, self.num_clips)]
+        for length in self.other_lengths:
+            wanted.append((replace(self.clips, num_frames=length.num_frames), self.num_clips_of_other_lengths))
+        latents = [CaptionedLatents.load_or_encode(cache, clips, autoencoder, n, device) for clips, n in wanted]
+        return ToyboxSource(self, latents)
+
+
+class ToyboxSource(Source):
+    """Batches of encoded toybox clips.
+
+    Args:
+        config: what they are.
+        latents: the clips of each of its lengths.
+    """
+
+    def __init__(self, config: ToyboxLatents, latents: "list[CaptionedLatents]") -> None:
+        self.config, self.latents = config, latents
+
+    def shapes(self) -> list[BatchShape]:
+        return self.config.shapes()
+
+    def batch(self, draw: Draw) -> LatentBatch:
+        rng = random.Random(draw.generator("frames").initial_seed())
+        shapes = self.shapes()
+        (which,) = rng.choices(range(len(shapes)), [shape.share for shape in shapes])
+        shape, size = shapes[which], self.config.batch_size
+        latents, object_mask, captions = self.latents[which].sample(size, draw.generator("clips"))
+        return LatentBatch(
+            latents=latents,
+            captions=captions,
+            fps=torch.full((size,), IMAGE_FPS if shape.num_frames == 1 else float(self.config.clips.fps)),
+            height=torch.full((size,), float(shape.height)),
+            width=torch.full((size,), float(shape.width)),
+            num_frames=shape.num_frames,
+            label=shape.label,
+            object_mask=object_mask,
+        )
 
 
 class CaptionedLatents:
@@ -71,12 +156,12 @@ class CaptionedLatents:
     def __init__(self, specs: list[ClipSpec], latents: Tensor, object_mask: Tensor) -> None:
         self.specs, self.latents, self.object_mask = specs, latents, object_mask
 
-    def sample(self, n: int, generator: torch.Generator) -> CaptionedBatch:
-        """`n` clips with repetition, freshly captioned, all drawn with `generator`."""
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """`n` clips with repetition, freshly captioned, all drawn with `generator`: latents, object mask, captions."""
         rows = torch.randint(len(self.specs), (n,), generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         captions = [caption(self.specs[row], rng) for row in rows.tolist()]
-        return CaptionedBatch(self.latents[rows].float(), self.object_mask[rows].float(), captions)
+        return self.latents[rows].float(), self.object_mask[rows].float(), captions
 
     @classmethod
     def load_or_encode(

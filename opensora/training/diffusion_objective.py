@@ -1,54 +1,37 @@
-"""Training a diffusion transformer, and with it a small text encoder, on captioned latents.
+"""Training a diffusion transformer of the family: any generation, any diffusion, from any source of latents.
 
-`prepare` draws everything random: which clips, how they are worded, noise, time, which captions are dropped. `loss`
-corrupts the latents, asks the transformer, and compares. Two objectives share all of this and differ in the diffusion:
-rectified flow (Liu et al., 2022) and discrete-time Gaussian diffusion with learned variances (Nichol & Dhariwal, 2021).
+`prepare` draws everything random: which clips, their latents, how they are worded, which frames are given, noise, time,
+which captions are dropped. `loss` corrupts the latents, asks the transformer, and compares.
 
-Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens.
+Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens, D width of the text.
 """
 
-import copy
 import random
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
-from opensora import flow, gaussian
-from opensora.checkpoints.loading import load_component
-from opensora.checkpoints.weights import cast_weights, fingerprint
-from opensora.conditioning import IMAGE_FPS
+from opensora.data.batch import BatchShape, LatentBatch, Source
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
-from opensora.data.toybox import CaptionedLatents, ToyboxClips
+from opensora.data.toybox import ToyboxLatents
 from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
-from opensora.evaluation.judge import load_judge
-from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
-from opensora.gaussian_losses import mean_per_sample, training_losses, velocity_weights
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.models.schedulers.frames import choose_frames
-from opensora.models.schedulers.iddpm import IDDPMScheduler
-from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
-from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit2 import STDiT2
 from opensora.pipeline import OpenSoraPipeline
-from opensora.toybox.captions import build_tokenizer
+from opensora.training.adaptation import Architecture, NewPart, build_transformer, choose_trained
+from opensora.training.diffusions import IDDPM, Flow
+from opensora.training.export import copies, origin_of_latents, save_pipeline
 from opensora.training.objective import Objective
+from opensora.training.parts import Untrained, build_part
+from opensora.training.previews import JudgedPrompts, Prompts
+from opensora.training.text import CachedText, Captions, FrozenText, TrainedText
 
-
-@dataclass(frozen=True)
-class OtherLength:
-    """Clips of another length than most.
-
-    Attributes:
-        num_frames: T; 1 for images.
-        share: of all steps, each of which has clips of one length.
-    """
-
-    num_frames: int
-    share: float
+TIME_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -56,154 +39,193 @@ class DiffusionObjectiveConfig:
     """Which transformer learns to undo which corruption of which clips.
 
     Attributes:
-        diffusion: "flow" (rectified flow) or "iddpm" (epsilon prediction, learned-range variance).
-        autoencoder: folder of the autoencoder whose latents are learnt.
-        clips: where clips come from.
-        num_clips: clips encoded once, before the first step.
-        other_lengths: clips of other lengths, which some steps have.
-        num_clips_of_other_lengths: clips of each, encoded once.
+        data: where clips or latents come from.
+        diffusion: the corruption.
+        autoencoder: what makes the latents: a model's name, a folder, or a file.
+        text: what encodes captions.
+        architecture: class of the transformer, where `transformer` describes it.
+        transformer: its keywords; None for those of `init_from`.
+        init_from: what to start from: a model's name, a pipeline's folder, or weights of a transformer.
+        new_parts: parts of the transformer that may be missing there and begin anew, see `adaptation.start_from`.
+        train: "all" of it, or what attends along time alone ("temporal").
+        freeze_text_embedder: leave the layers that take in the text as they are.
+        sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
+            otherwise take its mean. Latents that were encoded beforehand are what they are.
         frame_masks: strategy -> share of the clips that have frames given so, see `data.frame_masks`.
-        transformer: configuration of the STDiT3, for training from scratch.
-        text_encoder: configuration of the T5 encoder, for training from scratch.
-        init_from: exported pipeline folder to start from instead.
-        new_last_layer: begin with a last layer of zeros, for a model that learns to predict something else than the one
-            it starts from; what lies below would be torn apart otherwise.
-        prediction_type: what "iddpm" predicts besides the variance: "epsilon" the noise, "sample" the clean latents.
-        sampler: how an exported "iddpm" pipeline samples.
-        batch_size: B, clips a step.
-        t_loc: mean of the logit of rectified flow's training times; above 0 trains more on noisy clips, where a
-            motion's direction is decided.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
-        object_weight: extra weight of errors on latent cells that an object touches.
-        num_previews: held-out prompts generated and read by the judge at every preview.
+        object_weight: extra weight of errors on latent cells that an object touches, where that is known.
+        frozen_dtype: precision of networks that are used and not trained.
+        preview: what is generated to watch the training.
         export_dtype: precision of the exported weights; checkpoints are always float32.
-        defaults: how the exported pipeline samples (steps, guidance, limits); size and rate come from the clips.
+        defaults: how the exported pipeline samples, as keywords of `OpenSoraPipeline`.
     """
 
-    diffusion: Literal["flow", "iddpm"]
-    autoencoder: Path
-    clips: ToyboxClips = field(default_factory=ToyboxClips)
-    num_clips: int = 20_000
-    other_lengths: tuple[OtherLength, ...] = ()
-    num_clips_of_other_lengths: int = 5_000
-    frame_masks: dict[str, float] = field(default_factory=dict)
+    data: ToyboxLatents
+    diffusion: Flow | IDDPM
+    autoencoder: str | Untrained
+    text: TrainedText | FrozenText | CachedText
+    architecture: Architecture = "STDiT3"
     transformer: dict[str, Any] | None = None
-    text_encoder: dict[str, Any] | None = None
-    init_from: Path | None = None
-    new_last_layer: bool = False
-    prediction_type: gaussian.PredictionType = "epsilon"
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    batch_size: int = 48
-    t_loc: float = 0.0
+    init_from: str | None = None
+    new_parts: tuple[NewPart, ...] = ()
+    train: Literal["all", "temporal"] = "all"
+    freeze_text_embedder: bool = False
+    sample_posterior: bool = True
+    frame_masks: dict[str, float] = field(default_factory=dict)
     drop_text: float = 0.1
-    object_weight: float = 5.0
-    num_previews: int = 40
+    object_weight: float = 0.0
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    preview: JudgedPrompts | Prompts | None = None
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ratios(self.frame_masks)
-        total = sum(length.share for length in self.other_lengths)
-        if total > 1 or any(length.share < 0 for length in self.other_lengths):
-            raise OpenSoraError(f"other_lengths have shares that sum to {total:g}; expected shares from 0 to 1 in all")
+        if not 0 <= self.drop_text <= 1:
+            raise OpenSoraError(f"objective.drop_text is {self.drop_text}; give a share from 0 to 1")
 
     def build(self, device: str) -> "DiffusionObjective":
-        return {"flow": FlowObjective, "iddpm": GaussianObjective}[self.diffusion](self, device)
+        return DiffusionObjective(self, device)
 
 
 @dataclass
 class Batch:
-    """One step's data, on the device."""
+    """One step's data, on the device.
 
-    latents: Tensor  # (B, C, T, h, w) clean
-    object_mask: Tensor  # (B, 1, T, h, w), 1 where an object is
-    noise: Tensor  # like latents
-    tokens: Tensor  # (B, L) token ids
-    text_mask: Tensor  # (B, L), 1 = token
-    drop_text: Tensor  # (B,) bool
-    frame_mask: Tensor | None  # (B, T) bool, True = generated; None = all are
-    fps: float
+    Attributes:
+        latents: (B, C, T, h, w) clean.
+        noise: like latents.
+        t: (B,) times, in the unit of the diffusion.
+        text: (B, L, D) text states; or, where the encoder is trained along, (B, L) token ids.
+        text_mask: (B, L), 1 = token.
+        drop_text: (B,) bool.
+        frame_mask: (B, T) bool, True = generated; None = all are.
+        fps, height, width: (B,), as networks are told.
+        num_frames: before encoding.
+        label: see `data.batch.BatchShape`.
+        object_mask: (B, 1, T, h, w), 1 where an object is; None where nobody knows.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    text_mask: Tensor
+    drop_text: Tensor
+    frame_mask: Tensor | None
+    fps: Tensor
+    height: Tensor
+    width: Tensor
+    num_frames: int
+    label: str
+    object_mask: Tensor | None = None
 
 
 class DiffusionObjective(Objective):
-    """What both kinds of diffusion share."""
-
-    scheduler: RectifiedFlowScheduler | IDDPMScheduler
+    """See `DiffusionObjectiveConfig`."""
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         self.config, self.device = config, device
-        if not config.autoencoder.exists():
-            raise OpenSoraError(f"no autoencoder in {config.autoencoder}; train it first, or set objective.autoencoder")
-        self.autoencoder = load_component(config.autoencoder, VideoAutoencoder).to(device).requires_grad_(False)
-        self.tokenizer = build_tokenizer()
-        self.transformer, self.text_encoder = self.load_networks()
-        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
+        self.defaults = {**getattr(config.data, "defaults", dict)(), **config.defaults}
+        frozen_dtype = getattr(torch, config.frozen_dtype)
+        self.autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, device, frozen_dtype)
+        self.diffusion = config.diffusion.build(self.autoencoder, device)
+        self.transformer = build_transformer(
+            config.architecture, config.transformer, config.init_from, config.new_parts, device
+        )
+        self.captions = Captions(
+            config.text,
+            config.init_from,
+            max_tokens=len(self.transformer.null_text),
+            clean=self.defaults.get("clean_prompts", False),
+            device=device,
+            dtype=frozen_dtype,
+        )
+        choose_trained(self.transformer, config.train, freeze_text_embedder=config.freeze_text_embedder)
+        self.module = nn.ModuleDict({"transformer": self.transformer})
+        self.frozen = {"autoencoder": self.autoencoder}
+        if self.captions.encoder is not None:
+            (self.module if self.captions.trained else self.frozen)["text_encoder"] = self.captions.encoder
         self.not_matrices = {n for n, _ in self.module.named_parameters() if not is_hidden_matrix(n)}
-        self.latents: list[CaptionedLatents] = []
+        self.source: Source | None = None
 
-    def load_networks(self) -> tuple[STDiT3, T5EncoderModel]:
-        config = self.config
-        if config.init_from is not None:
-            if not config.init_from.exists():
-                raise OpenSoraError(
-                    f"no model to start from in {config.init_from}; train it, or set objective.init_from"
-                )
-            transformer = load_component(config.init_from / "transformer", STDiT3)
-            text_encoder = load_component(config.init_from / "text_encoder", T5EncoderModel)
-            if config.new_last_layer:
-                nn.init.zeros_(transformer.final_layer.linear.weight)
-                nn.init.zeros_(transformer.final_layer.linear.bias)
-            return transformer.train(), text_encoder.train()
-        if config.transformer is None or config.text_encoder is None:
-            raise OpenSoraError(
-                "objective.transformer and objective.text_encoder are needed without objective.init_from"
-            )
-        text_config = T5Config(vocab_size=len(self.tokenizer), **config.text_encoder)
-        return STDiT3(**config.transformer), T5EncoderModel(text_config)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.transformer.blocks)
+    # --- batches ------------------------------------------------------------------------------------------------------
 
     def set_up(self, cache: Path) -> None:
-        config = self.config
-        wanted = [(config.clips, config.num_clips)]
-        for length in config.other_lengths:
-            wanted.append((replace(config.clips, num_frames=length.num_frames), config.num_clips_of_other_lengths))
-        self.latents = [
-            CaptionedLatents.load_or_encode(cache, clips, self.autoencoder, num_clips, self.device)
-            for clips, num_clips in wanted
-        ]
+        self.source = self.open_source(cache)
+
+    def open_source(self, cache: Path) -> Source:
+        """Where latents come from."""
+        return self.config.data.open(self.autoencoder, cache, self.device)
 
     def prepare(self, draw: Draw) -> Batch:
-        assert self.latents, "set_up first"
-        config, size, device = self.config, self.config.batch_size, self.device
-        shares = [length.share for length in config.other_lengths]
-        rng = random.Random(draw.generator("frames").initial_seed())
-        (which,) = rng.choices(range(len(self.latents)), [1 - sum(shares), *shares])
-        clips = self.latents[which].sample(size, draw.generator("clips"))
-        num_frames = config.clips.num_frames if which == 0 else config.other_lengths[which - 1].num_frames
+        assert self.source is not None, "set_up first"
+        config, device = self.config, self.device
+        clips: LatentBatch = self.source.batch(draw)
+        size, num_frames = len(clips.latents), clips.latents.shape[2]
         frame_mask = None
         if config.frame_masks and num_frames > 1:
-            latent_frames = clips.latents.shape[2]
-            frame_mask = draw_frame_masks(config.frame_masks, size, latent_frames, rng, draw.generator("given"))
-        text = self.tokenizer(clips.captions, padding=True, truncation=True, return_tensors="pt")
+            rng = random.Random(draw.generator("strategies").initial_seed())
+            frame_mask = draw_frame_masks(config.frame_masks, size, num_frames, rng, draw.generator("given")).to(device)
         noise = torch.randn(clips.latents.shape, generator=draw.generator("noise"))
-        drop_text = torch.rand(size, generator=draw.generator("drop")) < self.config.drop_text
+        drop_text = torch.rand(size, generator=draw.generator("drop")) < config.drop_text
+        text, text_mask = self.text(clips)
         return Batch(
             latents=clips.latents.to(device),
-            object_mask=clips.object_mask.to(device),
             noise=noise.to(device),
-            tokens=text["input_ids"].to(device),
-            text_mask=text["attention_mask"].to(device),
+            t=self.diffusion.draw_times(clips, draw.generator("t")).to(device),
+            text=text,
+            text_mask=text_mask,
             drop_text=drop_text.to(device),
-            frame_mask=None if frame_mask is None else frame_mask.to(device),
-            fps=IMAGE_FPS if num_frames == 1 else float(config.clips.fps),
+            frame_mask=frame_mask,
+            fps=clips.fps.to(device),
+            height=clips.height.to(device),
+            width=clips.width.to(device),
+            num_frames=clips.num_frames,
+            label=clips.label,
+            object_mask=None if clips.object_mask is None else clips.object_mask.to(device),
+        )
+
+    def text(self, clips: LatentBatch) -> tuple[Tensor, Tensor]:
+        """Text states, or tokens where the encoder is trained along, and their mask, on the device."""
+        if isinstance(self.config.text, CachedText):
+            if clips.text_states is None or clips.text_mask is None:
+                raise OpenSoraError(
+                    "these latents came without text states; compute them beforehand, or choose another objective.text"
+                )
+            return clips.text_states.to(self.device), clips.text_mask.to(self.device)
+        tokens, mask = (tensor.to(self.device) for tensor in self.captions.tokens(clips.captions))
+        if self.captions.trained:
+            return tokens, mask
+        with torch.no_grad():
+            return self.captions.encode(tokens, mask), mask
+
+    def announce(self, draws: Sequence[Draw]) -> None:
+        if self.source is not None:
+            self.source.announce(draws)
+
+    def figures(self) -> dict[str, float]:
+        return {} if self.source is None else self.source.figures()
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        noisy = self.diffusion.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
+        return self.diffusion.losses(
+            self.predict(noisy, self.diffusion.timesteps(batch.t), batch),
+            clean=batch.latents,
+            noisy=noisy,
+            noise=batch.noise,
+            t=batch.t,
+            frame_mask=batch.frame_mask,
+            weights=self.weights(batch),
         )
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
-        text_states = self.text_encoder(batch.tokens, attention_mask=batch.text_mask).last_hidden_state
-        clips = self.config.clips
+        trained = self.captions.trained
+        text_states = self.captions.encode(batch.text, batch.text_mask) if trained else batch.text
+        told = {"num_frames": float(batch.num_frames)} if isinstance(self.transformer, STDiT2) else {}
         return self.transformer(
             noisy,
             timestep,
@@ -212,114 +234,94 @@ class DiffusionObjective(Objective):
             drop_text=batch.drop_text,
             frame_mask=batch.frame_mask,
             fps=batch.fps,
-            height=float(clips.height),
-            width=float(clips.width),
+            height=batch.height,
+            width=batch.width,
+            **told,
         ).sample.float()
 
-    def weights(self, batch: Batch) -> Tensor:
-        """Loss weight of every latent cell, 1 on average; (B, 1, T, h, w)."""
+    def weights(self, batch: Batch) -> Tensor | None:
+        """Loss weight of every latent cell, 1 on average, (B, 1, T, h, w); None for 1 everywhere."""
+        if batch.object_mask is None or not self.config.object_weight:
+            return None
         weights = 1 + self.config.object_weight * batch.object_mask
         return weights / weights.mean()
 
+    def groups(self, batch: Batch) -> dict[str, list[str]]:
+        """Each clip's size, and the tenth of the time that it was corrupted to."""
+        timesteps = self.diffusion.timesteps(batch.t)
+        tenths = (timesteps * TIME_BINS / 1000).long().clamp(0, TIME_BINS - 1).tolist()
+        return {
+            "bucket": [batch.label] * len(tenths),
+            "t": [f"{tenth / TIME_BINS:.1f}-{(tenth + 1) / TIME_BINS:.1f}" for tenth in tenths],
+        }
+
+    # --- plans --------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer.blocks)
+
+    def shapes(self) -> list[BatchShape]:
+        return self.config.data.shapes()
+
+    def imagine(self, shape: BatchShape) -> Batch:
+        device = next(self.transformer.parameters()).device
+        size, factor = shape.batch_size, self.autoencoder.spatial_factor
+        frames = self.autoencoder.latent_frames(shape.num_frames)
+        cells = (frames, shape.height // factor, shape.width // factor)
+        tokens = (size, self.captions.max_tokens)
+        width = self.transformer.null_text.shape[1]
+        masked = self.config.frame_masks and frames > 1
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(sizes, dtype=dtype, device=device)
+
+        whole = isinstance(self.config.diffusion, IDDPM)
+        return Batch(
+            latents=empty(size, self.autoencoder.latent_channels, *cells),
+            noise=empty(size, self.autoencoder.latent_channels, *cells),
+            t=empty(size, dtype=torch.int64 if whole else torch.float32),
+            text=empty(*tokens, dtype=torch.int64) if self.captions.trained else empty(*tokens, width),
+            text_mask=empty(*tokens, dtype=torch.int64) + 1,
+            drop_text=empty(size, dtype=torch.bool),
+            frame_mask=empty(size, frames, dtype=torch.bool) if masked else None,
+            fps=empty(size) + 24,
+            height=empty(size) + shape.height,
+            width=empty(size) + shape.width,
+            num_frames=shape.num_frames,
+            label=shape.label,
+        )
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
     def preview(self, folder: Path, step: int) -> dict[str, float]:
-        """A contact sheet of held-out prompts, and the share of their words that the judge reads off the clips."""
-        if not self.config.num_previews:
-            return {}
-        samples = held_out_samples(self.config.num_previews, world=self.config.clips.world)
-        pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        clips = generate(pipeline, samples)
-        shown = [(sample.prompt, clip) for sample, clip in zip(samples, clips, strict=True)]
-        contact_sheet(shown[:8], folder / f"step-{step:08d}.png")
-        read = load_judge(device=self.device).read(clips)
-        shares = share_right([sample.wanted for sample in samples], read)
-        return {f"judge_{name}": share for name, share in shares.items()}
+        return {} if self.config.preview is None else self.config.preview.show(self.pipeline(), folder, step)
 
     def export(self, folder: Path) -> None:
-        pipeline = copy.deepcopy(self.pipeline())
-        if self.config.export_dtype == "bfloat16":
-            for part in (pipeline.transformer, pipeline.text_encoder, pipeline.autoencoder):
-                cast_weights(part, torch.bfloat16)
-        latent_space = pipeline.autoencoder.latent_space.to_dict()
-        pipeline.register_to_config(
-            trained_on={"latent_space": latent_space, "autoencoder": fingerprint(pipeline.autoencoder.state_dict())}
-        )
-        pipeline.save_pretrained(folder)
+        with_text_encoder = isinstance(self.config.text, TrainedText) or self.config.text.exported
+        networks = {"transformer": self.transformer, "autoencoder": self.autoencoder}
+        if with_text_encoder:
+            networks["text_encoder"] = self.captions.load()
+        parts: dict[str, Any] = copies(networks, getattr(torch, self.config.export_dtype))
+        pipeline = self.pipeline(**parts, trained_on=origin_of_latents(parts["autoencoder"]))
+        save_pipeline(pipeline, folder, with_text_encoder=with_text_encoder)
 
-    def pipeline(self) -> OpenSoraPipeline:
-        """The current weights as a pipeline, which by default makes clips like those it was trained on."""
-        clips = self.config.clips
-        return OpenSoraPipeline(
-            transformer=self.transformer,
-            scheduler=self.scheduler,
-            autoencoder=self.autoencoder,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            num_frames=clips.num_frames,
-            height=clips.height,
-            width=clips.width,
-            fps=clips.fps,
-            **self.config.defaults,
-        )
+    def pipeline(self, **changes: Any) -> OpenSoraPipeline:
+        """The current weights as a pipeline, which by default makes clips like those it was trained on.
 
-
-class FlowObjective(DiffusionObjective):
-    """Rectified flow: the velocity from noise to data at logit-normal times."""
-
-    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
-        super().__init__(config, device)
-        self.scheduler = RectifiedFlowScheduler(
-            sample_method="logit-normal",
-            sample_loc=config.t_loc,
-            temporal_factor=self.autoencoder.temporal_factor,
-            micro_frame_size=self.autoencoder.micro_frame_size,
-        )
-
-    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        clean, noise = batch.latents, batch.noise
-        timestep = self.scheduler.draw_timesteps(len(clean), generator=draw.generator("t")).to(clean.device)
-        noisy = flow.interpolate(clean, noise, timestep / self.scheduler.num_train_timesteps)
-        if batch.frame_mask is not None:
-            noisy = choose_frames(batch.frame_mask, noisy, clean)
-        prediction = self.predict(noisy, timestep, batch)[:, : clean.shape[1]]
-        error = (prediction - flow.velocity_target(clean, noise)).square()
-        mask = batch.frame_mask
-        return {"velocity": mean_per_sample(error * self.weights(batch), mask), "_mse": mean_per_sample(error, mask)}
-
-
-class GaussianObjective(DiffusionObjective):
-    """IDDPM: noise or clean latents at uniform steps, and the variance through the variational bound."""
-
-    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
-        super().__init__(config, device)
-        self.scheduler = IDDPMScheduler(prediction_type=config.prediction_type, sampler=config.sampler)
-        self.tables = self.scheduler.train_tables.to(device)
-        self.timestep_weights = velocity_weights(self.tables, config.prediction_type).float()
-
-    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        clean, noise = batch.latents, batch.noise
-        t = torch.randint(len(self.tables), (len(clean),), generator=draw.generator("t")).to(clean.device)
-        steps = t if batch.frame_mask is None else gaussian.frame_timesteps(t, batch.frame_mask)
-        noisy = gaussian.q_sample(self.tables, clean, steps, noise)
-        prediction = self.predict(noisy, t.float(), batch)
-        losses = training_losses(
-            self.tables,
-            prediction,
-            clean=clean,
-            noisy=noisy,
-            noise=noise,
-            t=t,
-            prediction_type=self.config.prediction_type,
-            frame_mask=batch.frame_mask,
-        )
-        assert losses.mse is not None and losses.vb is not None
-        target = noise if self.config.prediction_type == "epsilon" else clean
-        error = (prediction[:, : clean.shape[1]] - target).square()
-        weighted = mean_per_sample(error * self.weights(batch), batch.frame_mask) * self.timestep_weights[t]
-        return {self.config.prediction_type: weighted, "vb": losses.vb, "_mse": losses.mse}
+        Args:
+            changes: keywords of `OpenSoraPipeline` to take the place of this objective's.
+        """
+        parts = {
+            "transformer": self.transformer,
+            "scheduler": self.diffusion.scheduler,
+            "autoencoder": self.autoencoder,
+            "text_encoder": self.captions.load(),
+            "tokenizer": self.captions.tokenizer,
+        }
+        return OpenSoraPipeline(**{**parts, **self.defaults, **changes})
 
 
 def is_hidden_matrix(name: str) -> bool:
     """Whether a parameter of transformer or text encoder is a matrix between two hidden layers."""
-    in_block = "_blocks." in name or ".block." in name
+    in_block = "_blocks." in name or ".blocks." in name or ".block." in name
     return in_block and name.endswith(".weight") and "norm" not in name and "relative_attention_bias" not in name

@@ -181,8 +181,9 @@ FREE_TO_CHANGE = (
     "loop.preview_every",
     "loop.keep_checkpoints",
     "objective.num_previews",
+    "objective.preview",
     "objective.export_dtype",
-    "objective.sampler",
+    "objective.diffusion.sampler",
     "objective.defaults",
 )
 """Settings, and groups of settings, that do not decide the weights."""

@@ -14,14 +14,14 @@ from torch import Tensor
 import opensora
 from opensora.checkpoints.weights import fingerprint
 from opensora.data import toybox
-from opensora.data.toybox import CaptionedLatents
+from opensora.data.toybox import CaptionedLatents, OtherLength, ToyboxLatents
 from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes.toybox_judge import JudgeObjectiveConfig
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import OtherLength
 from opensora.training.objective import Objective
+from opensora.training.text import TrainedText
 from opensora.training.trainer import Trainer
 
 KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge"]
@@ -32,9 +32,8 @@ def make_config(kind: str, folder: Path) -> Any:
         return diffusion_config(kind, folder)
     if kind.endswith(" with frames"):
         lengths = (OtherLength(1, 0.2), OtherLength(8, 0.4))
-        return diffusion_config(
-            kind.split()[0], folder, other_lengths=lengths, num_clips_of_other_lengths=4, frame_masks={"head": 0.9}
-        )
+        data = ToyboxLatents(CLIPS, 6, other_lengths=lengths, num_clips_of_other_lengths=4, batch_size=3)
+        return diffusion_config(kind.split()[0], folder, data=data, frame_masks={"head": 0.9})
     if kind == "judge":
         return JudgeObjectiveConfig(batch_size=2, dim=8)
     return vae_config(kind)
@@ -149,7 +148,7 @@ def test_a_trained_model_is_a_pipeline(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
 def test_training_goes_on_from_a_trained_model(kind, tmp_path):
     first = run(diffusion_config(kind, tmp_path), tmp_path / "first", 1)
-    changes = {"init_from": tmp_path / "first" / "model", "transformer": None, "text_encoder": None}
+    changes = {"init_from": str(tmp_path / "first" / "model"), "transformer": None, "text": TrainedText()}
     second = diffusion_config("flow", tmp_path, **changes).build("cpu")
     for name, average in first.ema.average.items():
         assert torch.equal(second.module.state_dict()[name], average), name
@@ -158,7 +157,8 @@ def test_training_goes_on_from_a_trained_model(kind, tmp_path):
 @pytest.mark.parametrize("part", ["autoencoder", "transformer", "text_encoder"])
 def test_training_does_not_go_on_from_damaged_weights(part, tmp_path):
     diffusion_config("flow", tmp_path).build("cpu").export(tmp_path / "model")
-    start = {"init_from": tmp_path / "model", "autoencoder": tmp_path / "model" / "autoencoder"}
+    start = {"init_from": str(tmp_path / "model"), "transformer": None, "text": TrainedText()}
+    start |= {"autoencoder": str(tmp_path / "model")}
     path = next((tmp_path / "model" / part).glob("*.safetensors"))
     weights = load_file(path)
     name = next(name for name in weights if name.endswith("norm.weight") or "conv_in" in name or "t_block" in name)
@@ -185,9 +185,10 @@ def test_stages_of_the_autoencoder_follow_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: diffusion_config("flow", f, autoencoder=f / "gone"), "no autoencoder in"),
-        (lambda f: diffusion_config("flow", f, init_from=f / "gone"), "no model to start from"),
-        (lambda f: diffusion_config("flow", f, transformer=None), "are needed without objective.init_from"),
+        (lambda f: diffusion_config("flow", f, autoencoder="gone"), "no autoencoder in gone; train it first"),
+        (lambda f: diffusion_config("flow", f, init_from="gone"), "no transformer in gone; train it first"),
+        (lambda f: diffusion_config("flow", f, transformer=None), "objective.transformer .* or objective.init_from"),
+        (lambda f: diffusion_config("flow", f, text=TrainedText()), "objective.text.options, or objective.init_from"),
         (lambda f: vae_config("latents", init_from=f / "gone"), "train the stage before"),
         (lambda f: vae_config("frames", autoencoder=None), "needs objective.autoencoder"),
         (lambda f: vae_config("latents", autoencoder=NO_TIME), "has no temporal part to train"),
@@ -232,19 +233,19 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
 
 
 def test_lengths_come_in_their_shares(tmp_path):
-    config = diffusion_config(
-        "flow", tmp_path, other_lengths=(OtherLength(1, 0.3), OtherLength(14, 0.3)), num_clips_of_other_lengths=2
-    )
-    objective = config.build("cpu")
+    lengths = (OtherLength(1, 0.3), OtherLength(14, 0.3))
+    data = ToyboxLatents(CLIPS, 6, other_lengths=lengths, num_clips_of_other_lengths=2, batch_size=3)
+    objective = diffusion_config("flow", tmp_path, data=data).build("cpu")
     objective.set_up(tmp_path / "cache")
     batches = [objective.prepare(Draw(0, step)) for step in range(60)]
     lengths = [batch.latents.shape[2] for batch in batches]
     # An image, 5 and 14 frames, four to a latent frame.
     assert set(lengths) == {1, 2, 4} and 8 < lengths.count(1) < 30
-    assert {batch.fps for batch in batches if batch.latents.shape[2] == 1} == {120.0}
-    assert {batch.fps for batch in batches if batch.latents.shape[2] > 1} == {float(CLIPS.fps)}
+    for batch in batches:
+        rate = 120.0 if batch.latents.shape[2] == 1 else float(CLIPS.fps)
+        assert batch.fps.tolist() == [rate] * 3
     with pytest.raises(OpenSoraError, match=r"1\.2"):
-        diffusion_config("flow", tmp_path, other_lengths=(OtherLength(1, 1.2),))
+        ToyboxLatents(other_lengths=(OtherLength(1, 1.2),))
 
 
 # --- encoded once -----------------------------------------------------------------------------------------------------
@@ -292,7 +293,9 @@ def test_encoded_clips_of_something_else_are_made_again(change, tmp_path, encodi
 def test_a_draw_of_encoded_clips_is_worded_anew(tmp_path):
     latents = CaptionedLatents.load_or_encode(tmp_path, CLIPS, make_autoencoder(), 3, "cpu")
     drawn = [latents.sample(8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert drawn[0].captions == drawn[1].captions and drawn[0].captions != drawn[2].captions
-    assert drawn[0].latents.dtype == torch.float32
-    assert set(drawn[0].object_mask.unique().tolist()) <= {0.0, 1.0}
-    assert drawn[0].object_mask.shape == (8, 1, *drawn[0].latents.shape[2:])
+    captions = [words for _, _, words in drawn]
+    assert captions[0] == captions[1] and captions[0] != captions[2]
+    encoded, object_mask, _ = drawn[0]
+    assert encoded.dtype == torch.float32
+    assert set(object_mask.unique().tolist()) <= {0.0, 1.0}
+    assert object_mask.shape == (8, 1, *encoded.shape[2:])

@@ -1,0 +1,74 @@
+"""Clips as latents: encoded when they are needed, by an autoencoder that is not trained.
+
+Open-Sora 1.0 to 1.2 all draw training latents from the autoencoder's posterior, anew each time a clip is seen; the
+means would be the same every time. `sample` chooses.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opensora.data.batch import BatchShape, ClipBatch, LatentBatch, Source
+from opensora.distributed.seeding import Draw
+from opensora.models.autoencoders.video import VideoAutoencoder
+
+
+class EncodedClips(Source):
+    """Latents of the clips of another source.
+
+    Args:
+        clips: gives `ClipBatch`es.
+        autoencoder: encodes them, on its own device and in its own precision.
+        sample: draw latents from the posterior, with the draw's generator "posterior"; otherwise take its mean.
+    """
+
+    def __init__(self, clips: Source, autoencoder: VideoAutoencoder, *, sample: bool) -> None:
+        self.clips, self.autoencoder, self.sample = clips, autoencoder, sample
+
+    def batch(self, draw: Draw) -> LatentBatch:
+        generator = draw.generator("posterior") if self.sample else None
+        return encode_clips(self.clips.batch(draw), self.autoencoder, generator)
+
+    def shapes(self) -> list[BatchShape]:
+        return self.clips.shapes()
+
+    def announce(self, draws: Sequence[Draw]) -> None:
+        self.clips.announce(draws)
+
+    def figures(self) -> dict[str, float]:
+        return self.clips.figures()
+
+
+@torch.no_grad()
+def encode_clips(
+    clips: ClipBatch, autoencoder: VideoAutoencoder, generator: torch.Generator | None = None
+) -> LatentBatch:
+    """Clips as latents.
+
+    Rows and columns that do not fill a latent cell, at the bottom and at the right, are left out; the networks are told
+    the size before, as in sampling.
+
+    Args:
+        clips: (B, 3, T, H, W) and what belongs to them.
+        autoencoder: encodes them where it is.
+        generator: draws from the posterior; None takes its mean.
+    """
+    batch, _, num_frames, height, width = clips.video.shape
+    video = whole_cells(clips.video, autoencoder.spatial_factor).to(autoencoder.device)
+    latents = autoencoder.encode(video, sample=generator is not None, generator=generator)
+    return LatentBatch(
+        latents=latents,
+        captions=clips.captions,
+        fps=clips.fps,
+        height=torch.full((batch,), float(height)),
+        width=torch.full((batch,), float(width)),
+        num_frames=num_frames,
+        label=clips.label,
+    )
+
+
+def whole_cells(video: Tensor, spatial_factor: int) -> Tensor:
+    """The video without the rows at its bottom and the columns at its right that do not fill a latent cell."""
+    height, width = video.shape[-2:]
+    return video[..., : height - height % spatial_factor, : width - width % spatial_factor]

@@ -1,0 +1,44 @@
+"""A trained pipeline as a folder that the rest of the package loads."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from opensora.checkpoints.weights import cast_weights, fingerprint
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.pipeline import OpenSoraPipeline
+
+
+def copies(networks: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The networks once more, in another precision."""
+    return {name: cast_weights(copy.deepcopy(network), dtype) for name, network in networks.items()}
+
+
+def origin_of_latents(autoencoder: VideoAutoencoder) -> dict[str, object]:
+    """What a pipeline records as `trained_on`."""
+    return {
+        "latent_space": autoencoder.latent_space.to_dict(),
+        "autoencoder": fingerprint(autoencoder.state_dict()),
+    }
+
+
+def save_pipeline(pipeline: OpenSoraPipeline, folder: Path, *, with_text_encoder: bool) -> None:
+    """Writes a pipeline.
+
+    Args:
+        pipeline: to be written.
+        folder: where.
+        with_text_encoder: False leaves the encoder's weights out and writes its configuration: it is the largest part
+            of a published model, and never trained. The folder is then loaded with `components={"text_encoder": ...}`.
+    """
+    if with_text_encoder:
+        pipeline.save_pretrained(folder)
+        return
+    for name, part in pipeline.components.items():
+        if name == "text_encoder":
+            part.config.save_pretrained(folder / name)
+        else:
+            part.save_pretrained(folder / name)
+    pipeline.save_config(folder)

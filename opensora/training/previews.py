@@ -1,0 +1,68 @@
+"""What is generated now and then to watch a training, and written where the run keeps its previews."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opensora.errors import OpenSoraError
+from opensora.evaluation.judge import load_judge
+from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
+from opensora.media.write import write_video
+from opensora.pipeline import OpenSoraPipeline
+from opensora.toybox.world import EASY_WORLD, World
+
+
+@dataclass(frozen=True)
+class JudgedPrompts:
+    """Held-out prompts of the toybox, read by its judge.
+
+    Attributes:
+        num_prompts: how many.
+        world: what appears in them.
+    """
+
+    num_prompts: int = 40
+    world: World = EASY_WORLD
+
+    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+        """Writes a contact sheet; returns the share of the prompts' words that the judge reads off the clips."""
+        if not self.num_prompts:
+            return {}
+        samples = held_out_samples(self.num_prompts, world=self.world)
+        pipeline.set_progress_bar_config(disable=True)
+        clips = generate(pipeline, samples)
+        shown = [(sample.prompt, clip) for sample, clip in zip(samples, clips, strict=True)]
+        contact_sheet(shown[:8], folder / f"step-{step:08d}.png")
+        read = load_judge(device=str(pipeline.device)).read(clips)
+        shares = share_right([sample.wanted for sample in samples], read)
+        return {f"judge_{name}": share for name, share in shares.items()}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Clips of prompts of one's own, each from the same noise every time.
+
+    Attributes:
+        prompts: one clip each.
+        seed: of the first clip; that of the next is one higher.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise OpenSoraError("objective.preview.prompts is empty; give at least one, or preview=none")
+
+    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+        """Writes an mp4 for every prompt."""
+        pipeline.set_progress_bar_config(disable=True)
+        config = pipeline.config
+        for number, prompt in enumerate(self.prompts):
+            noise = torch.Generator().manual_seed(self.seed + number)
+            frames = pipeline(prompt, generator=noise).frames[0]  # (T, 3, H, W)
+            folder.mkdir(parents=True, exist_ok=True)
+            video = frames.transpose(0, 1) * 2 - 1
+            write_video(folder / f"step-{step:08d}-{number}.mp4", video, config.fps / config.frame_interval)
+        return {}

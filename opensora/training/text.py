@@ -1,0 +1,134 @@
+"""What a transformer in training is told of its clips: captions spelled, cut into tokens, encoded.
+
+The encoder is trained along (a small one, with the toybox's words), or it is frozen, or its work was done beforehand
+and lies with the latents.
+
+Letters: B captions, L tokens, D width of the text.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from opensora.errors import OpenSoraError
+from opensora.models.text.cleaning import clean_text
+from opensora.toybox.captions import build_tokenizer
+from opensora.training.parts import META, Origin, Untrained, build_part, find_part, find_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedText:
+    """A T5 encoder that is trained with the transformer, for captions of the toybox.
+
+    Attributes:
+        options: keywords of its configuration, from scratch; None to go on from the model that the transformer starts
+            from.
+    """
+
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FrozenText:
+    """A T5 encoder as it is.
+
+    Attributes:
+        origin: a model's name, a pipeline's folder, or a folder with the encoder and its tokenizer. An untrained one
+            reads bytes.
+        exported: write the encoder into the exported pipeline. Without it the folder holds configuration and tokenizer
+            alone, and is loaded with `components={"text_encoder": ...}`.
+    """
+
+    origin: str | Untrained
+    exported: bool = True
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """Text states that were computed beforehand and come with the latents.
+
+    Attributes:
+        origin: what they were computed with, for previews and the exported pipeline; see `FrozenText`. It is not
+            loaded before it is needed.
+        exported: see `FrozenText`.
+    """
+
+    origin: str | Untrained
+    exported: bool = True
+
+
+TextConfig = TrainedText | FrozenText | CachedText
+
+
+class Captions:
+    """Tokenizer and encoder.
+
+    Args:
+        config: where the encoder comes from.
+        init_from: the model that training starts from, for `TrainedText` without options.
+        max_tokens: of the transformer.
+        clean: spell captions as the published models' were, see `models.text.cleaning`.
+        device: where the encoder goes; on "meta" there is no tokenizer.
+        dtype: of a frozen encoder.
+
+    Attributes:
+        encoder: None until it is needed, for text that was encoded beforehand.
+        trained: whether the encoder is trained along.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        init_from: Origin | None,
+        max_tokens: int,
+        clean: bool,
+        device: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.max_tokens, self.clean = config, max_tokens, clean
+        self.device, self.dtype = device, dtype
+        self.trained = isinstance(config, TrainedText)
+        self.encoder: T5EncoderModel | None = None
+        self.tokenizer: Any = None
+        if isinstance(config, TrainedText):
+            self.tokenizer = build_tokenizer()
+            self.encoder = _trained(config, init_from, len(self.tokenizer), device)
+        elif isinstance(config, FrozenText):
+            self.load()
+
+    def load(self) -> T5EncoderModel:
+        """Encoder and tokenizer, from their files if they are not here yet."""
+        if self.encoder is None:
+            assert not isinstance(self.config, TrainedText)  # which has one from the start
+            origin = self.config.origin
+            self.encoder = build_part(origin, "text_encoder", T5EncoderModel, self.device, self.dtype)
+            if self.device != META:
+                self.tokenizer = ByT5Tokenizer() if isinstance(origin, Untrained) else find_tokenizer(origin)
+        return self.encoder
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut."""
+        spelled = [clean_text(caption) for caption in captions] if self.clean else captions
+        text = self.tokenizer(spelled, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return text["input_ids"], text["attention_mask"]
+
+    def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Text states (B, L, D) of tokens."""
+        assert self.encoder is not None
+        return self.encoder(tokens, attention_mask=mask).last_hidden_state
+
+
+def _trained(config: TrainedText, init_from: Origin | None, words: int, device: str) -> T5EncoderModel:
+    if config.options is not None:
+        with torch.device(META) if device == META else torch.device("cpu"):
+            return T5EncoderModel(T5Config(vocab_size=words, **config.options))
+    if init_from is None:
+        raise OpenSoraError("a text encoder that is trained needs objective.text.options, or objective.init_from")
+    return (
+        build_part(find_part(init_from, "text_encoder").path, "text_encoder", T5EncoderModel, device)
+        .requires_grad_(True)
+        .train()
+    )
