@@ -11,11 +11,12 @@ Letters: B clips, T frames, H, W pixels.
 import logging
 import random
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,8 +84,8 @@ class ManifestClips:
         return ClipSource(self)
 
 
-class ClipSource(Source):
-    """Batches of clips (`ClipBatch`).
+class ManifestSource(Source):
+    """Batches of clips of a table, whatever is read of them.
 
     Attributes:
         config: what it was made of.
@@ -117,7 +118,19 @@ class ClipSource(Source):
             )
         return self._samplers[seed]
 
-    def batch(self, draw: Draw) -> ClipBatch:
+    @abstractmethod
+    def read(self, number: int, bucket: Bucket, rng: random.Random) -> Any:
+        """A clip in a size; `rng` chooses its window.
+
+        Raises:
+            OpenSoraError: the reason why it cannot be read; the message does not name the file.
+        """
+
+    @abstractmethod
+    def collate(self, clips: list[Any], numbers: list[int], bucket: Bucket, draw: Draw) -> Any:
+        """A batch of what `read` returned, and of which clips."""
+
+    def batch(self, draw: Draw) -> Any:
         """The clips of a place in the run.
 
         Raises:
@@ -130,13 +143,7 @@ class ClipSource(Source):
             clips = [self._read(draw, slot) for slot in range(len(self._sampled(draw).rows))]
         self._check_share()
         bucket = self.buckets.buckets[self._sampled(draw).bucket]
-        rows = [self.rows[number] for _, number in clips]
-        return ClipBatch(
-            video=torch.stack([video for video, _ in clips]),
-            captions=[row.text for row in rows],
-            fps=torch.tensor([self.told_fps(row, bucket) for row in rows]),
-            label=bucket.label,
-        )
+        return self.collate([clip for clip, _ in clips], [number for _, number in clips], bucket, draw)
 
     def announce(self, draws: Sequence[Draw]) -> None:
         if self._readers is None or self.config.manifest is None:
@@ -184,8 +191,8 @@ class ClipSource(Source):
         with self._lock:
             return self.sampler(draw.seed).batch(draw.position)
 
-    def _read(self, draw: Draw, slot: int) -> tuple[Tensor, int]:
-        """A clip of a batch, or its replacement; video (3, T, H, W) and the number of the row."""
+    def _read(self, draw: Draw, slot: int) -> tuple[Any, int]:
+        """A clip of a batch, or its replacement, and the number of its row."""
         sampled = self._sampled(draw)
         bucket = self.buckets.buckets[sampled.bucket]
         for attempt, number in enumerate(self._candidates(draw, slot, sampled)):
@@ -195,7 +202,7 @@ class ClipSource(Source):
                     continue
             try:
                 rng = random.Random(derive_seed(draw.seed, "window", draw.position, slot, attempt))
-                return read_clip(self.rows[number], bucket, self.config.frame_interval, rng), number
+                return self.read(number, bucket, rng), number
             except OpenSoraError as error:
                 self._note_broken(number, str(error))
         last = f"{self.rows[number].path}: {self.broken[number]}"
@@ -229,6 +236,22 @@ class ClipSource(Source):
                 f"{len(broken)} of {met} clips are broken, more than max_broken_share {self.config.max_broken_share:g} "
                 f"allows; the last one: {self.rows[number].path}: {reason}"
             )
+
+
+class ClipSource(ManifestSource):
+    """Batches of clips (`ClipBatch`), read from their files."""
+
+    def read(self, number: int, bucket: Bucket, rng: random.Random) -> Tensor:
+        return read_clip(self.rows[number], bucket, self.config.frame_interval, rng)
+
+    def collate(self, clips: list[Tensor], numbers: list[int], bucket: Bucket, draw: Draw) -> ClipBatch:
+        rows = [self.rows[number] for number in numbers]
+        return ClipBatch(
+            video=torch.stack(clips),
+            captions=[row.text for row in rows],
+            fps=torch.tensor([self.told_fps(row, bucket) for row in rows]),
+            label=bucket.label,
+        )
 
 
 def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Random) -> Tensor:

@@ -1,7 +1,8 @@
 """Clips as latents: encoded when they are needed, by an autoencoder that is not trained.
 
 Open-Sora 1.0 to 1.2 all draw training latents from the autoencoder's posterior, anew each time a clip is seen; the
-means would be the same every time. `sample` chooses.
+means would be the same every time. `sample` chooses. It is the posterior of a whole clip that is drawn from, so that
+one that was computed beforehand says the same (`data.cache`).
 """
 
 from collections.abc import Sequence
@@ -56,9 +57,9 @@ def encode_clips(
     """
     batch, _, num_frames, height, width = clips.video.shape
     video = whole_cells(clips.video, autoencoder.spatial_factor).to(autoencoder.device)
-    latents = autoencoder.encode(video, sample=generator is not None, generator=generator)
+    posterior = autoencoder.posterior(video)
     return LatentBatch(
-        latents=latents,
+        latents=posterior.mode() if generator is None else posterior.sample(generator),
         captions=clips.captions,
         fps=clips.fps,
         height=torch.full((batch,), float(height)),
