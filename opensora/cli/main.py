@@ -15,6 +15,7 @@ from opensora.errors import OpenSoraError
 
 COMMANDS = {
     "generate": "turn a prompt into a video",
+    "data": "make a table of clips, and see what training will make of it",
     "train": "train a model by a recipe",
     "evaluate": "measure what a model can do",
     "models": "list the models known by name, and what of them is here",

@@ -1,0 +1,183 @@
+"""`opensora data plan`: what training will make of a manifest, before it starts."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from opensora.cli.evaluate import Progress, check_count
+from opensora.cli.options import FLAG, option
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.data.clips import ManifestClips
+    from opensora.data.epoch_plan import EpochPlan
+    from opensora.manifest import ClipRow
+
+_MOST_REJECTED = 20
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Show what training will make of a manifest: clips and batches of every bucket, steps, and what is dropped why.
+
+    The exit code is 2 if there would be nothing to train on.
+    """
+
+    manifest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MANIFEST", help_behavior_hint="")]
+    """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
+    recipe: Annotated[str | None, option("NAME")] = None
+    """Take buckets, frame interval and chances from this recipe."""
+    buckets: Annotated[Path | None, option("FILE.json")] = None
+    """Take the buckets from this file instead, such as {"240p": {"1": [0.5, 8], "51": [1.0, 2]}}: of each resolution
+    and number of frames the chance that a clip is kept, and the batch size."""
+    frame_interval: Annotated[int | None, option("N", "the recipe's, or 1")] = None
+    """Every how manieth frame of a video is taken."""
+    batches_in_a_row: Annotated[int | None, option("N", "the recipe's, or 8")] = None
+    """How many batches of one size follow each other."""
+    uncaptioned: Annotated[bool | None, FLAG] = None
+    """Keep clips that have no caption; a recipe says so itself."""
+    ranks: Annotated[int, option("N", "1")] = 1
+    """Processes that each have batches of their own."""
+    microbatches: Annotated[int, option("N", "1")] = 1
+    """Batches of a process in a step."""
+    seed: Annotated[int, option("N", "0")] = 0
+    """Of the run: who stays by chance."""
+    verify: Annotated[bool, FLAG] = False
+    """Open every clip, name the broken ones and plan without them."""
+    json: Annotated[bool, FLAG] = False
+    """Print JSON, for programs."""
+
+    def run(self) -> None:
+        from opensora.data.buckets import Buckets
+        from opensora.data.epoch_plan import plan_epoch
+        from opensora.data.sampler import BucketSampler
+        from opensora.manifest import read_manifest
+
+        for name in ("ranks", "microbatches"):
+            check_count(f"--{name}", getattr(self, name))
+        config = self._config()
+        manifest = read_manifest(self.manifest, text_required=config.text_required)
+        broken = _broken(manifest.rows) if self.verify else {}
+        rows = [row for row in manifest.rows if row.path not in broken]
+        sampler = BucketSampler(
+            rows,
+            Buckets(config.buckets),
+            self.seed,
+            frame_interval=config.frame_interval,
+            batches_in_a_row=config.batches_in_a_row,
+        )
+        plan = plan_epoch(rows, sampler, ranks=self.ranks, microbatches=self.microbatches)
+        if self.json:
+            rejected = [dataclasses.asdict(row) for row in manifest.rejected]
+            unread = {str(path): reason for path, reason in broken.items()}
+            print(json.dumps({**dataclasses.asdict(plan), "rejected": rejected, "broken": unread}, indent=2))
+        else:
+            _print_table(plan)
+            lines = [*_lines(plan, self.ranks, self.microbatches, config.batches_in_a_row)]
+            if broken:
+                lines += [f"broken: {len(broken)}", *(f"  {path}: {reason}" for path, reason in broken.items())]
+            if manifest.rejected:
+                lines += [f"rows set aside: {len(manifest.rejected)}"]
+                lines += [f"  {row}" for row in manifest.rejected[:_MOST_REJECTED]]
+                lines += [f"  and {len(manifest.rejected) - _MOST_REJECTED} more"] * (
+                    len(manifest.rejected) > _MOST_REJECTED
+                )
+            print("\n".join(lines))
+        if not plan.batches:
+            raise OpenSoraError(f"nothing to train on: {_why_nothing(plan, len(broken), len(manifest.rejected))}")
+
+    def _config(self) -> "ManifestClips":
+        """How the clips are used, by the recipe and what was said besides."""
+        from opensora.data.clips import ManifestClips
+        from opensora.settings import read_json
+
+        if self.recipe is not None and self.buckets is not None:
+            raise OpenSoraError("--recipe and --buckets both say which sizes are trained; give one of them")
+        if self.recipe is not None:
+            from opensora.recipes import find_recipe
+
+            config = next(_clips_in(find_recipe(self.recipe)), None)
+            if config is None:
+                raise OpenSoraError(f"recipe {self.recipe} does not train on the clips of a manifest; give --buckets")
+        elif self.buckets is not None:
+            buckets = read_json(self.buckets)
+            if not isinstance(buckets, dict):
+                raise OpenSoraError(f"--buckets {self.buckets} holds no JSON object of resolutions")
+            config = ManifestClips(buckets=buckets)
+        else:
+            raise OpenSoraError("which sizes are trained? give --recipe NAME or --buckets FILE.json")
+        said: dict[str, Any] = {"frame_interval": self.frame_interval, "batches_in_a_row": self.batches_in_a_row}
+        said |= {"text_required": False if self.uncaptioned else None}
+        return dataclasses.replace(config, **{name: value for name, value in said.items() if value is not None})
+
+
+def _clips_in(settings: Any) -> Iterator["ManifestClips"]:
+    """Every `ManifestClips` of a recipe."""
+    from opensora.data.clips import ManifestClips
+
+    if isinstance(settings, ManifestClips):
+        yield settings
+    elif dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            yield from _clips_in(getattr(settings, field.name))
+
+
+def _broken(rows: "list[ClipRow]") -> dict[Path, str]:
+    """Files that are broken, or other than the manifest says."""
+    from opensora.data.scan import probe_all
+
+    with Progress("reading clips") as progress:
+        findings = probe_all([row.path for row in rows], on_progress=progress.update)
+    broken = {}
+    for row in rows:
+        found = findings[row.path]
+        if isinstance(found, str):
+            broken[row.path] = found
+        elif (found.height, found.width) != (row.height, row.width):
+            broken[row.path] = f"{found.height}x{found.width} pixels, but the manifest says {row.height}x{row.width}"
+        elif found.num_frames < row.num_frames:
+            broken[row.path] = f"{found.num_frames} of the manifest's {row.num_frames} frames are there"
+    return broken
+
+
+def _print_table(plan: "EpochPlan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not plan.buckets:
+        return
+    table = Table("bucket", box=None, pad_edge=False)
+    for name in ("clips", "batch size", "batches", "share", "repeats"):
+        table.add_column(name, justify="right")
+    table.add_column("height / width")
+    for bucket in plan.buckets:
+        ratios = [f"{ratio:g}: {count:,}" for ratio, count in bucket.aspect_ratios.items()]
+        more = f", {len(ratios) - 3} more" if len(ratios) > 3 else ""
+        numbers = (f"{bucket.clips:,}", str(bucket.batch_size), f"{bucket.batches:,}", f"{bucket.share:.1%}")
+        table.add_row(bucket.label, *numbers, f"{bucket.repeats:,}", ", ".join(ratios[:3]) + more)
+    Console(width=110, highlight=False).print(table)
+
+
+def _lines(plan: "EpochPlan", ranks: int, microbatches: int, batches_in_a_row: int) -> Iterator[str]:
+    """What there is to say below the table."""
+    epoch = "the first epoch (others keep other clips by chance)" if plan.by_chance else "an epoch"
+    each = f" of {ranks} x {microbatches} batches" if ranks * microbatches > 1 else ""
+    yield f"{epoch}: {plan.clips:,} of {plan.rows:,} clips, {plan.batches:,} batches, {plan.steps:,.1f} steps{each}"
+    if plan.mixed_steps:
+        yield f"in {plan.mixed_steps:,} of {plan.batches // ranks:,} steps the ranks work on different sizes" + (
+            f"; --batches-in-a-row {ranks} makes them fewer" if batches_in_a_row % ranks else ""
+        )
+    for dropped in plan.dropped:
+        yield f"dropped: {dropped.clips:,} {dropped.reason}, such as"
+        yield from (f"  {example}" for example in dropped.examples)
+
+
+def _why_nothing(plan: "EpochPlan", num_broken: int, num_rejected: int) -> str:
+    reasons = [f"{dropped.clips} {dropped.reason}" for dropped in plan.dropped]
+    reasons += [f"{num_broken} broken"] * bool(num_broken) + [f"{num_rejected} set aside"] * bool(num_rejected)
+    return ", ".join(reasons) or "the manifest has no rows"

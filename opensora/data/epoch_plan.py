@@ -1,0 +1,129 @@
+"""What training will make of a manifest: which clips go into which bucket, how many steps there are, what is lost."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opensora.data.sampler import BucketSampler
+from opensora.manifest import ClipRow
+
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One resolution and number of frames.
+
+    Attributes:
+        label: such as "240p 51f".
+        batch_size: B.
+        clips: how many are in it.
+        aspect_ratios: height / width -> how many of them, the most common first.
+        batches: how many they make.
+        repeats: clips that come once more to fill those.
+        share: of all batches.
+    """
+
+    label: str
+    batch_size: int
+    clips: int
+    aspect_ratios: dict[float, int]
+    batches: int
+    repeats: int
+    share: float
+
+
+@dataclass(frozen=True)
+class DroppedClips:
+    """Clips that are in no bucket.
+
+    Attributes:
+        reason: why.
+        clips: how many.
+        examples: a few of them, with their sizes.
+    """
+
+    reason: str
+    clips: int
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch.
+
+    Attributes:
+        rows: clips of the manifest that can be read.
+        clips: of them in buckets.
+        by_chance: whether other epochs have other clips.
+        batches: of all ranks.
+        steps: optimiser steps; a last one may reach into the next epoch.
+        mixed_steps: steps whose ranks work on different buckets, and wait for the largest.
+        buckets: those that have clips.
+        dropped: those that are in none.
+    """
+
+    rows: int
+    clips: int
+    by_chance: bool
+    batches: int
+    steps: float
+    mixed_steps: int
+    buckets: list[BucketPlan]
+    dropped: list[DroppedClips]
+
+
+def plan_epoch(rows: Sequence[ClipRow], sampler: BucketSampler, *, ranks: int = 1, microbatches: int = 1) -> EpochPlan:
+    """The plan of a run's first epoch.
+
+    Args:
+        rows: the clips, those of the sampler.
+        sampler: their order.
+        ranks: that each have batches of their own.
+        microbatches: of a rank in a step.
+    """
+    epoch, known = sampler.epoch(0), sampler.buckets.buckets
+    batches, clips = Counter[str](), Counter[str]()
+    ratios: dict[str, Counter[float]] = {}
+    sizes = {bucket.label: bucket.batch_size for bucket in known}
+    for number, count in zip(*np.unique(epoch.batch_bucket, return_counts=True), strict=True):
+        bucket, own = known[number], len(epoch.clips_of(int(number)))
+        batches[bucket.label] += int(count)
+        clips[bucket.label] += own
+        ratios.setdefault(bucket.label, Counter())[bucket.aspect_ratio] += own
+    total = len(epoch.batch_bucket)
+    plans = [
+        BucketPlan(
+            label,
+            sizes[label],
+            clips[label],
+            dict(ratios[label].most_common()),
+            batches[label],
+            batches[label] * sizes[label] - clips[label],
+            batches[label] / total,
+        )
+        for label in batches
+    ]
+    whole = total - total % ranks
+    at_once = epoch.batch_bucket[:whole].reshape(-1, ranks)
+    dropped = [
+        DroppedClips(reason.value, len(who), [_describe(rows[clip]) for clip in who[:_NUM_EXAMPLES]])
+        for reason, who in epoch.assignment.dropped().items()
+    ]
+    return EpochPlan(
+        rows=len(rows),
+        clips=sum(clips.values()),
+        by_chance=sampler.buckets.by_chance,
+        batches=total,
+        steps=total / (ranks * microbatches),
+        mixed_steps=int((at_once != at_once[:, :1]).any(axis=1).sum()),
+        buckets=plans,
+        dropped=dropped,
+    )
+
+
+def _describe(row: ClipRow) -> str:
+    frames = f"{row.num_frames} frame{'s' * (row.num_frames != 1)}"
+    return f"{row.path} ({frames} of {row.height}x{row.width})"
