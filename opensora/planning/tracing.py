@@ -49,7 +49,7 @@ class Tracer:
             alike: groups of methods, each as (object, name), that need the same for arguments of the same shapes; of
                 such calls only the first is run.
         """
-        memory = _LiveMemory()
+        memory = LiveMemory()
         with ExitStack() as stack:
             for group in alike:
                 needed: dict[Any, Any] = {}
@@ -67,14 +67,27 @@ def weight_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-class _LiveMemory(TorchDispatchMode):
-    """Counts the memory of the results of operations for as long as something refers to it."""
+class LiveMemory(TorchDispatchMode):
+    """Counts the memory of the results of operations for as long as something refers to it.
+
+    Attributes:
+        live_bytes: taken now.
+        peak_bytes: the most that was taken at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
-        self._live_bytes = 0
-        self._known: set[int] = set()
+        self.live_bytes = 0
+        self._known: dict[int, int] = {}
+
+    def release(self, tensor: Tensor) -> int:
+        """From now on `tensor`, a result of before, does not count; returns what it took."""
+        key = tensor.untyped_storage()._cdata
+        num_bytes = self._known.get(key, 0)
+        self.live_bytes -= num_bytes
+        self._known[key] = 0
+        return num_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -89,7 +102,7 @@ class _LiveMemory(TorchDispatchMode):
         workspace_bytes = 0
         if func in (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default):
             workspace_bytes = _convolution_workspace_bytes(args[0], args[1], result)
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes + workspace_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + workspace_bytes)
         return result
 
     def remembering(self, function: Callable[..., Any], needed: dict[Any, Any]) -> Callable[..., Any]:
@@ -100,9 +113,9 @@ class _LiveMemory(TorchDispatchMode):
             key = (structure, *(_layout(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
             if key in needed:
                 peak_bytes, layouts = needed[key]
-                self.peak_bytes = max(self.peak_bytes, self._live_bytes + peak_bytes)
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes + peak_bytes)
                 return tree_map_only(_Layout, _Layout.empty, layouts)
-            before_bytes, peak_before = self._live_bytes, self.peak_bytes
+            before_bytes, peak_before = self.live_bytes, self.peak_bytes
             self.peak_bytes = before_bytes
             result = function(*args, **kwargs)
             needed[key] = self.peak_bytes - before_bytes, tree_map_only(Tensor, _layout, result)
@@ -115,13 +128,12 @@ class _LiveMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known.add(key)
-            self._live_bytes += num_bytes
-            weakref.finalize(storage, self._forget, key, num_bytes).atexit = False
+            self._known[key] = num_bytes
+            self.live_bytes += num_bytes
+            weakref.finalize(storage, self._forget, key).atexit = False
 
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self._live_bytes -= num_bytes
+    def _forget(self, key: int) -> None:
+        self.live_bytes -= self._known.pop(key)
 
 
 @dataclass(frozen=True)

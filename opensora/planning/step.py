@@ -1,0 +1,259 @@
+"""One training step on imagined tensors: what is alive when, and how much is computed.
+
+The step that runs is the objective's own, forward and backward. Networks are deep and their layers alike, so only three
+layers run: what the second adds is counted once for every layer that was left out.
+
+Time goes on in segments:
+
+    before the layers | layer 0 | layer 1 ... | after the layers | backward of the last layer | ... | of layer 0 | rest
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from opensora.planning.autocast import ImaginedAutocast
+from opensora.planning.flops import CountedFlops, operation_flops
+from opensora.planning.tracing import LiveMemory
+
+LAYERS_RUN = 3  # the first, the last, and one to stand for those between
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a step.
+
+    Attributes:
+        kept_bytes: how much more is alive at its end than at its beginning, gradients of weights left out.
+        peak_bytes: the most that is alive within it beyond what was at its beginning.
+        gradient_bytes: of the gradients of weights that become ready in it.
+        flops: that are computed.
+    """
+
+    kept_bytes: int
+    peak_bytes: int
+    gradient_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch's forward and backward pass.
+
+    Attributes:
+        segments: in the order in which they run, those of layers that were left out included.
+        tokens: that enter the first layer, of all samples; None without layers.
+    """
+
+    segments: tuple[Segment, ...]
+    tokens: int | None
+
+    @property
+    def flops(self) -> int:
+        """Everything that is computed, what is computed again included."""
+        return sum(segment.flops for segment in self.segments)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that is alive at once besides weights and their gradients."""
+        return max(alive for alive, _ in self.moments())
+
+    def moments(self) -> Iterator[tuple[int, int]]:
+        """For each segment: bytes alive at its worst, and gradients that are ready at its end."""
+        alive = gradients = 0
+        for segment in self.segments:
+            gradients += segment.gradient_bytes
+            yield alive + segment.peak_bytes, gradients
+            alive += segment.kept_bytes
+
+
+def layers_of(blocks: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
+    """Blocks in groups that repeat, such as pairs of a spatial and a temporal one; all in one group if nothing does."""
+    makes = [(repr(block), getattr(block, "axis", None)) for block in blocks]
+    for size in range(1, len(blocks) // 2 + 1):
+        if len(blocks) % size == 0 and makes == makes[:size] * (len(blocks) // size):
+            return [blocks[start : start + size] for start in range(0, len(blocks), size)]
+    return [blocks] if blocks else []
+
+
+def trace_step(
+    compute_loss: Callable[[], Tensor],
+    module: nn.Module,
+    blocks: Sequence[nn.Module] = (),
+    autocast: ImaginedAutocast | None = None,
+) -> Step:
+    """Runs one step on the device "meta".
+
+    Args:
+        compute_loss: prepares an imagined batch and returns the scalar loss.
+        module: what is trained.
+        blocks: its repeated blocks, in the order in which they run.
+        autocast: in which precision.
+    """
+    recorder, autocast = _Recorder(), autocast or ImaginedAutocast(enabled=False, on_accelerator=False)
+    layers = layers_of(blocks)
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers[:LAYERS_RUN]):
+            recorder.watch(stack, number, layer)
+        for block in itertools.chain.from_iterable(layers[LAYERS_RUN:]):
+            stack.enter_context(patch.object(block, "forward", _pass_on))
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(recorder.collect).remove)
+        stack.enter_context(recorder)
+        with autocast, torch.enable_grad():
+            loss = compute_loss()
+            if len(layers) > LAYERS_RUN:
+                recorder.begin(("forget", 1))
+                autocast.forget(parameter for block in layers[1] for parameter in block.parameters())
+            recorder.begin(("after", 0))
+        autocast.forget()
+        recorder.is_forward = False
+        with autocast:
+            # `loss.backward()` would set the mode aside, and what is computed again would be computed without it.
+            engine = torch.autograd.Variable._execution_engine
+            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+        del loss
+        recorder.begin(("end", 0))
+    return Step(tuple(_unrolled(recorder.segments, len(layers))), recorder.tokens)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one batch's step computes.
+
+    Attributes:
+        forward, backward: floating-point operations, nothing computed twice.
+        in_layers: those of `forward` that are in the repeated blocks.
+        tokens: see `Step`.
+    """
+
+    forward: int
+    backward: int
+    in_layers: int
+    tokens: int | None
+
+
+def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] = ()) -> Work:
+    """The work of a step, told from its forward pass, of which one layer runs.
+
+    Args:
+        compute_loss: see `trace_step`.
+        blocks: see `trace_step`.
+    """
+    counted, layers = CountedFlops(), layers_of(blocks)
+    layer: list[tuple[int, int]] = []  # forward and backward before and after it
+    tokens: list[int] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens.append(args[0].shape[:-1].numel())
+        layer.append(counted.totals)
+
+    with ExitStack() as stack:
+        if layers:
+            first, last = layers[0][0], layers[0][-1]
+            stack.callback(first.register_forward_pre_hook(enter).remove)
+            stack.callback(last.register_forward_hook(lambda *_: layer.append(counted.totals)).remove)
+        for block in itertools.chain.from_iterable(layers[1:]):
+            stack.enter_context(patch.object(block, "forward", _pass_on))
+        stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
+        stack.enter_context(counted)
+        stack.enter_context(torch.enable_grad())
+        compute_loss()
+    forward, backward = counted.totals
+    if not layer:
+        return Work(forward, backward, 0, None)
+    before, after = layer
+    in_layer, left_out = after[0] - before[0], len(layers) - 1
+    return Work(
+        forward=forward + left_out * in_layer,
+        backward=backward + left_out * (after[1] - before[1]),
+        in_layers=len(layers) * in_layer,
+        tokens=tokens[0],
+    )
+
+
+class _Recorder(LiveMemory):
+    """Cuts what happens into segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.segments: list[tuple[tuple[str, int], Segment]] = []
+        self.is_forward = True
+        self.tokens: int | None = None
+        self._flops = 0
+        self._name = ("before", 0)
+        self._started = (0, 0, 0)  # live bytes, gradient bytes, flops
+        self._gradient_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self._flops += operation_flops(func, args, kwargs or {}, result)
+        return result
+
+    def begin(self, name: tuple[str, int]) -> None:
+        """Ends a segment and begins the next."""
+        live, gradients, flops = self._started
+        segment = Segment(
+            kept_bytes=self.live_bytes - live,
+            peak_bytes=max(self.peak_bytes, self.live_bytes) - live,
+            gradient_bytes=self._gradient_bytes - gradients,
+            flops=self._flops - flops,
+        )
+        self.segments.append((self._name, segment))
+        self._name, self._started = name, (self.live_bytes, self._gradient_bytes, self._flops)
+        self.peak_bytes = self.live_bytes
+
+    def collect(self, parameter: nn.Parameter) -> None:
+        """Takes a gradient that is ready out of the account of what is alive."""
+        assert parameter.grad is not None
+        self.release(parameter.grad)
+        self._gradient_bytes += parameter.grad.numel() * parameter.grad.element_size()
+        parameter.grad = None
+
+    def watch(self, stack: ExitStack, number: int, layer: Sequence[nn.Module]) -> None:
+        """Begins segments where a layer begins and ends, forward and backward."""
+        first, last = layer[0], layer[-1]
+        run_first, run_last = first.forward, last.forward
+
+        def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.is_forward:
+                if self.tokens is None:
+                    self.tokens = hidden_states.shape[:-1].numel()
+                self.begin(("forward", number))
+            return leave(hidden_states, *args, **kwargs) if first is last else run_first(hidden_states, *args, **kwargs)
+
+        def leave(*args: Any, **kwargs: Any) -> Tensor:
+            result = run_last(*args, **kwargs)
+            if self.is_forward:
+                if result.requires_grad:
+                    result.register_hook(lambda gradient: self.begin(("backward", number)))
+                self.begin(("between", number))
+            return result
+
+        if first is not last:
+            stack.enter_context(patch.object(last, "forward", leave))
+        stack.enter_context(patch.object(first, "forward", enter))
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer that is left out."""
+    return hidden_states
+
+
+def _unrolled(segments: Sequence[tuple[tuple[str, int], Segment]], num_layers: int) -> Iterator[Segment]:
+    """With the second layer's segments as often as there are layers between the first and the last."""
+    missing = max(0, num_layers - LAYERS_RUN)
+    for name, group in itertools.groupby(segments, key=lambda named: (named[0][0] == "backward", named[0][1])):
+        part = [segment for _, segment in group]
+        yield from part
+        if name[1] == 1:
+            yield from part * missing
