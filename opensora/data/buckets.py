@@ -6,6 +6,8 @@ is Open-Sora's own, as JSON or a Python dictionary:
     {"240p": {"1": (0.5, 48), "51": (1.0, 2)},  # resolution: {frames: (keep, batch size)}
      "144p": {"51": ((1.0, 0.33), 24)}}
 
+A resolution is one of `geometry.resolution_names()`, or one size such as "256x256" (height x width).
+
 A clip goes to the largest resolution that it fills to four fifths, there to the largest number of frames that it has
 more of (taken at the frame interval), and there to the nearest aspect ratio. `keep` is the chance that it stays; if it
 does not, it tries the next smaller resolution. Where `keep` is a pair, its second number is the chance that the number
@@ -135,11 +137,11 @@ class Buckets:
     def __init__(self, config: Mapping[str, Mapping[Any, Any]]) -> None:
         self.rules: list[_Rule] = []
         self.buckets: list[Bucket] = []
-        for resolution in sorted(_checked_names(config), key=num_pixels, reverse=True):
+        for resolution in sorted(_checked_names(config), key=_pixels, reverse=True):
             for num_frames, keep, considered, batch_size in _lengths(resolution, config[resolution]):
                 rule = _Rule(resolution, num_frames, keep, considered, batch_size, len(self.buckets))
                 self.rules.append(rule)
-                for ratio, (height, width) in aspect_table(resolution).items():
+                for ratio, (height, width) in _sizes(resolution).items():
                     self.buckets.append(Bucket(resolution, num_frames, ratio, height, width, batch_size))
         if not any(rule.chance for rule in self.rules):
             raise OpenSoraError("the buckets keep nothing: every keep probability is 0")
@@ -165,9 +167,9 @@ class Buckets:
         """
         shapes = []
         for rule in self.rules:
-            ratios = len(aspect_table(rule.resolution))
+            ratios = len(_sizes(rule.resolution))
             if num_batches is None:
-                weight, (height, width) = rule.chance, closest_size(rule.resolution, 9, 16)
+                weight, (height, width) = rule.chance, _lying(rule.resolution)
             else:
                 here = num_batches[rule.first : rule.first + ratios]
                 common = self.buckets[rule.first + int(here.argmax())]
@@ -199,7 +201,7 @@ class Buckets:
         chosen = np.full(len(clips.frames), -1)  # the rule
         reason = np.full(len(clips.frames), _REASONS.index(Dropped.TOO_SMALL))
         for resolution in dict.fromkeys(rule.resolution for rule in self.rules):
-            large = np.flatnonzero((chosen < 0) & (clips.pixels >= num_pixels(resolution) * _FILLED))
+            large = np.flatnonzero((chosen < 0) & (clips.pixels >= _pixels(resolution) * _FILLED))
             is_image = clips.frames[large] == 1
             self._choose(resolution, clips, large[is_image], None, chosen, reason)
             self._choose(resolution, clips, large[~is_image], frame_interval, chosen, reason)
@@ -208,7 +210,7 @@ class Buckets:
         bucket = np.full(len(chosen), -1)
         for number, rule in enumerate(self.rules):
             here = np.flatnonzero(chosen == number)
-            known = np.array(list(aspect_table(rule.resolution)))
+            known = np.array(list(_sizes(rule.resolution)))
             bucket[here] = rule.first + np.abs(known - ratio[here, None]).argmin(axis=1)
         return Assignment(bucket, reason)
 
@@ -216,13 +218,13 @@ class Buckets:
         """Numbers of all buckets that a clip may ever be in, whatever it draws, in the order in which it tries them."""
         found = []
         for resolution, rules in itertools.groupby(self.rules, lambda rule: rule.resolution):
-            if height * width < num_pixels(resolution) * _FILLED:
+            if height * width < _pixels(resolution) * _FILLED:
                 continue
             for rule in rules:
                 if (rule.num_frames == 1) != (num_frames == 1) or 1 < num_frames <= rule.num_frames * frame_interval:
                     continue
                 if rule.chance:
-                    known = np.array(list(aspect_table(resolution)))
+                    known = np.array(list(_sizes(resolution)))
                     found.append(rule.first + int(np.abs(known - height / width).argmin()))
                 if rule.chance == 1:
                     return found
@@ -269,6 +271,31 @@ class Buckets:
             waiting = np.concatenate([waiting[~long_enough], candidates[~considered]])
 
 
+# --- resolutions ------------------------------------------------------------------------------------------------------
+
+
+def _single_size(resolution: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", resolution)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _sizes(resolution: str) -> dict[float, tuple[int, int]]:
+    """{height / width: (height, width)}."""
+    if (size := _single_size(resolution)) is not None:
+        return {size[0] / size[1]: size}
+    return aspect_table(resolution)
+
+
+def _pixels(resolution: str) -> int:
+    size = _single_size(resolution)
+    return num_pixels(resolution) if size is None else size[0] * size[1]
+
+
+def _lying(resolution: str) -> tuple[int, int]:
+    """The size nearest to 16:9."""
+    return _single_size(resolution) or closest_size(resolution, 9, 16)
+
+
 # --- reading the configuration ----------------------------------------------------------------------------------------
 
 
@@ -276,8 +303,9 @@ def _checked_names(config: Mapping[str, Any]) -> list[str]:
     if not config:
         raise OpenSoraError('no buckets; give at least one resolution, such as {"240p": {"51": [1.0, 2]}}')
     for name, lengths in config.items():
-        if name not in resolution_names():
-            raise OpenSoraError(f"buckets have the unknown resolution {name!r}{nearest_name(name, resolution_names())}")
+        if name not in resolution_names() and _single_size(name) is None:
+            near = nearest_name(name, resolution_names())
+            raise OpenSoraError(f"buckets have the unknown resolution {name!r}{near}, or a size such as 256x256")
         if not isinstance(lengths, Mapping) or not lengths:
             raise OpenSoraError(f"buckets of {name} are {lengths!r}, expected {{frames: [keep, batch size]}}")
     return list(config)
