@@ -10,6 +10,7 @@ from opensora.training.diffusion_objective import DiffusionObjectiveConfig
 from opensora.training.diffusions import IDDPM, Flow
 from opensora.training.previews import JudgedPrompts
 from opensora.training.text import TrainedText
+from opensora.training.vae_clips import ToyboxVideos
 from opensora.training.vae_objective import VAEObjectiveConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
@@ -45,5 +46,5 @@ def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObject
 
 def vae_config(stage: str, **changes: Any) -> VAEObjectiveConfig:
     """One stage of autoencoder training, from scratch."""
-    options: dict[str, Any] = {"stage": stage, "clips": CLIPS, "autoencoder": AUTOENCODER, "num_clips": 4}
-    return VAEObjectiveConfig(**options | {"batch_size": 2, "frames_per_clip": 2} | changes)
+    options: dict[str, Any] = {"stage": stage, "data": ToyboxVideos(CLIPS, batch_size=2), "autoencoder": AUTOENCODER}
+    return VAEObjectiveConfig(**options | {"num_clips": 4, "frames_per_clip": 2} | changes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
+from opensora.training.vae_clips import ToyboxVideos
 from opensora.training.vae_objective import VAEObjectiveConfig
 
 RUNS = Path("runs")
@@ -38,7 +39,16 @@ AUTOENCODER = {
 
 def toybox_vae_frames() -> Recipe:
     """Stage 1 of the autoencoder: single frames."""
-    objective = VAEObjectiveConfig(stage="frames", autoencoder=AUTOENCODER, batch_size=8, frames_per_clip=4)
+    objective = VAEObjectiveConfig(
+        stage="frames",
+        data=ToyboxVideos(batch_size=8),
+        autoencoder=AUTOENCODER,
+        frames_per_clip=4,
+        mse_weight=2.0,
+        kl_weight=2e-4,
+        object_weight=20.0,
+        num_clips=1200,
+    )
     optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), decay=0.5)
     return Recipe("toybox_vae_frames", objective, LoopConfig(steps=1800, preview_every=200, optimizer=optimizer))
 
@@ -47,11 +57,14 @@ def toybox_vae_latents() -> Recipe:
     """Stage 2 of the autoencoder: time, on the latents of stage 1."""
     objective = VAEObjectiveConfig(
         stage="latents",
-        init_from=RUNS / "toybox_vae_frames" / "model",
-        batch_size=16,
-        object_weight=10.0,
+        data=ToyboxVideos(batch_size=16),
+        init_from=str(RUNS / "toybox_vae_frames" / "model"),
+        autoencoder=AUTOENCODER,
+        mse_weight=2.0,
         kl_weight=1e-3,
+        object_weight=10.0,
         num_clips=2000,
+        cache_latents=True,
     )
     optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), decay=0.5)
     return Recipe("toybox_vae_latents", objective, LoopConfig(steps=800, preview_every=200, optimizer=optimizer))
@@ -61,10 +74,13 @@ def toybox_vae_pixels() -> Recipe:
     """Stage 3 of the autoencoder: time and the spatial decoder together, on pixels."""
     objective = VAEObjectiveConfig(
         stage="pixels",
-        init_from=RUNS / "toybox_vae_latents" / "model",
-        batch_size=8,
+        data=ToyboxVideos(batch_size=8),
+        init_from=str(RUNS / "toybox_vae_latents" / "model"),
+        autoencoder=AUTOENCODER,
         frames_per_clip=4,
+        mse_weight=2.0,
         kl_weight=1e-3,
+        object_weight=20.0,
         num_clips=1000,
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-4, betas=(0.9, 0.99), decay=0.5)

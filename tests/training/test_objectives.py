@@ -170,14 +170,14 @@ def test_training_does_not_go_on_from_damaged_weights(part, tmp_path):
         diffusion_config("flow", tmp_path, **start).build("cpu")
     if part == "autoencoder":
         with pytest.raises(OpenSoraError, match="NaN or infinite"):
-            vae_config("pixels", autoencoder=None, init_from=path.parent).build("cpu")
+            vae_config("pixels", autoencoder=None, init_from=str(path.parent)).build("cpu")
 
 
 def test_stages_of_the_autoencoder_follow_each_other(tmp_path):
     start: dict[str, Any] = {}
     for stage in ("frames", "latents", "pixels"):
         run(vae_config(stage, **start), tmp_path / stage, 1)
-        start = {"autoencoder": None, "init_from": tmp_path / stage / "model"}
+        start = {"autoencoder": None, "init_from": str(tmp_path / stage / "model")}
     space = VideoAutoencoder.from_pretrained(tmp_path / "pixels" / "model").latent_space
     assert space.scaling_factor != 1 and space.shift and space.scale
 
@@ -189,8 +189,8 @@ def test_stages_of_the_autoencoder_follow_each_other(tmp_path):
         (lambda f: diffusion_config("flow", f, init_from="gone"), "no transformer in gone; train it first"),
         (lambda f: diffusion_config("flow", f, transformer=None), "objective.transformer .* or objective.init_from"),
         (lambda f: diffusion_config("flow", f, text=TrainedText()), "objective.text.options, or objective.init_from"),
-        (lambda f: vae_config("latents", init_from=f / "gone"), "train the stage before"),
-        (lambda f: vae_config("frames", autoencoder=None), "needs objective.autoencoder"),
+        (lambda f: vae_config("latents", init_from=str(f / "gone")), "train the stage before"),
+        (lambda f: vae_config("frames", autoencoder=None), "needs objective.init_from or objective.autoencoder"),
         (lambda f: vae_config("latents", autoencoder=NO_TIME), "has no temporal part to train"),
     ],
 )

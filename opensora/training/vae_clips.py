@@ -1,0 +1,147 @@
+"""Clips as autoencoders are trained on them: whole latent cells, cropped, and cut to many lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opensora.data.batch import BatchShape, ClipBatch, Source
+from opensora.data.encoding import whole_cells
+from opensora.data.toybox import ToyboxClips
+from opensora.distributed.seeding import Draw
+from opensora.errors import OpenSoraError
+
+
+@dataclass(frozen=True)
+class ToyboxVideos:
+    """Clips of the toybox, rendered when they are needed.
+
+    Attributes:
+        clips: what they show.
+        batch_size: B, clips a step.
+    """
+
+    clips: ToyboxClips = field(default_factory=ToyboxClips)
+    batch_size: int = 8
+
+    def open(self, split: Literal["train", "held_out"] = "train") -> "RenderedClips":
+        return RenderedClips(self, split)
+
+
+class RenderedClips(Source):
+    """Batches of rendered clips, with masks of their objects and without captions."""
+
+    def __init__(self, config: ToyboxVideos, split: Literal["train", "held_out"]) -> None:
+        self.config, self.split = config, split
+
+    def batch(self, draw: Draw) -> ClipBatch:
+        clips, size = self.config.clips, self.config.batch_size
+        video, mask = clips.render(size, draw.generator("clips"), split=self.split)
+        fps = torch.full((size,), float(clips.fps))
+        return ClipBatch(video, [""] * size, fps, f"{clips.num_frames}f", object_mask=mask)
+
+    def shapes(self) -> list[BatchShape]:
+        clips = self.config.clips
+        return [
+            BatchShape(f"{clips.num_frames}f", self.config.batch_size, clips.num_frames, clips.height, clips.width, 1.0)
+        ]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a source's clips is trained on. A batch has one length and one size.
+
+    Attributes:
+        image_share: share of batches that keep the first frame of each clip only.
+        random_lengths: cut the others to a length drawn uniformly from 1 to all of their frames.
+        crop: edge in pixels of a square cut out at random, the same place in all frames of a clip; None for the whole
+            picture, and no more than there is.
+    """
+
+    image_share: float = 0.0
+    random_lengths: bool = False
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_share <= 1:
+            raise OpenSoraError(f"cut.image_share is {self.image_share}; give a share from 0 to 1")
+        if self.crop is not None and self.crop < 1:
+            raise OpenSoraError(f"cut.crop is {self.crop}; give pixels, or none for whole pictures")
+
+    def num_frames(self, available: int, generator: torch.Generator) -> int:
+        """Frames that a batch keeps of `available`."""
+        if float(torch.rand((), generator=generator)) < self.image_share:
+            return 1
+        return int(torch.randint(1, available + 1, (), generator=generator)) if self.random_lengths else available
+
+    def lengths(self, available: int) -> dict[int, float]:
+        """Lengths and their shares of all batches; random ones stand for those up to them, a quarter of all each."""
+        shares = {1: self.image_share} if self.image_share else {}
+        longest = sorted({-(-available * k // 4) for k in range(1, 5)}) if self.random_lengths else [available]
+        for length in longest:
+            shares[length] = shares.get(length, 0.0) + (1 - self.image_share) / len(longest)
+        return {length: share for length, share in shares.items() if share}
+
+
+class CutClips(Source):
+    """Batches of another source, cut.
+
+    Args:
+        source: gives `ClipBatch`es.
+        cut: what to keep of them.
+        spatial_factor: pixels of a latent cell; rows and columns that fill none are left out.
+    """
+
+    def __init__(self, source: Source, cut: Cut, spatial_factor: int) -> None:
+        self.source, self.cut, self.spatial_factor = source, cut, spatial_factor
+
+    def batch(self, draw: Draw) -> ClipBatch:
+        clips: ClipBatch = self.source.batch(draw)
+        num_frames = self.cut.num_frames(clips.video.shape[2], draw.generator("length"))
+        tensors = [clips.video] if clips.object_mask is None else [clips.video, clips.object_mask]
+        tensors = [whole_cells(tensor[:, :, :num_frames], self.spatial_factor) for tensor in tensors]
+        if self.cut.crop is not None:
+            tensors = crop_at_random(tensors, self.cut.crop, self.spatial_factor, draw.generator("crop"))
+        mask = tensors[1] if len(tensors) == 2 else None
+        return replace(clips, video=tensors[0], object_mask=mask)
+
+    def shapes(self) -> list[BatchShape]:
+        shapes = []
+        for shape in self.source.shapes():
+            edge = self.cut.crop or max(shape.height, shape.width)
+            height, width = (self.whole(min(edge, side)) for side in (shape.height, shape.width))
+            for num_frames, share in self.cut.lengths(shape.num_frames).items():
+                label = f"{shape.label} cut to {num_frames}f" if num_frames != shape.num_frames else shape.label
+                shapes.append(BatchShape(label, shape.batch_size, num_frames, height, width, shape.share * share))
+        return shapes
+
+    def whole(self, side: int) -> int:
+        """Pixels of `side` that fill latent cells."""
+        return side - side % self.spatial_factor
+
+    def announce(self, draws: Sequence[Draw]) -> None:
+        self.source.announce(draws)
+
+    def figures(self) -> dict[str, float]:
+        return self.source.figures()
+
+
+def crop_at_random(tensors: list[Tensor], edge: int, multiple: int, generator: torch.Generator) -> list[Tensor]:
+    """The same square of `edge` pixels, or less where there is less, out of tensors (B, C, T, H, W), clip by clip."""
+    batch, height, width = tensors[0].shape[0], *tensors[0].shape[-2:]
+    rows, columns = (min(side, edge - edge % multiple) for side in (height, width))
+    places = [
+        [int(torch.randint(free + 1, (), generator=generator)) for free in (height - rows, width - columns)]
+        for _ in range(batch)
+    ]
+    return [
+        torch.stack(
+            [
+                clip[..., top : top + rows, left : left + columns]
+                for clip, (top, left) in zip(tensor, places, strict=True)
+            ]
+        )
+        for tensor in tensors
+    ]
