@@ -69,14 +69,16 @@ class ImaginedAutocast(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        cast = None
         if self._enabled and func in _BFLOAT16:
-            args, kwargs = tree_map_only(Tensor, self._to_bfloat16, (args, kwargs))
+            cast = self._to_bfloat16
         elif self._enabled and self._on_accelerator and func in _FLOAT32_ON_ACCELERATORS:
-            args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
+            cast = _to_float32
+        if cast is not None:
+            args, kwargs = tree_map_only(Tensor, cast, args), tree_map_only(Tensor, cast, kwargs)
         if func is F.scaled_dot_product_attention:
             func = _attention
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
     def _to_bfloat16(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float32:

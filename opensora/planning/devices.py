@@ -1,9 +1,9 @@
 """What devices can do, for plans: memory, peak, bandwidths.
 
-Peaks and bandwidths are the vendor's (NVIDIA's data sheets of H100, H200, A100 and L40S, the DGX B200 and DGX A100 data
-sheets, the white paper on the Ada architecture): dense bfloat16 products with float32 sums, without structured sparsity;
-links in one direction, which is half of what is advertised. Memory is what the driver shows, which is less than the name
-says where the vendor counts 10^9 bytes or the card checks for errors.
+Peaks and bandwidths are the vendor's (NVIDIA's data sheets of B200, H200, H100, A100, L40S and of their DGX machines,
+the white paper on the Ada architecture): dense bfloat16 products with float32 sums, without structured sparsity; links
+in one direction, which is half of what is advertised. Memory is what the driver shows: less than the name says where
+the vendor counts 10^9 bytes or the card checks for errors.
 """
 
 import os

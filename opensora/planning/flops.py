@@ -1,8 +1,8 @@
 """Floating-point operations of a computation, two for every multiplication with its sum.
 
 Products, convolutions and attention count, everything else is traffic. The work of a backward pass is told from the
-forward pass: a product costs as much again for each of its two sides that needs a gradient; fused attention computes its
-scores once more and costs 2.5 times.
+forward pass: a product costs as much again for each of its two sides that needs a gradient; fused attention, which
+computes its scores once more, 2.5 times as much.
 """
 
 from collections.abc import Mapping, Sequence

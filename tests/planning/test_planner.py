@@ -14,7 +14,7 @@ from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.outline import outline
 from opensora.planning.planner import ACCELERATOR, CPU, Planner
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, network_of, run_stage
-from opensora.planning.tracing import Tracer, _LiveMemory
+from opensora.planning.tracing import Tracer, LiveMemory
 
 SIZE = VideoSize(9, 48, 64)
 
@@ -64,7 +64,7 @@ def test_tensors_without_data_take_what_real_ones_take(planner, stage, choices):
     predicted = next(memory for memory in planner.stages(choices) if memory.name == stage)
     pipeline = make_wide_pipeline()
     network = network_of(pipeline, stage, choices)
-    memory = _LiveMemory()
+    memory = LiveMemory()
     with memory:
         run_stage(pipeline, stage, Clip(SIZE), choices)
     assert predicted.activation_bytes == pytest.approx(memory.peak_bytes, rel=0.03)
