@@ -154,21 +154,20 @@ def _check_row(cells: Mapping[str, Any], folder: Path, text_required: bool) -> C
     text = "" if _is_empty(text) else str(text)
     if text_required and not text.strip():
         raise OpenSoraError("no text; caption the clip, or leave it out")
-    num_frames, height, width = (_count(name, cells.get(name)) for name in ("num_frames", "height", "width"))
+    num_frames, height, width = [_count(name, cells.get(name)) for name in ("num_frames", "height", "width")]
     fps = None if _is_empty(cells.get("fps")) else _number("fps", cells["fps"])
     if num_frames == 1 and fps is not None and fps <= 0:
         fps = None  # some tables have 0 for images
     if num_frames > 1 and (fps is None or fps <= 0):
         raise OpenSoraError(f"fps is {'missing' if fps is None else format(fps, 'g')}, expected a positive number")
-    row = ClipRow(folder / name, text, num_frames, height, width, fps)
-    if not _is_empty(cells.get("aspect_ratio")):
-        told = _number("aspect_ratio", cells["aspect_ratio"])
+    row = ClipRow(Path(folder, name), text, num_frames, height, width, fps)
+    ratio, resolution = cells.get("aspect_ratio"), cells.get("resolution")
+    if not _is_empty(ratio):
+        told = _number("aspect_ratio", ratio)
         if abs(told - row.aspect_ratio) > _RATIO_TOLERANCE * max(1.0, row.aspect_ratio):
             raise OpenSoraError(f"aspect_ratio is {told:g}, but height / width is {row.aspect_ratio:.4g}")
-    if not _is_empty(cells.get("resolution")):
-        told = _number("resolution", cells["resolution"])
-        if told != row.resolution:
-            raise OpenSoraError(f"resolution is {told:g}, but height * width is {row.resolution}")
+    if not _is_empty(resolution) and _number("resolution", resolution) != row.resolution:
+        raise OpenSoraError(f"resolution is {resolution}, but height * width is {row.resolution}")
     return row
 
 
@@ -188,11 +187,8 @@ def _cells(row: ClipRow, folder: Path) -> dict[str, Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    return (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
-    )
+    """None, NaN, or text that says as much."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
 
 
 def _number(name: str, value: Any) -> float:
@@ -206,6 +202,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _count(name: str, value: Any) -> int:
+    if isinstance(value, str) and value.isdecimal():  # by far the most common
+        value = int(value)
     if _is_empty(value):
         raise OpenSoraError(f"{name} is missing")
     number = _number(name, value)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from opensora.cli.evaluate import Progress, check_count
+from opensora.cli.evaluate import check_count
 from opensora.cli.options import FLAG, option
+from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class DataPlan:
     """Every how manieth frame of a video is taken."""
     batches_in_a_row: Annotated[int | None, option("N", "the recipe's, or 8")] = None
     """How many batches of one size follow each other."""
-    uncaptioned: Annotated[bool | None, FLAG] = None
+    uncaptioned: Annotated[bool, FLAG] = False
     """Keep clips that have no caption; a recipe says so itself."""
     ranks: Annotated[int, option("N", "1")] = 1
     """Processes that each have batches of their own."""

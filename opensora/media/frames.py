@@ -88,16 +88,17 @@ def probe(path: str | Path, verify: Literal["count", "decode"] = "count") -> Cli
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether Pillow knows it as a picture that does not move."""
-    try:
-        with Image.open(path, formats=_PICTURES) as image:
-            if not getattr(image, "is_animated", False):
-                return True
-            if image.format != "GIF":
-                raise OpenSoraError(f"an animated {str(image.format).lower()}; convert it to mp4")
-            return False
-    except UnidentifiedImageError:
-        return False
+    """Whether Pillow knows it as a picture that does not move.
+
+    Raises:
+        OpenSoraError: the file cannot be opened, or it moves and nothing here can read it.
+    """
+    with _explained(), contextlib.suppress(UnidentifiedImageError), Image.open(path, formats=_PICTURES) as image:
+        if not getattr(image, "is_animated", False):
+            return True
+        if image.format != "GIF":
+            raise OpenSoraError(f"an animated {str(image.format).lower()}; convert it to mp4")
+    return False
 
 
 def read_picture(path: str | Path) -> Image.Image:
