@@ -57,7 +57,7 @@ def describe(recipe: "Recipe", folder: Path, device: str) -> None:
     import json
 
     from opensora.settings import to_dict
-    from opensora.training.checkpoint import list_checkpoints
+    from opensora.distributed.checkpoint import list_checkpoints
 
     module = recipe.objective.build(device).module
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

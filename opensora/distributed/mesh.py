@@ -110,7 +110,8 @@ def build_mesh(device: str, num_sequence_ranks: int) -> Mesh:
         )
     if num_ranks == 1:
         return Mesh()
-    sequence = dist.new_subgroups(num_sequence_ranks)[0] if num_sequence_ranks > 1 else None
+    sequence, _ = dist.new_subgroups(num_sequence_ranks) if num_sequence_ranks > 1 else (None, [])
+    assert not isinstance(sequence, int)
     return Mesh(
         rank=dist.get_rank(),
         num_ranks=num_ranks,

@@ -1,16 +1,19 @@
 """Optimisers and the learning-rate schedule.
 
-Muon (Jordan et al., 2024: momentum, then the nearest orthogonal matrix by Newton-Schulz) takes the hidden matrices,
-AdamW everything else: embeddings, first and last layers, norms and biases. On the small models of this package Muon
-needs about a quarter of AdamW's samples for the same loss.
+Muon takes the hidden matrices, AdamW everything else: embeddings, first and last layers, norms and biases. On the small
+models of this package Muon needs about a quarter of AdamW's samples for the same loss.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from opensora.distributed.shards import whole
+from opensora.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Optimizer:
     """Muon on the hidden matrices and AdamW on the rest, stepped as one.
 
     Args:
-        named_parameters: trainable parameters by name.
+        named_parameters: trainable parameters by name; sharded ones are updated share by share.
         not_matrices: names whose parameters AdamW takes although they are matrices (first and last layers).
         config: rates and decay.
     """
@@ -60,12 +63,13 @@ class Optimizer:
     def __init__(
         self, named_parameters: list[tuple[str, nn.Parameter]], not_matrices: set[str], config: OptimizerConfig
     ) -> None:
-        use_muon = config.matrices == "muon"
-        self.matrices = [p for n, p in named_parameters if use_muon and p.ndim >= 2 and n not in not_matrices]
-        chosen = {id(p) for p in self.matrices}
-        others = [p for _, p in named_parameters if id(p) not in chosen]
-        # torch's Muon takes matrices only: it sees each kernel through a view that shares its storage.
-        self.matrix_views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.matrices]
+        self.named_parameters = dict(named_parameters)
+
+        def is_matrix(name: str) -> bool:
+            return config.matrices == "muon" and self.named_parameters[name].ndim >= 2 and name not in not_matrices
+
+        matrices = [p for n, p in named_parameters if is_matrix(n)]
+        others = [p for n, p in named_parameters if not is_matrix(n)]
         groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -76,29 +80,43 @@ class Optimizer:
             self.parts["adamw"] = torch.optim.AdamW(
                 groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
             )
-        if self.matrix_views:
-            self.parts["muon"] = torch.optim.Muon(
-                self.matrix_views, lr=config.muon_lr, momentum=0.95, nesterov=True, weight_decay=config.weight_decay
-            )
+        if matrices:
+            self.parts["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
         self.peak_rates = {"adamw": config.lr, "muon": config.muon_lr}
 
     def step(self, factor: float) -> None:
         """Updates every weight at `factor` times its peak rate."""
-        for view, parameter in zip(self.matrix_views, self.matrices, strict=True):
-            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
         for name, part in self.parts.items():
             for group in part.param_groups:
                 group["lr"] = self.peak_rates[name] * factor
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was accumulated for each parameter: {"exp_avg/blocks.0.weight": ..., ...}."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self.named_parameters.items()
+            for part in self.parts.values()
+            for key, value in part.state.get(parameter, {}).items()
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+    def prepare_state(self, names: Iterable[str]) -> None:
+        """Makes room for what `state_dict` called so, before it is read from a checkpoint.
+
+        Raises:
+            KeyError: a name of a parameter that is not trained here.
+        """
+        for key, _, name in (entry.partition("/") for entry in names):
+            parameter = self.named_parameters[name]
+            for part in self.parts.values():
+                if any(parameter is p for group in part.param_groups for p in group["params"]):
+                    empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                    part.state[parameter][key] = empty.detach()
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     """Scales gradients in place to a global norm of at most `max_norm`; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return float(norm)

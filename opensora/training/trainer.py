@@ -3,24 +3,32 @@
 A run lives in one folder: `recipe.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `previews/`, `cache/` and, at
 the end, `model/`. Starting a run in a folder that holds checkpoints resumes it; because every draw depends on
 a batch's place in the run alone, the resumed run's weights equal an uninterrupted run's bit for bit on CPU.
+
+The same code runs in one process and in many: under `torchrun` each rank makes a `Trainer`, all of them take the same
+steps, each with batches of its own, and the first one writes and speaks.
 """
 
+import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from opensora.distributed.checkpoint import Checkpoints, newest_checkpoint, read_counters, read_names, read_tensors
+from opensora.distributed.mesh import build_mesh
 from opensora.distributed.seeding import Draw, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.files import use_default_permissions
-from opensora.settings import read_json, save_settings, to_dict
-from opensora.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from opensora.training.config import Recipe
 from opensora.training.ema import EMA
-from opensora.training.metrics import Metrics
+from opensora.training.metrics import Means, Metrics, Work, by_group, peak_memory_gb
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
+from opensora.training.parallel import Parallel, average_gradients, in_one_piece, wrap_blocks
+from opensora.training.record import record_recipe
 
 
 class Trainer:
@@ -30,10 +38,15 @@ class Trainer:
         recipe: what to train and how.
         folder: the run's folder; resumes from its newest checkpoint if it has one.
         device: "cpu", "cuda", "mps".
-        on_step: called after every step with (step, steps, figures) to show progress.
+        on_step: called after every step with (step, steps, figures of this rank) to show progress.
+
+    Attributes:
+        step: optimiser steps done.
+        batches: batches drawn, by all ranks; the place in the stream of data.
+        notes: what was noticed while resuming, in sentences.
 
     Raises:
-        OpenSoraError: the folder holds a run of another recipe.
+        OpenSoraError: the folder holds a run of another recipe, or the ranks do not fit the recipe.
     """
 
     def __init__(
@@ -43,24 +56,30 @@ class Trainer:
         device: str = "cpu",
         on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     ) -> None:
-        self.loop, self.folder, self.device, self.on_step = recipe.loop, folder, device, on_step
-        torch.manual_seed(recipe.loop.seed)  # for the weights that a network begins with
+        loop = self.loop = recipe.loop
+        self.folder, self.device, self.on_step = folder, device, on_step
+        self.mesh = build_mesh(device, loop.sequence_parallel)
+        record_recipe(recipe, folder / "recipe.json", self.mesh)
+        torch.manual_seed(loop.seed)  # for the weights that a network begins with
         self.objective = recipe.objective.build(device)
-        self.module = self.objective.module.to(device)
-        if self.loop.compile:
-            for block in self.objective.blocks():
-                block.compile()
+        self.module, self.critic = self.objective.module.to(device), self.objective.critic
+        self.objective.split_sequences(self.mesh.sequence)
+        wrap_blocks(self.objective.blocks(), loop.activation_checkpointing, loop.compile)
+        self.parallel = Parallel(self.objective, self.mesh, loop.sharding, loop.precision)
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        self.optimizer = Optimizer(named, self.objective.not_matrices, self.loop.optimizer)
-        self.ema = EMA(self.module, self.loop.ema_decay)
-        self.step = 0
-        self.bad_steps = 0
+        self.optimizer = Optimizer(named, self.objective.not_matrices, loop.optimizer)
+        self.ema = EMA(self.module, loop.ema_decay, loop.ema_warmup)
+        self.critic_optimizer = None
+        if self.critic is not None:
+            self.critic.to(device)
+            self.critic_optimizer = Optimizer(list(self.critic.named_parameters()), set(), loop.critic)
+        self.step = self.batches = self.bad_steps = 0
         self.stop_requested = False
-        record_recipe(recipe, folder / "recipe.json")
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        if checkpoints:
-            self.load_state_dict(load_checkpoint(checkpoints[-1]))
+        self.notes: list[str] = []
+        self.means, self.work = Means(), Work(loop.peak_tflops)
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.mesh, loop.keep_checkpoints)
+        self.resume()
 
     def run(self) -> Path:
         """Trains to the last step and exports the averaged weights.
@@ -69,149 +88,227 @@ class Trainer:
             Folder of the exported model.
 
         Raises:
-            OpenSoraError: `max_bad_steps` non-finite steps in a row.
-            KeyboardInterrupt: `stop_requested` was set; the step under way was finished and saved.
+            OpenSoraError: `max_bad_steps` non-finite steps in a row, or a checkpoint that cannot be written.
+            KeyboardInterrupt: `stop_requested` was set on a rank; the step under way was finished and saved.
         """
         loop = self.loop
-        self.objective.set_up(self.folder / "cache")
-        metrics = Metrics(self.folder, self.step)
-        started = time.perf_counter()
-        while self.step < loop.steps:
-            terms = self.accumulate_gradients()
-            grad_norm = float(clip_gradients(self.parameters, loop.max_grad_norm))
-            self.update_weights(grad_norm)
-            self.step += 1
-
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            figures = {**terms, "grad_norm": grad_norm, "step_s": seconds, "bad_steps": float(self.bad_steps)}
-            if self.on_step is not None:
-                self.on_step(self.step, loop.steps, figures)
-            if self.due(loop.log_every) or self.step == loop.steps:
-                metrics.write(self.step, figures)
-            if self.due(loop.preview_every):
-                metrics.write(self.step, self.preview())
-            if self.due(loop.checkpoint_every) or self.step == loop.steps or self.stop_requested:
-                self.checkpoint()
-            if self.stop_requested:
-                metrics.close()
-                raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
-        metrics.close()
+        with self.mesh.first_rank_first():
+            self.objective.set_up(self.folder / "cache")
+        with self.recorder() as write:
+            while self.step < loop.steps:
+                figures = self.train_step()
+                self.means.add(figures)
+                if self.on_step is not None:
+                    self.on_step(self.step, loop.steps, figures)
+                if self.due(loop.log_every) or self.step == loop.steps:
+                    write(self.step, self.figures())
+                if self.due(loop.preview_every):
+                    write(self.step, self.preview())
+                stop, failed = self.mesh.any(self.stop_requested, self.checkpoints.error is not None)
+                if failed:
+                    self.checkpoints.wait()
+                if self.due(loop.checkpoint_every) or self.step == loop.steps or stop:
+                    self.checkpoint()
+                if stop:
+                    self.checkpoints.wait()
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
+            self.checkpoints.wait()
         return self.export()
+
+    def train_step(self) -> dict[str, float]:
+        """One step of the module, and of the critic if there is one; returns this rank's figures."""
+        started, loop = time.perf_counter(), self.loop
+        terms, batches = self.accumulate_gradients()
+        grad_norm = clip_gradients(self.parameters, loop.max_grad_norm)
+        if math.isfinite(grad_norm):
+            self.bad_steps = 0
+            self.optimizer.step(learning_rate_factor(self.step, loop.steps, loop.optimizer))
+            self.ema.update(self.module, self.step)
+            terms |= self.train_critic(batches)
+        else:
+            self.count_bad_step()
+        self.step += 1
+        self.batches += loop.microbatches * self.mesh.num_data_ranks
+        step_s = time.perf_counter() - started
+        self.work.seconds += step_s
+        return {**terms, "grad_norm": grad_norm, "step_s": step_s, "bad_steps": float(self.bad_steps)}
+
+    def accumulate_gradients(self) -> tuple[dict[str, float], list[tuple[Any, Draw]]]:
+        """Forward and backward of every microbatch.
+
+        Returns:
+            The mean of each loss term, and the batches if there is a critic to see them.
+        """
+        loop, objective = self.loop, self.objective
+        self.module.zero_grad(set_to_none=True)
+        seen, batches, waited_s = [], [], 0.0
+        for k in range(loop.microbatches):
+            draw = self.draw(k)
+            torch.manual_seed(derive_seed(loop.seed, "layers", draw.position))  # dropout and its like
+            before = time.perf_counter()
+            objective.announce(self.next_draws(k))
+            batch = objective.prepare(draw)
+            waited_s += time.perf_counter() - before
+            self.parallel.reduce_next(k == loop.microbatches - 1)
+            groups = objective.groups(batch)
+            with self.autocast(), self.work.counted(str(groups.get("bucket", [""])[0])):
+                terms = self.parallel.losses(objective.loss, batch, draw)
+            total(terms, loop.microbatches).backward()
+            seen.append(({name: term.detach() for name, term in terms.items()}, groups))
+            if self.critic is not None:
+                batches.append((batch, draw))
+        self.parallel.average_gradients(self.parameters)
+        return {**self.read_terms(seen), "data_s": waited_s}, batches
+
+    def train_critic(self, batches: list[tuple[Any, Draw]]) -> dict[str, float]:
+        """One step of the critic on the batches that the module has just learnt from; returns its mean loss."""
+        if self.critic is None or self.critic_optimizer is None:
+            return {}
+        self.critic.zero_grad(set_to_none=True)
+        seen = []
+        for batch, draw in batches:
+            with self.autocast():
+                terms = self.parallel.losses(self.objective.critic_loss, batch, draw)
+            loss = total(terms, len(batches))
+            loss.backward()
+            seen.append(loss.detach())
+        parameters = list(self.critic.parameters())
+        average_gradients(parameters, self.mesh)
+        grad_norm = clip_gradients(parameters, self.loop.max_grad_norm)
+        if math.isfinite(grad_norm):
+            self.critic_optimizer.step(learning_rate_factor(self.step, self.loop.steps, self.loop.critic))
+        return {"critic_loss": float(sum(seen)), "critic_grad_norm": grad_norm}
+
+    def draw(self, ahead: int) -> Draw:
+        """The place in the run of this rank's batch that comes `ahead` batches after the step's first."""
+        position = self.batches + self.mesh.num_data_ranks * ahead + self.mesh.data_rank
+        return Draw(self.loop.seed, position, self.step + ahead // self.loop.microbatches)
+
+    def next_draws(self, ahead: int) -> list[Draw]:
+        """From that batch on, as many as data are told of ahead of time."""
+        draws = (self.draw(k) for k in range(ahead, ahead + 1 + self.loop.prefetch))
+        return [draw for draw in draws if draw.step < self.loop.steps]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.loop.precision == "bf16")
+
+    def count_bad_step(self) -> None:
+        """Notes a step whose gradient is not finite, and which therefore changes nothing."""
+        self.bad_steps += 1
+        if self.bad_steps >= self.loop.max_bad_steps:
+            raise OpenSoraError(
+                f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
+                "start again in another --output with a lower learning rate or loop.precision=fp32"
+            )
+
+    def read_terms(self, seen: list[tuple[dict[str, Tensor], dict[str, list[str]]]]) -> dict[str, float]:
+        """The mean of each loss term over the microbatches; losses of groups go to the figures at once.
+
+        Args:
+            seen: of each microbatch, its terms, (B,) each, and the groups of its samples.
+        """
+        means: dict[str, float] = {}
+        for terms, groups in seen:
+            values = {name.lstrip("_"): term.tolist() for name, term in terms.items()}
+            values["loss"] = torch.stack([term for name, term in terms.items() if is_minimised(name)]).sum(0).tolist()
+            for of_sample in by_group(values["loss"], groups):
+                self.means.add(of_sample)
+            self.work.samples += len(values["loss"])
+            for name, of_samples in values.items():
+                means[name] = means.get(name, 0.0) + sum(of_samples) / len(of_samples) / len(seen)
+        return means
 
     def due(self, every: int) -> bool:
         """Whether what happens `every` so many steps (0 = never) happens now."""
         return every > 0 and self.step % every == 0
 
-    def accumulate_gradients(self) -> dict[str, float]:
-        """Forward and backward of every microbatch; returns the mean of each loss term."""
-        self.module.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
-        for microbatch in range(self.loop.microbatches):
-            draw = Draw(self.loop.seed, self.step * self.loop.microbatches + microbatch, self.step)
-            torch.manual_seed(derive_seed(self.loop.seed, "layers", draw.position))  # dropout and its like
-            batch = self.objective.prepare(draw)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
-                terms = self.objective.loss(batch, draw)
-            minimised = [term.mean() for name, term in terms.items() if not name.startswith("_")]
-            loss = torch.stack(minimised).sum() / self.loop.microbatches
-            loss.backward()
-            means = {name.lstrip("_"): float(term.detach().mean()) for name, term in terms.items()}
-            for name, mean in {"loss": float(loss.detach()) * self.loop.microbatches, **means}.items():
-                sums[name] = sums.get(name, 0.0) + mean / self.loop.microbatches
-        return sums
+    def figures(self) -> dict[str, float]:
+        """What is logged: means since the last line over all ranks, and the state of things."""
+        rate = learning_rate_factor(self.step - 1, self.loop.steps, self.loop.optimizer)
+        figures = {**self.means.take(self.mesh), **self.work.take(self.mesh), "learning_rate_factor": rate}
+        figures["bad_steps"] = float(self.bad_steps)
+        figures["peak_memory_gb"] = max(self.mesh.gather(peak_memory_gb(self.device)))
+        return {**figures, **self.objective.figures()}
 
-    def update_weights(self, grad_norm: float) -> None:
-        """One optimiser step, or none if the gradient is not finite."""
-        if grad_norm != grad_norm or grad_norm == float("inf"):
-            self.bad_steps += 1
-            if self.bad_steps >= self.loop.max_bad_steps:
-                raise OpenSoraError(
-                    f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
-                    "start again in another --output with a lower learning rate or loop.precision=fp32"
-                )
-            return
-        self.bad_steps = 0
-        self.optimizer.step(learning_rate_factor(self.step, self.loop.steps, self.loop.optimizer))
-        self.ema.update(self.module, self.step)
+    @contextlib.contextmanager
+    def recorder(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
+        """Where figures are written: nowhere but on the first rank. A checkpoint under way is written to its end."""
+        metrics = Metrics(self.folder, self.step) if self.mesh.is_first else None
+        try:
+            yield metrics.write if metrics else lambda step, figures: None
+        finally:
+            if metrics:
+                metrics.close()
+            self.checkpoints.join()
 
     def preview(self) -> dict[str, float]:
-        """Samples of the averaged weights, written to `previews/`."""
-        return self.with_average(lambda: self.objective.preview(self.folder / "previews", self.step))
+        """Samples of the averaged weights, written to `previews/`; its figures on the first rank."""
+        with self.averaged_weights() as may_use:
+            return self.objective.preview(self.folder / "previews", self.step) if may_use else {}
 
     def export(self) -> Path:
         """Writes the averaged weights as `model/`."""
         folder = self.folder / "model"
-        self.with_average(lambda: self.objective.export(folder))
-        use_default_permissions(folder)
+        with self.averaged_weights() as may_use:
+            if may_use:
+                self.objective.export(folder)
+                use_default_permissions(folder)
         return folder
 
-    def with_average(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` while the module holds its averaged weights, in evaluation mode."""
-        self.ema.swap(self.module)
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                return action()
-        finally:
-            self.module.train()
-            self.ema.swap(self.module)
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[bool]:
+        """Within it the module holds its averaged weights, for evaluation, on the first rank alone."""
+        with in_one_piece(self.module, self.ema.average, self.mesh) as may_use, torch.no_grad():
+            self.module.eval()
+            self.objective.split_sequences(None)
+            try:
+                yield may_use
+            finally:
+                self.objective.split_sequences(self.mesh.sequence)
+                self.module.train()
 
-    def checkpoint(self) -> Path:
-        return save_checkpoint(self.folder / "checkpoints", self.step, self.state_dict(), self.loop.keep_checkpoints)
+    def checkpoint(self) -> None:
+        """Begins to write what `resume` reads."""
+        per_step = self.loop.microbatches * self.mesh.num_data_ranks
+        counters = {"bad_steps": self.bad_steps, "batches": self.batches, "batches_per_step": per_step}
+        self.checkpoints.save(self.step, self.tensors(), counters)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "bad_steps": self.bad_steps,
-            "module": self.module.state_dict(),
-            "ema": self.ema.state_dict(),
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        path, damages = newest_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            return
+        names = read_names(path)
+        self.optimizer.prepare_state(n.removeprefix("optimizer/") for n in names if n.startswith("optimizer/"))
+        if self.critic_optimizer is not None:
+            critic = (n.removeprefix("critic_optimizer/") for n in names if n.startswith("critic_optimizer/"))
+            self.critic_optimizer.prepare_state(critic)
+        read_tensors(path, self.tensors(), self.mesh)
+        counters = read_counters(path)
+        self.step, self.bad_steps, self.batches = (counters[name] for name in ("step", "bad_steps", "batches"))
+        self.notes += [f"{damage}; going on from {path.name}" for damage in damages]
+        before, now = counters["batches_per_step"], self.loop.microbatches * self.mesh.num_data_ranks
+        if before != now:
+            self.notes.append(f"a step now has {now} batches and had {before}; change loop.microbatches to keep it")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        parts = {
+            "module": {name: value for name, value in self.module.state_dict().items() if name not in frozen},
+            "average": self.ema.average,
             "optimizer": self.optimizer.state_dict(),
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        if self.critic is not None and self.critic_optimizer is not None:
+            parts |= {"critic": self.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state_dict()}
+        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-FREE_TO_CHANGE = (
-    "loop.log_every",
-    "loop.checkpoint_every",
-    "loop.preview_every",
-    "loop.keep_checkpoints",
-    "objective.num_previews",
-    "objective.preview",
-    "objective.export_dtype",
-    "objective.diffusion.sampler",
-    "objective.defaults",
-)
-"""Settings, and groups of settings, that do not decide the weights."""
+def is_minimised(name: str) -> bool:
+    """Whether a loss term is more than a figure."""
+    return not name.startswith("_")
 
 
-def record_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the recipe beside the run, or holds it against the one that is there: a resumed run must be the same run.
-
-    Raises:
-        OpenSoraError: a setting that decides the weights has changed.
-    """
-    if path.exists():
-        before, now = flatten(read_json(path)), flatten(to_dict(recipe))
-        changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE_TO_CHANGE))
-        if changed:
-            values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
-            raise OpenSoraError(
-                f"{path.parent} holds a run with other settings: {values}; use them, or another --output"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_settings(recipe, path)
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one: {"loop.steps": 100, ...}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+def total(terms: Mapping[str, Tensor], num_batches: int) -> Tensor:
+    """What a batch adds to the loss of a step of so many batches."""
+    return torch.stack([term.mean() for name, term in terms.items() if is_minimised(name)]).sum() / num_batches

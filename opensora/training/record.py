@@ -1,0 +1,57 @@
+"""The settings of a run, written beside it: a resumed run must be the same run."""
+
+from pathlib import Path
+from typing import Any
+
+from opensora.distributed.mesh import Mesh
+from opensora.errors import OpenSoraError
+from opensora.settings import read_json, save_settings, to_dict
+from opensora.training.config import Recipe
+
+FREE_TO_CHANGE = (
+    "loop.log_every",
+    "loop.checkpoint_every",
+    "loop.preview_every",
+    "loop.keep_checkpoints",
+    "loop.microbatches",
+    "loop.activation_checkpointing",
+    "loop.sharding",
+    "loop.sequence_parallel",
+    "loop.prefetch",
+    "loop.peak_tflops",
+    "objective.num_previews",
+    "objective.export_dtype",
+    "objective.sampler",
+    "objective.defaults",
+)
+"""Settings, and groups of settings, that do not decide the weights, or only with how many ranks there are."""
+
+
+def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> None:
+    """Writes the recipe beside the run, or holds it against the one that is there.
+
+    Raises:
+        OpenSoraError: a setting that decides the weights has changed.
+    """
+    if path.exists():
+        before, now = flatten(read_json(path)), flatten(to_dict(recipe))
+        changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE_TO_CHANGE))
+        if changed:
+            values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
+            raise OpenSoraError(
+                f"{path.parent} holds a run with other settings: {values}; use them, or another --output"
+            )
+    mesh.wait()
+    if mesh.is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_settings(recipe, path)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one: {"loop.steps": 100, ...}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
