@@ -34,7 +34,8 @@ class RenderedClips(Source):
     """Batches of rendered clips, with masks of their objects and without captions."""
 
     def __init__(self, config: ToyboxVideos, split: Literal["train", "held_out"]) -> None:
-        self.config, self.split = config, split
+        self.config = config
+        self.split: Literal["train", "held_out"] = split
 
     def batch(self, draw: Draw) -> ClipBatch:
         clips, size = self.config.clips, self.config.batch_size
@@ -136,12 +137,8 @@ def crop_at_random(tensors: list[Tensor], edge: int, multiple: int, generator: t
         [int(torch.randint(free + 1, (), generator=generator)) for free in (height - rows, width - columns)]
         for _ in range(batch)
     ]
-    return [
-        torch.stack(
-            [
-                clip[..., top : top + rows, left : left + columns]
-                for clip, (top, left) in zip(tensor, places, strict=True)
-            ]
-        )
-        for tensor in tensors
-    ]
+    cropped = []
+    for tensor in tensors:
+        clips = zip(tensor, places, strict=True)
+        cropped.append(torch.stack([clip[..., y : y + rows, x : x + columns] for clip, (y, x) in clips]))
+    return cropped

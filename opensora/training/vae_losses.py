@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.models.autoencoders.posterior import Posterior
 
@@ -57,7 +57,7 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.flatten(1).mean(dim=1)
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Weight that gives two losses equally long gradients at the decoder's last layer (Esser et al., 2021).
 
     Args:
