@@ -205,7 +205,7 @@ def encode_clips(
             encoded = autoencoder.encode(video)
         latents.append(encoded.half().cpu())
         masks.append(latent_cells(mask, autoencoder).cpu())
-    return torch.cat(latents), torch.cat(masks)
+    return torch.cat(latents).contiguous(), torch.cat(masks).contiguous()
 
 
 def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:

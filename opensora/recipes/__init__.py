@@ -6,6 +6,17 @@ from opensora.errors import OpenSoraError
 from opensora.recipes.toybox import toybox, toybox_base, toybox_given, toybox_iddpm, toybox_iddpm_given
 from opensora.recipes.toybox_judge import toybox_judge
 from opensora.recipes.toybox_vae import toybox_vae_frames, toybox_vae_latents, toybox_vae_pixels
+from opensora.recipes.v1_0 import v1_0_16x256x256, v1_0_16x256x256_hq, v1_0_16x512x512, v1_0_64x512x512, v1_0_debug
+from opensora.recipes.v1_1 import v1_1_debug, v1_1_image, v1_1_stage1, v1_1_stage2, v1_1_stage3
+from opensora.recipes.v1_2 import (
+    v1_2_adapt_flow,
+    v1_2_adapt_images,
+    v1_2_adapt_temporal,
+    v1_2_debug,
+    v1_2_stage1,
+    v1_2_stage2,
+    v1_2_stage3,
+)
 from opensora.settings import nearest_name
 from opensora.training.config import Recipe
 
@@ -19,6 +30,23 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_given,
     toybox_iddpm,
     toybox_iddpm_given,
+    v1_0_16x256x256,
+    v1_0_16x256x256_hq,
+    v1_0_16x512x512,
+    v1_0_64x512x512,
+    v1_0_debug,
+    v1_1_image,
+    v1_1_stage1,
+    v1_1_stage2,
+    v1_1_stage3,
+    v1_1_debug,
+    v1_2_adapt_flow,
+    v1_2_adapt_images,
+    v1_2_adapt_temporal,
+    v1_2_stage1,
+    v1_2_stage2,
+    v1_2_stage3,
+    v1_2_debug,
 )
 
 

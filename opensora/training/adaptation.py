@@ -64,14 +64,12 @@ def build_transformer(
             raise OpenSoraError("a transformer needs objective.transformer (its options), or objective.init_from")
         with torch.device(META) if device == META else torch.device("cpu"):
             return build_model(ARCHITECTURES[architecture], options, Path("objective.transformer"))
+    if device == META and options is not None:  # what the weights would be does not matter
+        return build_transformer(architecture, options, None, (), device)
     found = find_part(init_from, "transformer", on_disk=device != META)
     cls = transformer_class(found) if options is None else ARCHITECTURES[architecture]
     if device == META:
-        where = Path("objective.transformer")
-        if options is None:
-            return outline(found, cls).train()  # type: ignore[return-value]
-        with torch.device(META):
-            return build_model(cls, options, where)
+        return outline(found, cls).train()  # type: ignore[return-value]
     if options is None:
         options = dict(found.config or find_config(found.path, cls, read_weights(found.path)))
     if not new_parts:
@@ -129,19 +127,19 @@ def start_from(
 
 
 def choose_trained(
-    transformer: SpaceTimeTransformer, train: Literal["all", "temporal"], *, freeze_text_embedder: bool
+    transformer: SpaceTimeTransformer, train: Literal["all", "temporal", "spatial"], *, freeze_text_embedder: bool
 ) -> None:
     """Says which parameters have gradients.
 
     Args:
         transformer: to be trained.
-        train: "temporal" for what attends along time alone.
+        train: "temporal" for what attends along time alone, "spatial" for all the rest.
         freeze_text_embedder: keep what projects the text, and the null text, as they are.
     """
     for name, parameter in transformer.named_parameters():
-        of_time = _TEMPORAL.search(name) is not None
+        kind = "temporal" if _TEMPORAL.search(name) else "spatial"
         frozen_text = freeze_text_embedder and name.startswith("y_embedder.")
-        parameter.requires_grad_(parameter.requires_grad and (train == "all" or of_time) and not frozen_text)
+        parameter.requires_grad_(parameter.requires_grad and train in ("all", kind) and not frozen_text)
 
 
 def _renamed(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.data.batch import BatchShape, LatentBatch, Source
+from opensora.data.clips import ManifestClips
+from opensora.data.encoding import EncodedClips
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
 from opensora.distributed.seeding import Draw
@@ -27,7 +29,7 @@ from opensora.training.adaptation import Architecture, NewPart, build_transforme
 from opensora.training.diffusions import IDDPM, Flow
 from opensora.training.export import copies, origin_of_latents, save_pipeline
 from opensora.training.objective import Objective
-from opensora.training.parts import Untrained, build_part
+from opensora.training.parts import META, Untrained, build_part
 from opensora.training.previews import JudgedPrompts, Prompts
 from opensora.training.text import CachedText, Captions, FrozenText, TrainedText
 
@@ -47,7 +49,7 @@ class DiffusionObjectiveConfig:
         transformer: its keywords; None for those of `init_from`.
         init_from: what to start from: a model's name, a pipeline's folder, or weights of a transformer.
         new_parts: parts of the transformer that may be missing there and begin anew, see `adaptation.start_from`.
-        train: "all" of it, or what attends along time alone ("temporal").
+        train: "all" of it, what attends along time alone ("temporal"), or all the rest ("spatial").
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
             otherwise take its mean. Latents that were encoded beforehand are what they are.
@@ -60,7 +62,7 @@ class DiffusionObjectiveConfig:
         defaults: how the exported pipeline samples, as keywords of `OpenSoraPipeline`.
     """
 
-    data: ToyboxLatents
+    data: ToyboxLatents | ManifestClips
     diffusion: Flow | IDDPM
     autoencoder: str | Untrained
     text: TrainedText | FrozenText | CachedText
@@ -68,7 +70,7 @@ class DiffusionObjectiveConfig:
     transformer: dict[str, Any] | None = None
     init_from: str | None = None
     new_parts: tuple[NewPart, ...] = ()
-    train: Literal["all", "temporal"] = "all"
+    train: Literal["all", "temporal", "spatial"] = "all"
     freeze_text_embedder: bool = False
     sample_posterior: bool = True
     frame_masks: dict[str, float] = field(default_factory=dict)
@@ -126,6 +128,11 @@ class DiffusionObjective(Objective):
 
     def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
         self.config, self.device = config, device
+        if device != META and isinstance(config.data, ManifestClips) and config.data.manifest is None:
+            raise OpenSoraError(
+                "no clips to train on: name their table by objective.data.manifest=FILE; "
+                "opensora data manifest makes one of a folder"
+            )
         self.defaults = {**getattr(config.data, "defaults", dict)(), **config.defaults}
         frozen_dtype = getattr(torch, config.frozen_dtype)
         self.autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, device, frozen_dtype)
@@ -156,7 +163,10 @@ class DiffusionObjective(Objective):
 
     def open_source(self, cache: Path) -> Source:
         """Where latents come from."""
-        return self.config.data.open(self.autoencoder, cache, self.device)
+        data = self.config.data
+        if isinstance(data, ManifestClips):
+            return EncodedClips(data.open(), self.autoencoder, sample=self.config.sample_posterior)
+        return data.open(self.autoencoder, cache, self.device)
 
     def prepare(self, draw: Draw) -> Batch:
         assert self.source is not None, "set_up first"
@@ -261,7 +271,8 @@ class DiffusionObjective(Objective):
         return list(self.transformer.blocks)
 
     def shapes(self) -> list[BatchShape]:
-        return self.config.data.shapes()
+        data = self.config.data
+        return data.open().shapes() if isinstance(data, ManifestClips) else data.shapes()
 
     def imagine(self, shape: BatchShape) -> Batch:
         device = next(self.transformer.parameters()).device
