@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from opensora.cli.devices import choose_device
+from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 
@@ -220,27 +221,6 @@ Evaluate = (
     | Annotated[EvaluateLoss, tyro.conf.subcommand("loss")]
 )
 """What `opensora evaluate` can do; every member has `run()`."""
-
-
-class Progress:
-    """A progress bar that is told (done, in all)."""
-
-    def __init__(self, what: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
-        self.task = self.bar.add_task(what, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
 
 
 def check_count(option: str, value: int, least: int = 1) -> None:

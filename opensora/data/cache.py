@@ -84,6 +84,7 @@ class MadeFrom:
         clips: hash of the manifest's rows.
         buckets: their configuration, see `data.buckets`.
         frame_interval: every how manieth frame was taken.
+        told_fps: which rate networks are told, see `ManifestClips`.
         windows: pieces taken of every clip.
         seed: of where these begin.
         shard_bytes: how large a shard may become.
@@ -94,6 +95,7 @@ class MadeFrom:
     clips: str
     buckets: dict[str, Any]
     frame_interval: int
+    told_fps: Literal["taken", "file"]
     windows: int
     seed: int
     shard_bytes: int
@@ -103,9 +105,10 @@ class MadeFrom:
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be read when the cache was made."""
+    """A clip that could not be read when the cache was made, in one size (see `bucket_key`)."""
 
     row: int
+    bucket: str
     path: str
     reason: str
 

@@ -7,6 +7,7 @@ what is missing.
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 class ShardReader:
-    """Reads single tensors; the files it read from last stay open.
+    """Reads single tensors, from any thread; the files it read from last stay open.
 
     Args:
         folder: where the shards lie.
@@ -51,6 +52,7 @@ class ShardReader:
     def __init__(self, folder: Path, most_open: int = 64) -> None:
         self.folder, self.most_open = folder, most_open
         self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def read(self, shard: str, name: str) -> Tensor:
         """A tensor of a shard, by file name and name.
@@ -59,10 +61,11 @@ class ShardReader:
             OpenSoraError: the file is missing or damaged.
         """
         with _reading(self.folder / shard):
-            file = self._open.pop(shard, None) or safe_open(self.folder / shard, "pt")
-            self._open[shard] = file  # the one that was used last is the last
-            if len(self._open) > self.most_open:
-                self._open.pop(next(iter(self._open)))
+            with self._lock:
+                file = self._open.pop(shard, None) or safe_open(self.folder / shard, "pt")
+                self._open[shard] = file  # the one that was used last is the last
+                if len(self._open) > self.most_open:
+                    self._open.pop(next(iter(self._open)))
             return file.get_tensor(name)
 
 

@@ -1,0 +1,205 @@
+"""`opensora data precompute`: latents and text states of a manifest, encoded once before training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from opensora.cli.devices import choose_device
+from opensora.cli.evaluate import check_count
+from opensora.cli.options import option
+from opensora.cli.plan import parse_memory
+from opensora.cli.progress import Progress
+from opensora.errors import OpenSoraError
+from opensora.files import check_writable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opensora.data.cache import Index
+    from opensora.data.clips import ManifestClips
+    from opensora.data.precompute import EncodeText
+    from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+    from opensora.training.text import Captions
+
+_MOST_FAILED = 20
+
+
+@dataclass(frozen=True)
+class DataPrecompute:
+    """Encode the clips of a manifest, and their captions, once, for a recipe that would encode them at every step.
+
+    Autoencoder, text encoder, sizes and frame interval are the recipe's; settings of it are changed by KEY=VALUE after
+    its name, as in training. Under torchrun the processes share the work. A run that was stopped goes on with what is
+    missing. Clips that cannot be read are left out and named.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """Name of the recipe."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Settings to change, as KEY=VALUE."""
+    manifest: Annotated[Path | None, option("FILE", "the recipe's")] = None
+    """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
+    output: Annotated[Path, option("FOLDER")] = Path("cache")
+    """Folder of the cache; what it holds is gone on with."""
+    contents: Literal["posterior", "mean"] = "posterior"
+    """What is kept of a clip: mean and variance, to draw from as training on clips does, or the mean alone."""
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Precision of the latents in the files."""
+    text_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """Precision of the text states in the files."""
+    text: bool = True
+    """Encode the captions, too."""
+    windows_per_clip: int = 1
+    """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
+    seed: int = 0
+    """Chooses these places."""
+    shard_size: str = "256MB"
+    """How large a file may become."""
+    workers: int = 4
+    """Threads that read clips while others are encoded."""
+    device: str | None = None
+    """cpu, cuda or mps; an accelerator if there is one when left out."""
+
+    def run(self) -> None:
+        from opensora.distributed.mesh import launched
+        from opensora.recipes import find_recipe
+        from opensora.settings import apply_overrides
+
+        check_count("--windows-per-clip", self.windows_per_clip)
+        check_count("--workers", self.workers)
+        check_writable(self.output / "cache.json")
+        overrides = [*self.overrides, *([f"objective.data.manifest={self.manifest}"] if self.manifest else [])]
+        recipe = apply_overrides(find_recipe(self.recipe), overrides)
+        config, clips = objective_on_clips(self.recipe, recipe.objective)
+        with launched() as launch:
+            device = choose_device(self.device)
+            place = f"{device.type}:{launch.local_rank}" if device.type == "cuda" and launch.store else str(device)
+            self.encode(config, clips, place, launch.rank, launch.num_ranks)
+
+    def encode(
+        self, config: "DiffusionObjectiveConfig", clips: "ManifestClips", device: str, rank: int, num_ranks: int
+    ) -> None:
+        """This process's share."""
+        import torch
+
+        from opensora.checkpoints.weights import fingerprint
+        from opensora.data import precompute
+        from opensora.data.cache import LatentsMadeFrom, MadeFrom, TextMadeFrom
+        from opensora.models.autoencoders.video import VideoAutoencoder
+        from opensora.training.parts import META, build_part
+        from opensora.training.text import Captions, TrainedText
+
+        source = clips.open()
+        # The autoencoder is the smaller one and waits on the CPU while text is encoded.
+        dtype = getattr(torch, config.frozen_dtype)
+        autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, "cpu", dtype)
+        captions = text = None
+        text_bytes = 0
+        if self.text and not isinstance(config.text, TrainedText):
+            outline = config.build(META).captions
+            captions = Captions(config.text, config.init_from, outline.max_tokens, outline.clean, device, outline.dtype)
+            encoder = captions.load()
+            text = TextMadeFrom(
+                encoder=fingerprint(encoder.state_dict()),
+                origin=describe_origin(config.text.origin),
+                max_tokens=captions.max_tokens,
+                clean=captions.clean,
+                stored=self.text_dtype,
+                arithmetic=config.frozen_dtype,
+            )
+            text_bytes = captions.max_tokens * encoder.config.d_model * getattr(torch, self.text_dtype).itemsize
+        made_from = MadeFrom(
+            clips=precompute.hash_of(source.rows),
+            buckets=clips.buckets,
+            frame_interval=clips.frame_interval,
+            told_fps=clips.told_fps,
+            windows=self.windows_per_clip,
+            seed=self.seed,
+            shard_bytes=parse_memory(self.shard_size),
+            latents=LatentsMadeFrom(
+                autoencoder=fingerprint(autoencoder.state_dict()),
+                origin=describe_origin(config.autoencoder),
+                latent_space=autoencoder.latent_space.to_dict(),
+                contents=self.contents,
+                stored=self.latents_dtype,
+                arithmetic=config.frozen_dtype,
+            ),
+            text=text,
+        )
+        plan = precompute.make_plan(source, made_from, autoencoder, text_bytes)
+        precompute.begin(self.output, source.rows, made_from)
+        share = {"rank": rank, "num_ranks": num_ranks}
+        if captions is not None:
+            with Progress("encoding captions") as progress:
+                told = progress.update if rank == 0 else None
+                precompute.make_text(self.output, plan, encode_with(captions), made_from, **share, progress=told)
+            del captions
+        with Progress("encoding clips") as progress:
+            told = progress.update if rank == 0 else None
+            precompute.make_latents(
+                self.output,
+                plan,
+                source,
+                autoencoder.to(device),
+                made_from,
+                **share,
+                num_workers=self.workers,
+                progress=told,
+            )
+        index = precompute.finish(self.output, plan, made_from)
+        if index is not None:
+            print("\n".join(summary(self.output, index)))
+
+
+def objective_on_clips(name: str, objective: Any) -> "tuple[DiffusionObjectiveConfig, ManifestClips]":
+    """The objective of a recipe that trains a diffusion transformer on the clips of a manifest, and these clips.
+
+    Raises:
+        OpenSoraError: it trains something else, or on something else.
+    """
+    from opensora.data.clips import ManifestClips
+    from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+
+    if not isinstance(objective, DiffusionObjectiveConfig):
+        raise OpenSoraError(f"recipe {name} trains no diffusion transformer, so it has no use for a cache of latents")
+    if not isinstance(objective.data, ManifestClips):
+        raise OpenSoraError(
+            f"recipe {name} trains on {type(objective.data).__name__}, not on the clips of a manifest; "
+            "give objective.data.type=ManifestClips and its buckets, or another recipe"
+        )
+    if objective.data.manifest is None:
+        raise OpenSoraError("no manifest; name the table of your clips by --manifest FILE")
+    return objective, objective.data
+
+
+def encode_with(captions: "Captions") -> "EncodeText":
+    """Captions -> states and mask."""
+
+    def encode(texts: list[str]) -> "tuple[Tensor, Tensor]":
+        tokens, mask = (tensor.to(captions.device) for tensor in captions.tokens(texts))
+        return captions.encode(tokens, mask), mask
+
+    return encode
+
+
+def describe_origin(origin: Any) -> str:
+    """Where a network came from, in words."""
+    return origin if isinstance(origin, str) else f"untrained, seed {origin.seed}"
+
+
+def summary(folder: Path, index: "Index") -> list[str]:
+    """What was made, and how to train on it."""
+    size = sum((folder / shard).stat().st_size for shard in (*index.latents, *index.text))
+    lines = [f"{folder}: {index.num_latents} clips, {index.num_captions} captions, {size / 1e9:.3g} GB"]
+    if index.failed:
+        lines.append(f"left out: {len(index.failed)}")
+        lines += [f"  {clip.path}: {clip.reason}" for clip in index.failed[:_MOST_FAILED]]
+        lines += [f"  and {len(index.failed) - _MOST_FAILED} more"] * (len(index.failed) > _MOST_FAILED)
+    train = f"train on it with: objective.data.type=CachedLatents objective.data.folder={folder}"
+    made = index.made_from.text
+    return [
+        *lines,
+        train if made is None else f"{train} objective.text.type=CachedText objective.text.origin={made.origin}",
+    ]

@@ -1,0 +1,148 @@
+"""Training from a cache: the batches that training from the clips themselves would have, read instead of encoded.
+
+Order, batches, replacements of broken clips and every draw are the same, for they come from the same sampler and the
+same keys. What differs is the piece of a long clip: a cache holds as many as it was made with (one by default), the
+clip itself has all of them.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensora.checkpoints.weights import fingerprint
+from opensora.data.batch import BatchShape, LatentBatch
+from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.cache import MANIFEST, Cache, bucket_key
+from opensora.data.clips import ManifestClips, ManifestSource
+from opensora.data.sampler import SampledBatch
+from opensora.distributed.seeding import Draw
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.autoencoders.video import VideoAutoencoder
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """Latents, and text states if there are any, that `opensora data precompute` made.
+
+    Attributes:
+        folder: of the cache; None where the user still has to name one, which is enough for plans if there are buckets.
+        buckets: sizes, chances and batch sizes, see `data.buckets`; None for those that the cache was made for. Other
+            chances and batch sizes need no new cache, other sizes do.
+        batches_in_a_row, num_workers, max_broken_share: see `ManifestClips`.
+    """
+
+    folder: Path | None = None
+    buckets: BucketConfig | None = None
+    batches_in_a_row: int = 8
+    num_workers: int = 2
+    max_broken_share: float = 0.05
+
+    def shapes(self) -> list[BatchShape]:
+        """The sizes that batches have."""
+        if self.folder is None and self.buckets is not None:
+            return Buckets(self.buckets).shapes()
+        return CachedSource(self, sample=False).shapes()
+
+    def open(self, autoencoder: VideoAutoencoder, *, sample: bool) -> "CachedSource":
+        """The source.
+
+        Args:
+            autoencoder: of the run; a cache that another one made is refused.
+            sample: draw latents from the posterior; otherwise take its mean.
+
+        Raises:
+            OpenSoraError: no cache, one that is damaged, or one that is not for this run; says what to do.
+        """
+        source = CachedSource(self, sample=sample)
+        source.cache.check_autoencoder(fingerprint(autoencoder.state_dict()), autoencoder.latent_space)
+        return source
+
+
+class CachedSource(ManifestSource):
+    """Batches of cached latents (`LatentBatch`).
+
+    Attributes:
+        cache: where they lie.
+    """
+
+    def __init__(self, config: CachedLatents, *, sample: bool) -> None:
+        if config.folder is None:
+            raise OpenSoraError(
+                "no cache: name its folder, objective.data.folder=...; opensora data precompute makes one"
+            )
+        self.cache = Cache(config.folder)
+        made_from = self.cache.index.made_from
+        if sample and made_from.latents.contents == "mean":
+            raise OpenSoraError(
+                f"the cache {config.folder} holds means alone, and this run draws from the posterior; make it again "
+                "with --contents posterior, or train with objective.sample_posterior=false"
+            )
+        self.sample = sample
+        self._failed = {(clip.row, clip.bucket): clip.reason for clip in self.cache.index.failed}
+        clips = ManifestClips(
+            buckets=made_from.buckets if config.buckets is None else config.buckets,
+            manifest=config.folder / MANIFEST,
+            frame_interval=made_from.frame_interval,
+            text_required=False,
+            batches_in_a_row=config.batches_in_a_row,
+            num_workers=config.num_workers,
+            max_broken_share=config.max_broken_share,
+        )
+        super().__init__(clips)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuses buckets that clips may fall into and that the cache has not."""
+        there = self.cache.bucket_keys() | {key for _, key in self._failed}
+        for row in self.rows:
+            for number in self.buckets.possible(row.num_frames, row.height, row.width, self.config.frame_interval):
+                bucket = self.buckets.buckets[number]
+                if bucket_key(bucket) not in there:
+                    raise OpenSoraError(
+                        f"the cache {self.cache.folder} has no clips of {bucket.label} at "
+                        f"{bucket.height}x{bucket.width}; make it again with these buckets, or train with its own"
+                    )
+
+    def read(self, number: int, bucket: Bucket, rng: random.Random) -> tuple[Tensor, Tensor | None, float]:
+        windows = self.cache.windows(number, bucket)
+        if not windows:
+            raise OpenSoraError(self._failed.get((number, bucket_key(bucket)), "not in the cache"))
+        clip = windows[rng.randrange(len(windows))]
+        return *self.cache.posterior(clip), clip.fps
+
+    def collate(
+        self,
+        clips: list[tuple[Tensor, Tensor | None, float]],
+        numbers: list[int],
+        bucket: Bucket,
+        draw: Draw,
+    ) -> LatentBatch:
+        captions = [self.rows[number].text for number in numbers]
+        latents = torch.stack([mean for mean, _, _ in clips])
+        if self.sample:
+            logvar = torch.stack([logvar for _, logvar, _ in clips if logvar is not None])
+            latents = Posterior(latents, logvar).sample(draw.generator("posterior"))
+        states, mask = self.cache.text(captions) if self.cache.index.text else (None, None)
+        return LatentBatch(
+            latents=latents,
+            captions=captions,
+            fps=torch.tensor([fps for _, _, fps in clips]),
+            height=torch.full((len(clips),), float(bucket.height)),
+            width=torch.full((len(clips),), float(bucket.width)),
+            num_frames=bucket.num_frames,
+            label=bucket.label,
+            text_states=states,
+            text_mask=mask,
+        )
+
+    def _candidates(self, draw: Draw, slot: int, sampled: SampledBatch) -> Iterator[int]:
+        """As for the clips themselves, without those that would be cut to a size that the cache does not have."""
+        bucket = self.buckets.buckets[sampled.bucket]
+        for number in super()._candidates(draw, slot, sampled):
+            if self.cache.windows(number, bucket) or (number, bucket_key(bucket)) in self._failed:
+                yield number

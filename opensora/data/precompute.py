@@ -1,0 +1,326 @@
+"""Making a cache: every clip of a manifest in every size that it may be trained at, and every caption, encoded once.
+
+The work is cut into shards beforehand, by rule alone, so any number of processes can share it (each takes its own
+shards) and a run that was stopped makes what is missing: a shard is there whole or not at all. Whoever finds all shards
+there writes the index, and with it the cache is done.
+
+A clip that is longer than what is trained on gives `windows` pieces, whose beginnings are drawn once and for all; where
+training reads the clips themselves it draws a new piece each time.
+
+Letters: C latent channels, T latent frames, h, w latent cells, L text tokens, D width of the text.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from opensora.data.buckets import Bucket
+from opensora.data.cache import INDEX, MANIFEST, FailedClip, Index, MadeFrom, bucket_key
+from opensora.data.clips import ClipSource, read_clip
+from opensora.data.encoding import whole_cells
+from opensora.data.shards import read_note, write_shard
+from opensora.distributed.seeding import derive_seed
+from opensora.errors import OpenSoraError
+from opensora.manifest import ClipRow, write_manifest
+from opensora.media.transforms import random_window
+from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.settings import load_settings, save_settings, to_dict
+
+PLAN = "making.json"
+
+Progress = Callable[[int, int], None]
+EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""Captions -> states (B, L, D) and mask (B, L) with the tokens first."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class LatentShard:
+    """Clips of one bucket that are encoded together.
+
+    Attributes:
+        name: of the file, below the cache's folder.
+        bucket: their size.
+        clips: (row, window) of each.
+    """
+
+    name: str
+    bucket: Bucket
+    clips: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TextShard:
+    """Captions that are encoded together; `name` as for latents."""
+
+    name: str
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a cache."""
+
+    latents: list[LatentShard]
+    text: list[TextShard]
+
+    @property
+    def num_clips(self) -> int:
+        return sum(len(shard.clips) for shard in self.latents)
+
+    @property
+    def num_captions(self) -> int:
+        return sum(len(shard.captions) for shard in self.text)
+
+
+def hash_of(rows: Sequence[ClipRow]) -> str:
+    """SHA-256 of all that a table says, but for the folders that its files are in."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.path.name, row.text, row.num_frames, row.height, row.width, row.fps)).encode())
+    return digest.hexdigest()
+
+
+def make_plan(source: ClipSource, made_from: MadeFrom, autoencoder: VideoAutoencoder, text_bytes: int) -> Plan:
+    """Which shards a cache will have.
+
+    Args:
+        source: the clips.
+        made_from: how the cache is made.
+        autoencoder: tells how large latents are.
+        text_bytes: the most that a caption takes; 0 for a cache without text.
+
+    Raises:
+        OpenSoraError: no clip is ever in a bucket.
+    """
+    by_bucket: dict[int, list[tuple[int, int]]] = {}
+    captions: dict[str, None] = {}
+    for number, row in enumerate(source.rows):
+        for bucket in source.buckets.possible(row.num_frames, row.height, row.width, made_from.frame_interval):
+            length = source.buckets.buckets[bucket].num_frames * made_from.frame_interval
+            windows = min(made_from.windows, max(1, row.num_frames - length))
+            by_bucket.setdefault(bucket, []).extend((number, window) for window in range(windows))
+            captions[row.text] = None
+    if not by_bucket:
+        raise OpenSoraError("no clip is in any bucket, so there is nothing to encode; opensora data plan tells more")
+    latents: list[LatentShard] = []
+    for number in sorted(by_bucket):
+        bucket = source.buckets.buckets[number]
+        for clips in _cut(by_bucket[number], made_from.shard_bytes // _latent_bytes(bucket, made_from, autoencoder)):
+            latents.append(LatentShard(f"latents/{len(latents):05d}.safetensors", bucket, clips))
+    text = [] if text_bytes == 0 else _cut(list(captions), made_from.shard_bytes // text_bytes)
+    return Plan(latents, [TextShard(f"text/{i:05d}.safetensors", part) for i, part in enumerate(text)])
+
+
+def _latent_bytes(bucket: Bucket, made_from: MadeFrom, autoencoder: VideoAutoencoder) -> int:
+    """What a clip of a bucket takes."""
+    factor, stored = autoencoder.spatial_factor, getattr(torch, made_from.latents.stored)
+    cells = (bucket.height // factor) * (bucket.width // factor) * autoencoder.latent_frames(bucket.num_frames)
+    copies = 2 if made_from.latents.contents == "posterior" else 1
+    return copies * autoencoder.latent_channels * cells * stored.itemsize
+
+
+def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
+    """Makes the folder, or proves that what it holds is to become the same cache.
+
+    Raises:
+        OpenSoraError: another cache is there; names what differs.
+    """
+    path = folder / PLAN
+    if path.exists():
+        before, now = _flatten(to_dict(load_settings(MadeFrom, path))), _flatten(to_dict(made_from))
+        changed = [f"{k} is {now.get(k)} (was {before.get(k)})" for k in before | now if before.get(k) != now.get(k)]
+        if changed:
+            raise OpenSoraError(
+                f"{folder} holds a cache that was made otherwise: {', '.join(changed)}; use what it was made with, "
+                "or another --output"
+            )
+        return
+    write_manifest(folder / MANIFEST, rows)
+    save_settings(made_from, path)
+
+
+@torch.no_grad()
+def make_latents(
+    folder: Path,
+    plan: Plan,
+    source: ClipSource,
+    autoencoder: VideoAutoencoder,
+    made_from: MadeFrom,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_workers: int = 4,
+    progress: Progress | None = None,
+) -> None:
+    """Makes this rank's share of the latent shards that are not there yet.
+
+    Args:
+        folder: of the cache.
+        plan: all shards.
+        source: the clips.
+        autoencoder: encodes them, where it is and in its own precision.
+        made_from: how the cache is made.
+        rank, num_ranks: whose share.
+        num_workers: threads that read clips while others are encoded.
+        progress: called with (clips done, clips in all) of this share.
+    """
+    stored = getattr(torch, made_from.latents.stored)
+    with_variance = made_from.latents.contents == "posterior"
+
+    def load(item: tuple[Bucket, tuple[int, int]]) -> tuple[int, int, Tensor] | FailedClip:
+        bucket, (number, window) = item
+        row, interval = source.rows[number], made_from.frame_interval
+        seed = derive_seed(made_from.seed, "window", number, bucket_key(bucket), window)
+        length = bucket.num_frames * (interval if bucket.num_frames > 1 else 1)
+        first, _ = random_window(length, row.num_frames, random.Random(seed))
+        try:
+            return number, first, read_clip(row, bucket, interval, random.Random(seed))
+        except OpenSoraError as error:
+            return FailedClip(number, bucket_key(bucket), row.path.as_posix(), str(error))
+
+    with ThreadPoolExecutor(max(1, num_workers)) as readers:
+        for shard in _share(folder, plan.latents, rank, num_ranks, lambda shard: len(shard.clips), progress):
+            tensors: dict[str, Tensor] = {}
+            clips: list[dict[str, Any]] = []
+            failed: list[FailedClip] = []
+            loaded = _ahead(readers, load, [(shard.bucket, clip) for clip in shard.clips], 2 * num_workers)
+            for batch in _batches(loaded, shard.bucket.batch_size):
+                read = [clip for clip in batch if not isinstance(clip, FailedClip)]
+                failed += [clip for clip in batch if isinstance(clip, FailedClip)]
+                if not read:
+                    continue
+                video = torch.stack([video for _, _, video in read])
+                video = whole_cells(video, autoencoder.spatial_factor).to(autoencoder.device)
+                posterior = autoencoder.posterior(video)
+                means, logvars = posterior.mean.to(stored).cpu(), posterior.logvar.to(stored).cpu()
+                for (number, first, _), mean, logvar in zip(read, means, logvars, strict=True):
+                    row = source.rows[number]
+                    if not (mean.isfinite().all() and logvar.isfinite().all()):
+                        reason = f"its latents are no {made_from.latents.stored} numbers"
+                        failed.append(FailedClip(number, bucket_key(shard.bucket), row.path.as_posix(), reason))
+                        continue
+                    tensors[f"{len(clips)}.mean"] = mean
+                    if with_variance:
+                        tensors[f"{len(clips)}.logvar"] = logvar
+                    fps = source.told_fps(row, shard.bucket)
+                    clips.append({"row": number, "path": row.path.as_posix(), "first_frame": first, "fps": fps})
+            size = {"num_frames": shard.bucket.num_frames, "height": shard.bucket.height, "width": shard.bucket.width}
+            note = {"bucket": bucket_key(shard.bucket), "label": shard.bucket.label, **size, "clips": clips}
+            write_shard(folder / shard.name, tensors, {**note, "failed": [to_dict(clip) for clip in failed]})
+
+
+@torch.no_grad()
+def make_text(
+    folder: Path,
+    plan: Plan,
+    encode: EncodeText,
+    made_from: MadeFrom,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> None:
+    """Makes this rank's share of the text shards that are not there yet; arguments as for `make_latents`."""
+    assert made_from.text is not None
+    stored = getattr(torch, made_from.text.stored)
+    for shard in _share(folder, plan.text, rank, num_ranks, lambda shard: len(shard.captions), progress):
+        tensors: dict[str, Tensor] = {}
+        for captions in _batches(iter(shard.captions), batch_size):
+            states, mask = encode(captions)
+            for row, length in zip(states.to(stored).cpu(), mask.sum(dim=1).tolist(), strict=True):
+                tensors[f"{len(tensors)}.states"] = row[:length].clone()
+        write_shard(folder / shard.name, tensors, {"captions": shard.captions})
+
+
+def finish(folder: Path, plan: Plan, made_from: MadeFrom) -> Index | None:
+    """Writes the index if all shards are there; None if others are still being made."""
+    names = [shard.name for shard in (*plan.latents, *plan.text)]
+    if not all((folder / name).exists() for name in names):
+        return None
+    notes = [read_note(folder / shard.name) for shard in plan.latents]
+    index = Index(
+        made_from=made_from,
+        latents=[shard.name for shard in plan.latents],
+        text=[shard.name for shard in plan.text],
+        num_latents=sum(len(note["clips"]) for note in notes),
+        num_captions=plan.num_captions,
+        failed=[FailedClip(**clip) for note in notes for clip in note["failed"]],
+        versions={name: version(name) for name in ("opensora", "torch", "diffusers", "transformers", "av")},
+    )
+    save_settings(index, folder / INDEX)
+    return index
+
+
+# --- shares, batches, reading ahead -----------------------------------------------------------------------------------
+
+
+def _share(
+    folder: Path,
+    shards: Sequence[Any],
+    rank: int,
+    num_ranks: int,
+    size: Callable[[Any], int],
+    progress: Progress | None,
+) -> Iterator[Any]:
+    """A rank's shards that are not there yet, or damaged."""
+    mine = shards[rank::num_ranks]
+    done, total = 0, sum(map(size, mine))
+    for shard in mine:
+        if not _is_whole(folder / shard.name):
+            yield shard
+        done += size(shard)
+        if progress is not None:
+            progress(done, total)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.exists() and bool(read_note(path))
+    except OpenSoraError:
+        return False
+
+
+def _cut(items: list[T], count: int) -> list[list[T]]:
+    count = max(1, count)
+    return [items[start : start + count] for start in range(0, len(items), count)]
+
+
+def _batches(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _ahead(readers: ThreadPoolExecutor, load: Callable[[T], R], items: Sequence[T], ahead: int) -> Iterator[R]:
+    """What `load` returns for the items, in order, with some of the next ones under way."""
+    waiting = [readers.submit(load, item) for item in items[:ahead]]
+    for item in [*items[ahead:], *[None] * len(waiting)]:
+        if item is not None:
+            waiting.append(readers.submit(load, item))
+        yield waiting.pop(0).result()
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
