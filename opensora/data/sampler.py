@@ -103,7 +103,8 @@ class BucketSampler:
     def check(self) -> None:
         """Raises `OpenSoraError` if no clip can ever be in a bucket; says why."""
         dropped = self._assign(0).dropped()
-        if sum(map(len, dropped.values())) == len(self.num_frames) and Dropped.NOT_KEPT not in dropped:
+        may_be_kept = self.buckets.by_chance and Dropped.NOT_KEPT in dropped
+        if sum(map(len, dropped.values())) == len(self.num_frames) and not may_be_kept:
             reasons = ", ".join(f"{len(clips)} {reason.value}" for reason, clips in dropped.items())
             raise OpenSoraError(
                 f"nothing to train on: none of {len(self.num_frames)} clips is in any bucket "
@@ -123,12 +124,18 @@ class BucketSampler:
 
     def locate(self, position: int) -> tuple[int, int]:
         """The epoch that a position lies in, and how many batches of it come before."""
-        if not self.buckets.by_chance and self._ends and self._ends[0]:  # all epochs are equally long
+        if not self._ends:
+            self.check()
+            self._ends.append(self._num_batches(0))
+        if not self.buckets.by_chance:  # all epochs are equally long
             return divmod(position, self._ends[0])
-        while not self._ends or self._ends[-1] <= position:
-            self._ends.append((self._ends or [0])[-1] + self._num_batches(len(self._ends)))
+        while self._ends[-1] <= position:
+            self._ends.append(self._ends[-1] + self._num_batches(len(self._ends)))
             if len(self._ends) >= _MOST_EMPTY_EPOCHS and self._ends[-_MOST_EMPTY_EPOCHS] == self._ends[-1]:
-                raise OpenSoraError("no clip is in any bucket, so there is nothing to train on; see opensora data plan")
+                raise OpenSoraError(
+                    f"nothing to train on: by chance no clip was kept in {_MOST_EMPTY_EPOCHS} epochs; raise the keep "
+                    "probabilities of the buckets"
+                )
         number = int(np.searchsorted(self._ends, position, side="right"))
         return number, position - (self._ends[number - 1] if number else 0)
 
