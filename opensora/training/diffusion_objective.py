@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from opensora.data.batch import BatchShape, LatentBatch, Source
+from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import EncodedClips
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
@@ -52,7 +54,8 @@ class DiffusionObjectiveConfig:
         train: "all" of it, what attends along time alone ("temporal"), or all the rest ("spatial").
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
-            otherwise take its mean. Latents that were encoded beforehand are what they are.
+            otherwise take its mean. A cache holds what both need, the toybox's latents are
+            means.
         frame_masks: strategy -> share of the clips that have frames given so, see `data.frame_masks`.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
@@ -62,7 +65,7 @@ class DiffusionObjectiveConfig:
         defaults: how the exported pipeline samples, as keywords of `OpenSoraPipeline`.
     """
 
-    data: ToyboxLatents | ManifestClips
+    data: ToyboxLatents | ManifestClips | CachedLatents
     diffusion: Flow | IDDPM
     autoencoder: str | Untrained
     text: TrainedText | FrozenText | CachedText
@@ -166,6 +169,11 @@ class DiffusionObjective(Objective):
         data = self.config.data
         if isinstance(data, ManifestClips):
             return EncodedClips(data.open(), self.autoencoder, sample=self.config.sample_posterior)
+        if isinstance(data, CachedLatents):
+            source = data.open(self.autoencoder, sample=self.config.sample_posterior)
+            if isinstance(self.config.text, CachedText):
+                self.captions.check(source.cache)
+            return source
         return data.open(self.autoencoder, cache, self.device)
 
     def prepare(self, draw: Draw) -> Batch:
@@ -264,6 +272,12 @@ class DiffusionObjective(Objective):
             "bucket": [batch.label] * len(tenths),
             "t": [f"{tenth / TIME_BINS:.1f}-{(tenth + 1) / TIME_BINS:.1f}" for tenth in tenths],
         }
+
+    def split_sequences(self, group: ProcessGroup | None) -> None:
+        if group is None:
+            self.transformer.disable_sequence_parallel()
+        else:
+            self.transformer.enable_sequence_parallel(group)
 
     # --- plans --------------------------------------------------------------------------------------------------------
 
