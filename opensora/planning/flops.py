@@ -24,16 +24,24 @@ _SIDES: dict[Any, tuple[int, int]] = {
     _aten._convolution: (0, 1),
 }
 """Operation -> which of its arguments are multiplied."""
-_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTION_ON_CPU = _aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_ON_CPU_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTION = {
+    _ATTENTION_ON_CPU,
+    _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_efficient_attention,
+    _aten._scaled_dot_product_cudnn_attention,
+    _aten._flash_attention_forward,
+    _aten._efficient_attention_forward,
+}
 
 
 def operation_flops(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Of one operation of torch as it was called."""
     packet = operation._overloadpacket
-    if packet is _ATTENTION:
+    if packet is _ATTENTION_ON_CPU:  # torch has no formula for it
         return sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
-    if packet is _ATTENTION_BACKWARD:
+    if packet is _ATTENTION_ON_CPU_BACKWARD:
         return 5 * sdpa_flop_count(args[1].shape, args[2].shape, args[3].shape) // 2
     formula = flop_registry.get(packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)
@@ -62,7 +70,7 @@ class CountedFlops(TorchDispatchMode):
 
 
 def _backward_flops(packet: Any, args: Sequence[Any], flops: int) -> int:
-    if packet is _ATTENTION:
+    if packet in _ATTENTION:
         return 5 * flops // 2 if any(_needs_gradient(arg) for arg in args[:3]) else 0
     return flops * sum(_needs_gradient(args[side]) for side in _SIDES.get(packet, ()))
 

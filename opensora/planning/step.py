@@ -9,7 +9,7 @@ Time goes on in segments:
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.planning.autocast import ImaginedAutocast
-from opensora.planning.flops import CountedFlops, operation_flops
+from opensora.planning.flops import CountedFlops
 from opensora.planning.tracing import LiveMemory
 
 LAYERS_RUN = 3  # the first, the last, and one to stand for those between
@@ -74,7 +74,12 @@ class Step:
 
 
 def layers_of(blocks: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
-    """Blocks in groups that repeat, such as pairs of a spatial and a temporal one; all in one group if nothing does."""
+    """Blocks in groups that repeat, such as pairs of a spatial and a temporal one; all in one group if nothing does.
+
+    Blocks of several classes are no layers of one network, and none are returned.
+    """
+    if len({type(block) for block in blocks}) > 1:
+        return []
     makes = [(repr(block), getattr(block, "axis", None)) for block in blocks]
     for size in range(1, len(blocks) // 2 + 1):
         if len(blocks) % size == 0 and makes == makes[:size] * (len(blocks) // size):
@@ -187,17 +192,9 @@ class _Recorder(LiveMemory):
         self.segments: list[tuple[tuple[str, int], Segment]] = []
         self.is_forward = True
         self.tokens: int | None = None
-        self._flops = 0
         self._name = ("before", 0)
         self._started = (0, 0, 0)  # live bytes, gradient bytes, flops
         self._gradient_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self._flops += operation_flops(func, args, kwargs or {}, result)
-        return result
 
     def begin(self, name: tuple[str, int]) -> None:
         """Ends a segment and begins the next."""
@@ -206,10 +203,10 @@ class _Recorder(LiveMemory):
             kept_bytes=self.live_bytes - live,
             peak_bytes=max(self.peak_bytes, self.live_bytes) - live,
             gradient_bytes=self._gradient_bytes - gradients,
-            flops=self._flops - flops,
+            flops=self.flops - flops,
         )
         self.segments.append((self._name, segment))
-        self._name, self._started = name, (self.live_bytes, self._gradient_bytes, self._flops)
+        self._name, self._started = name, (self.live_bytes, self._gradient_bytes, self.flops)
         self.peak_bytes = self.live_bytes
 
     def collect(self, parameter: nn.Parameter) -> None:

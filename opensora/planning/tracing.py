@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 
+from opensora.planning.flops import operation_flops
+
 # oneDNN convolutions work on blocks of so many channels.
 _CHANNEL_BLOCK = 16
 
@@ -73,12 +75,12 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         live_bytes: taken now.
         peak_bytes: the most that was taken at once.
+        flops: floating-point operations so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak_bytes = 0
-        self.live_bytes = 0
+        self.peak_bytes = self.live_bytes = self.flops = 0
         self._known: dict[int, int] = {}
 
     def release(self, tensor: Tensor) -> int:
@@ -103,22 +105,25 @@ class LiveMemory(TorchDispatchMode):
         if func in (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default):
             workspace_bytes = _convolution_workspace_bytes(args[0], args[1], result)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes + workspace_bytes)
+        self.flops += operation_flops(func, args, kwargs or {}, result)
         return result
 
     def remembering(self, function: Callable[..., Any], needed: dict[Any, Any]) -> Callable[..., Any]:
-        """The function, but a call with arguments as in `needed` only makes the result and counts what it takes."""
+        """The function, but a call with arguments as in `needed` only makes the result and counts what it costs."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = tree_flatten((args, kwargs))
             key = (structure, *(_layout(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
             if key in needed:
-                peak_bytes, layouts = needed[key]
+                peak_bytes, flops, layouts = needed[key]
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes + peak_bytes)
+                self.flops += flops
                 return tree_map_only(_Layout, _Layout.empty, layouts)
-            before_bytes, peak_before = self.live_bytes, self.peak_bytes
+            before_bytes, flops_before, peak_before = self.live_bytes, self.flops, self.peak_bytes
             self.peak_bytes = before_bytes
             result = function(*args, **kwargs)
-            needed[key] = self.peak_bytes - before_bytes, tree_map_only(Tensor, _layout, result)
+            costs = self.peak_bytes - before_bytes, self.flops - flops_before
+            needed[key] = *costs, tree_map_only(Tensor, _layout, result)
             self.peak_bytes = max(self.peak_bytes, peak_before)
             return result
 
@@ -143,13 +148,14 @@ class _Layout:
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def empty(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
 
 def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def _convolution_workspace_bytes(image: Tensor, weight: Tensor, result: Tensor) -> int:

@@ -7,7 +7,7 @@ Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from opensora.data.batch import BatchShape, LatentBatch, Source
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
-from opensora.data.encoding import EncodedClips
+from opensora.data.encoding import EncodedClips, whole_cells
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
 from opensora.distributed.seeding import Draw
@@ -315,6 +315,21 @@ class DiffusionObjective(Objective):
             num_frames=shape.num_frames,
             label=shape.label,
         )
+
+    def rehearse(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
+        device = next(self.transformer.parameters()).device
+        networks: dict[str, Callable[[], Any]] = {}
+        if isinstance(self.config.data, ManifestClips):  # other data were encoded before the first step
+
+            def encode() -> Any:
+                video = torch.zeros(shape.batch_size, 3, shape.num_frames, shape.height, shape.width, device=device)
+                return self.autoencoder.posterior(whole_cells(video, self.autoencoder.spatial_factor))
+
+            networks["autoencoder"] = encode
+        if isinstance(self.config.text, FrozenText):
+            tokens = torch.zeros(shape.batch_size, self.captions.max_tokens, dtype=torch.int64, device=device)
+            networks["text_encoder"] = lambda: self.captions.encode(tokens, tokens + 1)
+        return networks
 
     # --- results ------------------------------------------------------------------------------------------------------
 

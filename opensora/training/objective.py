@@ -5,7 +5,7 @@ loss terms (`loss`). The trainer knows neither videos nor diffusion.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class Objective(ABC):
     def imagine(self, shape: BatchShape) -> Any:
         """A batch of that size without any content, on the module's device, for plans."""
         raise NotImplementedError
+
+    def rehearse(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
+        """What each frozen network does to prepare a batch of that size, on no content, by its name; for plans."""
+        return {}
 
     def preview(self, folder: Path, step: int) -> dict[str, float]:
         """Writes samples of the current weights into `folder`; returns figures to log. Nothing by default."""
