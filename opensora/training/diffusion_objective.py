@@ -54,8 +54,7 @@ class DiffusionObjectiveConfig:
         train: "all" of it, what attends along time alone ("temporal"), or all the rest ("spatial").
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
-            otherwise take its mean. A cache holds what both need, the toybox's latents are
-            means.
+            otherwise take its mean. The toybox's latents are means.
         frame_masks: strategy -> share of the clips that have frames given so, see `data.frame_masks`.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
