@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from opensora.conditioning import IMAGE_FPS, GivenFrames, SizeInputs, size_inputs
+from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
 from opensora.models.autoencoders.latent_space import LatentSpace
@@ -72,6 +73,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         stages: keeps networks in memory only while they work (`load_pipeline(..., offload=True)`); None for always.
         sequential_guidance: the branches of guidance run one after the other instead of in one batch, which takes half
             the memory.
+        ranks: how several processes share each clip (`parallelize`); None for one process.
 
     Args:
         transformer: predicts velocity or noise from latents, timestep and text, e.g. `STDiT3`.
@@ -182,6 +184,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         )
         self.stages: Stages | None = None
         self.sequential_guidance = False
+        self.ranks: SamplingRanks | None = None
         self._own_scheduler = scheduler
         self._current_timestep: Tensor | None = None
 
@@ -260,6 +263,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
         sample = self._initial_latents(latents, len(prompts), size, generators, device)
         sample, strength = _with_given_frames(sample, given)
+        if self.ranks is not None:
+            sample = self.ranks.follow_first(sample, generators)
         frame_mask = None
         spelled = self._spell(prompts, self._scores(scores))
         spelled_negative = None if negative_prompts is None else self._spell(negative_prompts, {})
@@ -271,6 +276,8 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
                 if strength is not None:
                     sample, frame_mask = self.scheduler.activate_frames(sample, t, strength, generator=generators)
                 cond, uncond = self._predict(sample, t, text_contexts[guided[i]], frame_mask, told, i, num_steps)
+                if guided[i] and self.ranks is not None and self.ranks.branches is not None:
+                    cond, uncond = self.ranks.exchange(cond)  # what this rank has predicted is one of them
                 prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
                 sample = self.scheduler.step(
                     prediction, t, sample, frame_mask=frame_mask, generator=generators
@@ -416,17 +423,20 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
     ) -> dict[bool, list[TextContext]]:
         """Text keys and values of every layer, for steps without and with guidance; only what the run needs.
 
-        One context for each pass of the transformer: text alone; text and null or negative text in one batch, or one
-        after the other.
+        One context for each pass of the transformer: text alone; text and null or negative text in one batch, one after
+        the other, or one of them alone where another rank has the other.
         """
         states, mask, other_states, other_mask = text
         if other_states is None or other_mask is None:
             other_states, other_mask = null_prompts(self.transformer.null_text.to(states.device, states.dtype), mask)
         encode, contexts = self.transformer.encode_text, {}
+        branches = [(states, mask), (other_states, other_mask)]
         if not all(guided):
             contexts[False] = [encode(states, mask)]
-        if any(guided) and self.sequential_guidance:
-            contexts[True] = [encode(states, mask), encode(other_states, other_mask)]
+        if any(guided) and self.ranks is not None and self.ranks.branch is not None:
+            contexts[True] = [encode(*branches[self.ranks.branch])]
+        elif any(guided) and self.sequential_guidance:
+            contexts[True] = [encode(*branch) for branch in branches]
         elif any(guided):
             contexts[True] = [encode(torch.cat([states, other_states]), torch.cat([mask, other_mask]))]
         return contexts
@@ -478,6 +488,25 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             )
         _check_finite(latents, "before the first step")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    def parallelize(self, *, guidance: bool = False, sequence: int | None = None) -> None:
+        """Share each clip among the ranks of torch.distributed, which is initialised.
+
+        From then on all ranks call the pipeline alike, sample from the noise of rank 0, and all return the clip.
+
+        Args:
+            guidance: the two branches of guidance on two ranks, or two groups of them.
+            sequence: ranks that share a clip's tokens; None for all there are, or half of them with `guidance`.
+
+        Raises:
+            OpenSoraError: the number of ranks is another, or a cache of the transformer does not allow it.
+        """
+        ranks = sampling_ranks(guidance=guidance, sequence=sequence)
+        if ranks.sequence is None:
+            self.transformer.disable_sequence_parallel()
+        else:
+            self.transformer.enable_sequence_parallel(ranks.sequence)
+        self.ranks = ranks
 
     def use_sampler(self, name: str) -> None:
         """Sample otherwise: a network that predicts noise or clean latents can be sampled in three ways.

@@ -1,0 +1,80 @@
+"""One clip sampled by several ranks: some share its tokens, and two may share the branches of guidance.
+
+Every rank runs the same loop on the same noise. Ranks that share tokens each return the whole prediction (see
+`sequence_parallel`). Ranks that share guidance compute one branch each, with the text or without, tell each other, and
+then guide and step alike; rank k of the first half and rank k of the second belong together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from opensora.errors import OpenSoraError
+
+
+@dataclass(frozen=True)
+class SamplingRanks:
+    """How the ranks of torch.distributed share a clip.
+
+    Attributes:
+        sequence: the ranks that share this rank's tokens; None where they are not shared.
+        branches: the two ranks that share the branches of guidance; None where each rank computes both.
+    """
+
+    sequence: ProcessGroup | None
+    branches: ProcessGroup | None
+
+    @property
+    def branch(self) -> int | None:
+        """Which branch this rank computes: 0 with the text, 1 without it; None for both."""
+        return None if self.branches is None else self.branches.rank()
+
+    def exchange(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches' predictions, of one of which this rank has computed its own."""
+        if self.branches is None:
+            raise OpenSoraError("the branches of guidance are not shared among ranks; there is nothing to exchange")
+        both = [torch.empty_like(prediction), torch.empty_like(prediction)]
+        dist.all_gather(both, prediction.contiguous(), group=self.branches)
+        return both[0], both[1]
+
+    def follow_first(self, sample: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The sample of rank 0; `generators` go on where those of rank 0 are."""
+        sample = sample.contiguous()
+        dist.broadcast(sample, src=0)
+        states = [generator.get_state() for generator in generators]
+        dist.broadcast_object_list(states, src=0)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return sample
+
+
+def sampling_ranks(*, guidance: bool, sequence: int | None) -> SamplingRanks:
+    """Divides the initialised ranks; called by all of them.
+
+    Args:
+        guidance: the two branches of guidance on two ranks, or two groups of them.
+        sequence: ranks that share a clip's tokens; None for all there are, or half of them with `guidance`.
+
+    Raises:
+        OpenSoraError: the number of ranks is another.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    branches = 2 if guidance else 1
+    sequence = max(1, num_ranks // branches) if sequence is None else sequence
+    if sequence < 1 or branches * sequence != num_ranks:
+        wanted = f"sequence parallelism over {sequence}" + (" and parallel guidance" if guidance else "")
+        raise OpenSoraError(
+            f"{wanted} takes {max(1, sequence) * branches} ranks, this run has {num_ranks}; "
+            "start as many with torchrun --nproc-per-node"
+        )
+    group = pair = None
+    if sequence > 1:
+        group, _ = dist.new_subgroups(sequence)
+    if guidance:
+        pair, _ = dist.new_subgroups_by_enumeration([[rank, sequence + rank] for rank in range(sequence)])
+    assert not isinstance(group, int) and not isinstance(pair, int)
+    return SamplingRanks(group, pair)
