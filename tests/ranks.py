@@ -8,7 +8,7 @@
     assert run_ranks(2, sum_of_ranks, 10) == [21, 21]
 
 The function stands at the top of a test module or of a module beside this one; it finds `torch.distributed` initialised.
-What it takes and returns is pickled. Processes are forked from a server that has imported torch once, so that a call
+What it takes and returns is pickled. Processes are forked from a server that has imported what is heavy, so that a call
 costs a tenth of a second and not two.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"])
+SERVER.set_forkserver_preload(["torch.distributed.fsdp", "opensora.training.trainer", "opensora.models.stdit3"])
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:

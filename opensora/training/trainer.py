@@ -167,6 +167,7 @@ class Trainer:
         self.critic.zero_grad(set_to_none=True)
         seen = []
         for batch, draw in batches:
+            torch.manual_seed(derive_seed(self.loop.seed, "critic", draw.position))
             with self.autocast():
                 terms = self.parallel.losses(self.objective.critic_loss, batch, draw)
             loss = total(terms, len(batches))
