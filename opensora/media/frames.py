@@ -126,11 +126,13 @@ def read_frames(path: str | Path, indices: Sequence[int], num_frames: int) -> It
         packets = _Packets.of(path)
         if packets.count < num_frames:
             raise OpenSoraError(f"{packets.count} of {num_frames} frames are there")
+        times = [packets.times[index] for index in indices] if packets.times is not None else []
         done = 0
-        if packets.times is not None:
-            for frame in _sought(path, [packets.times[index] for index in indices], packets):
-                yield frame
-                done += 1
+        for clock in range(2):  # most formats seek by the first, some by the second
+            if done < len(times):
+                for frame in _sought(path, times[done:], packets.keyframes, clock):
+                    yield frame
+                    done += 1
         if done < len(indices):
             yield from _counted(path, indices[done:])
 
@@ -165,16 +167,18 @@ class _Packets:
         return cls(len(shown), sorted(times) if known else None, keyframes)
 
 
-def _sought(path: str | Path, times: list[int], packets: _Packets) -> Iterator[np.ndarray]:
-    """The frames of these times, until one is not found."""
-    before = [keyframe for keyframe in packets.keyframes if keyframe[0] <= times[0]]
+def _sought(
+    path: str | Path, times: Sequence[int], keyframes: Sequence[tuple[int, int]], clock: int
+) -> Iterator[np.ndarray]:
+    """The frames of these times, until one is not found; sought by when they are seen (clock 0) or decoded (1)."""
+    before = [keyframe for keyframe in keyframes if keyframe[0] <= times[0]]
     if not before:
         return
     waiting = iter(times)
     wanted = next(waiting)
     with _open(path) as container:
         stream = container.streams.video[0]
-        container.seek(max(before)[1], stream=stream)
+        container.seek(max(before)[clock], stream=stream)
         for frame in container.decode(stream):
             if frame.pts is None or frame.pts > wanted or (frame.pts == wanted and frame.is_corrupt):
                 return
