@@ -79,7 +79,6 @@ SHARED = {
     "two branches": (2, {"guidance": True}),
     "two parts": (2, {}),
     "two branches of two parts": (4, {"guidance": True, "sequence": 2}),
-    "four parts": (4, {"sequence": 4}),
 }
 
 
