@@ -5,7 +5,13 @@ from typing import Any
 
 from tiny_pipeline import make_autoencoder
 
+from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips, ToyboxLatents
+from opensora.manifest import ClipRow, write_manifest
+from opensora.media.write import write_video
+from opensora.recipes.debug import debug_objective
+from opensora.toybox.captions import plain_caption
+from opensora.toybox.world import render, sample_specs
 from opensora.training.diffusion_objective import DiffusionObjectiveConfig
 from opensora.training.diffusions import IDDPM, Flow
 from opensora.training.previews import JudgedPrompts
@@ -42,6 +48,38 @@ def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObject
         "defaults": DEFAULTS,
     }
     return DiffusionObjectiveConfig(**options | changes)
+
+
+FAMILY = {
+    "1.0": ("opensora-1.0-16x256x256", IDDPM()),
+    "1.1": ("opensora-1.1-stage3", IDDPM(float32_tables=True)),
+    "1.2": ("opensora-1.2", Flow(time_shift=True)),
+}
+
+
+def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 8) -> Path:
+    """Small mp4 files of the toybox and one picture, in a manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    specs = sample_specs(num_clips, 7)
+    videos, _ = render(specs, num_frames, 64, 64)
+    for number, (spec, video) in enumerate(zip(specs, videos, strict=True)):
+        path = write_video(folder / f"{number}.mp4", video, 12)
+        rows.append(ClipRow(path, plain_caption(spec), num_frames, 64, 64, 12.0))
+    picture = write_video(folder / "picture.png", videos[0, :, :1], 1)
+    rows.append(ClipRow(picture, "a picture", 1, 64, 64, None))
+    manifest = folder / "clips.csv"
+    write_manifest(manifest, rows)
+    return manifest
+
+
+def family_config(version: str, manifest: Path | None, **changes: Any) -> DiffusionObjectiveConfig:
+    """A generation of the family with tiny networks of its classes, on clips of a manifest."""
+    model, diffusion = FAMILY[version]
+    buckets = {"64x64": {"5": (1.0, 2), "1": (1.0, 2)}}
+    data = ManifestClips(buckets, manifest, batches_in_a_row=1, num_workers=0)
+    transformer = {"input_size": [5, 8, 8]} if version == "1.0" else None
+    return debug_objective(model, diffusion, transformer, **{"data": data, **changes})
 
 
 def vae_config(stage: str, **changes: Any) -> VAEObjectiveConfig:

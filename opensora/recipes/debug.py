@@ -47,24 +47,19 @@ def debug_objective(
     """
     released = PUBLISHED[model]
     clips = ToyboxClips(num_frames=17, height=64, width=64)
-    return DiffusionObjectiveConfig(
-        data=ToyboxLatents(
-            clips, num_clips=16, other_lengths=(OtherLength(1, 0.25),), num_clips_of_other_lengths=8, batch_size=4
-        ),
-        diffusion=diffusion,
-        autoencoder=Untrained(_tiny_autoencoder(released.autoencoder.config)),
-        text=FrozenText(Untrained(_TEXT_ENCODER)),
-        architecture=released.transformer.class_name.rpartition(".")[2],  # type: ignore[arg-type]
-        transformer={**released.transformer.config, **_TRANSFORMER, **(transformer or {})},
-        defaults={
-            **{name: value for name, value in released.defaults.items() if name != "nominal_size"},
-            "num_frames": clips.num_frames,
-            "height": clips.height,
-            "width": clips.width,
-            "num_inference_steps": 4,
-        },
-        **options,
-    )
+    images = OtherLength(1, 0.25)
+    defaults = {name: value for name, value in released.defaults.items() if name != "nominal_size"}
+    defaults |= {"num_frames": clips.num_frames, "height": clips.height, "width": clips.width}
+    common: dict[str, Any] = {
+        "data": ToyboxLatents(clips, 16, other_lengths=(images,), num_clips_of_other_lengths=8, batch_size=4),
+        "diffusion": diffusion,
+        "autoencoder": Untrained(_tiny_autoencoder(released.autoencoder.config)),
+        "text": FrozenText(Untrained(_TEXT_ENCODER)),
+        "architecture": released.transformer.class_name.rpartition(".")[2],
+        "transformer": {**released.transformer.config, **_TRANSFORMER, **(transformer or {})},
+        "defaults": {**defaults, "num_inference_steps": 4},
+    }
+    return DiffusionObjectiveConfig(**common | options)
 
 
 def debug_recipe(name: str, objective: DiffusionObjectiveConfig) -> Recipe:

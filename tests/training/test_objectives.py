@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_objectives import CLIPS, diffusion_config, vae_config
+from tiny_objectives import CLIPS, FAMILY, diffusion_config, family_config, vae_config, write_clips
 from tiny_pipeline import make_autoencoder
 from torch import Tensor
 
@@ -24,10 +24,12 @@ from opensora.training.objective import Objective
 from opensora.training.text import TrainedText
 from opensora.training.trainer import Trainer
 
-KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge"]
+KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge", *FAMILY]
 
 
 def make_config(kind: str, folder: Path) -> Any:
+    if kind in FAMILY:
+        return family_config(kind, write_clips(folder / "clips"), frame_masks={"head": 0.5})
     if kind in ("flow", "iddpm"):
         return diffusion_config(kind, folder)
     if kind.endswith(" with frames"):
@@ -120,7 +122,7 @@ def run(config: Any, folder: Path, steps: int, stop_after: int | None = None) ->
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["flow", "iddpm", "frames", "pixels"])
+@pytest.mark.parametrize("kind", ["flow", "iddpm", "frames", "pixels", "1.1", "1.2"])
 def test_two_and_two_steps_are_four_bit_for_bit(kind, tmp_path):
     config = make_config(kind, tmp_path)
     whole = run(config, tmp_path / "whole", 4)
