@@ -17,6 +17,8 @@ from opensora.recipes.v1_2 import (
     v1_2_stage2,
     v1_2_stage3,
 )
+from opensora.recipes.vae_small import vae_small_frames, vae_small_stage1, vae_small_stage2, vae_small_stage3
+from opensora.recipes.vae_v1_2 import vae_debug, vae_v1_2_stage1, vae_v1_2_stage2, vae_v1_2_stage3
 from opensora.settings import nearest_name
 from opensora.training.config import Recipe
 
@@ -47,6 +49,14 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     v1_2_stage2,
     v1_2_stage3,
     v1_2_debug,
+    vae_debug,
+    vae_small_frames,
+    vae_small_stage1,
+    vae_small_stage2,
+    vae_small_stage3,
+    vae_v1_2_stage1,
+    vae_v1_2_stage2,
+    vae_v1_2_stage3,
 )
 
 
