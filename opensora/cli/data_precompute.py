@@ -9,7 +9,6 @@ import tyro
 from opensora.cli.devices import choose_device
 from opensora.cli.evaluate import check_count
 from opensora.cli.options import option
-from opensora.cli.plan import parse_memory
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
@@ -55,8 +54,8 @@ class DataPrecompute:
     """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
     seed: int = 0
     """Chooses these places."""
-    shard_size: str = "256MB"
-    """How large a file may become."""
+    shard_mb: int = 256
+    """How large a file may become, in MB."""
     workers: int = 4
     """Threads that read clips while others are encoded."""
     device: str | None = None
@@ -68,6 +67,7 @@ class DataPrecompute:
         from opensora.settings import apply_overrides
 
         check_count("--windows-per-clip", self.windows_per_clip)
+        check_count("--shard-mb", self.shard_mb)
         check_count("--workers", self.workers)
         check_writable(self.output / "cache.json")
         overrides = [*self.overrides, *([f"objective.data.manifest={self.manifest}"] if self.manifest else [])]
@@ -117,7 +117,7 @@ class DataPrecompute:
             told_fps=clips.told_fps,
             windows=self.windows_per_clip,
             seed=self.seed,
-            shard_bytes=parse_memory(self.shard_size),
+            shard_bytes=self.shard_mb * 10**6,
             latents=LatentsMadeFrom(
                 autoencoder=fingerprint(autoencoder.state_dict()),
                 origin=describe_origin(config.autoencoder),

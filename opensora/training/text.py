@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from opensora.checkpoints.weights import fingerprint
+from opensora.data.cache import Cache
 from opensora.errors import OpenSoraError
 from opensora.models.text.cleaning import clean_text
 from opensora.toybox.captions import build_tokenizer
@@ -108,6 +110,17 @@ class Captions:
             if self.device != META:
                 self.tokenizer = ByT5Tokenizer() if isinstance(origin, Untrained) else find_tokenizer(origin)
         return self.encoder
+
+    def check(self, cache: Cache) -> None:
+        """Refuses a cache whose text states come from another encoder, or from captions cut or spelled otherwise.
+
+        An encoder of the same name is taken for the same; one of another name is loaded and compared.
+        """
+        assert not isinstance(self.config, TrainedText)
+        made, origin, found = cache.index.made_from.text, self.config.origin, None
+        if made is not None and made.origin != origin:
+            found = fingerprint(build_part(origin, "text_encoder", T5EncoderModel, "cpu", self.dtype).state_dict())
+        cache.check_text(found, self.max_tokens, self.clean)
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut."""
