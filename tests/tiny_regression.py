@@ -108,15 +108,13 @@ class RegressionConfig:
         return Regression(self)
 
 
-def recipe(
-    steps: int = 12, poison_steps: tuple[int, ...] = (), critic: bool = False, dropout: float = 0.1, **loop
-) -> Recipe:
-    """Matrices are trained by Muon, or with `matrices="adamw"` not."""
-    optimizer = OptimizerConfig(matrices=loop.pop("matrices", "muon"), warmup_steps=5)
-    settings = {"checkpoint_every": 3, "log_every": 1, "precision": "fp32", "microbatches": 2, "optimizer": optimizer}
-    return Recipe(
-        "regression", RegressionConfig(poison_steps, critic, dropout), LoopConfig(steps=steps, **settings | loop)
-    )
+def recipe(steps: int = 12, poison_steps: tuple[int, ...] = (), **settings) -> Recipe:
+    """Settings are those of the loop, and `critic`, `dropout`, `matrices` (which optimiser takes them)."""
+    of_objective = {name: settings.pop(name) for name in ("critic", "dropout") if name in settings}
+    optimizer = OptimizerConfig(matrices=settings.pop("matrices", "muon"), warmup_steps=5)
+    loop = {"checkpoint_every": 3, "log_every": 1, "precision": "fp32", "microbatches": 2, "optimizer": optimizer}
+    objective = RegressionConfig(poison_steps, **of_objective)
+    return Recipe("regression", objective, LoopConfig(steps=steps, **loop | settings))
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:

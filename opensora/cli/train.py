@@ -12,9 +12,11 @@ import tyro
 
 from opensora.cli.devices import choose_device
 from opensora.cli.dry_run import DryRunOptions
+from opensora.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
+    from opensora.distributed.mesh import Launch
     from opensora.training.trainer import Trainer
 
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 class Train:
     """Train a model by a recipe; a run that was interrupted goes on where its last checkpoint was.
 
+    `torchrun --nproc-per-node 8 -m opensora.cli.main train RECIPE` trains on eight devices, and likewise on many nodes.
     Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--dry-run` lists them all.
     """
 
@@ -42,6 +45,7 @@ class Train:
     def run(self) -> None:
         import torch
 
+        from opensora.distributed.mesh import launched
         from opensora.recipes import find_recipe
         from opensora.settings import apply_overrides
         from opensora.training.trainer import Trainer
@@ -56,13 +60,35 @@ class Train:
         if self.plan.dry_run:
             self.plan.run(recipe, folder, self.device)
             return
-        device = str(choose_device(self.device))
-        with Progress() as progress:
-            trainer = Trainer(recipe, folder, device, on_step=progress.update)
-            progress.start(trainer, folder)
-            with stopping_between_steps(trainer):
-                model = trainer.run()
-        print(f"model: {model}")
+        with launched() as launch, speaking_once(launch):
+            device = str(choose_device(self.device))
+            with Progress() if launch.rank == 0 else contextlib.nullcontext() as progress:
+                trainer = Trainer(recipe, folder, device, on_step=progress.update if progress else None)
+                if progress:
+                    progress.start(trainer, folder)
+                with stopping_between_steps(trainer):
+                    model = trainer.run()
+        if launch.rank == 0:
+            print(f"model: {model}")
+
+
+@contextlib.contextmanager
+def speaking_once(launch: "Launch") -> Iterator[None]:
+    """Of the ranks that end for the same reason one tells it, and none that end because another did tell theirs.
+
+    Raises:
+        SystemExit: with the exit code that the first one has, on the others.
+    """
+    try:
+        yield
+    except (OpenSoraError, KeyboardInterrupt) as reason:
+        if launch.is_first_to_say(str(reason)):
+            raise
+        raise SystemExit(EXIT_USER_ERROR if isinstance(reason, OpenSoraError) else EXIT_INTERRUPTED) from None
+    except Exception:
+        if launch.has_heard():  # a rank that is gone breaks what the others do together
+            raise SystemExit(EXIT_USER_ERROR) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -106,6 +132,8 @@ class Progress:
     def start(self, trainer: "Trainer", folder: Path) -> None:
         if trainer.step:
             self.bar.console.print(f"resuming {folder} at step {trainer.step}")
+        for note in trainer.notes:
+            self.bar.console.print(note)
         self.bar.update(self.task, completed=trainer.step, total=trainer.loop.steps)
         self.first_step, self.started = trainer.step, time.monotonic()
 

@@ -135,22 +135,25 @@ class Launch:
     """A process as torchrun started it.
 
     Attributes:
-        rank: of this process among all.
-        local_rank: among those of this machine: its accelerator's number.
+        rank: of this process, from 0.
         num_ranks: processes in all.
         store: what all of them can read and write; None for a process that was started alone.
     """
 
     rank: int = 0
-    local_rank: int = 0
     num_ranks: int = 1
     store: dist.Store | None = None
 
-    def says(self, message: str) -> bool:
-        """Whether this rank is the first with this message, so that a mistake that all make is told once."""
+    def is_first_to_say(self, reason: str) -> bool:
+        """Whether no rank has yet ended for this reason: what all of them run into is told once."""
         if self.store is None:
             return True
-        return self.store.compare_set(f"said: {message}", "", str(self.rank)) == str(self.rank).encode()
+        self.store.set("a rank has ended", "")
+        return self.store.compare_set(f"ended: {reason}", "", str(self.rank)) == str(self.rank).encode()
+
+    def has_heard(self) -> bool:
+        """Whether a rank has ended and told why."""
+        return self.store is not None and self.store.check(["a rank has ended"])
 
 
 @contextlib.contextmanager
@@ -162,15 +165,18 @@ def launched() -> Iterator[Launch]:
     if not dist.is_torchelastic_launched():
         yield Launch()
         return
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    backend = "gloo"
-    if accelerator is not None and accelerator.type == "cuda":
-        torch.accelerator.set_device_index(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise OpenSoraError(
+                f"torchrun started more than {torch.cuda.device_count()} processes on a machine with so many GPUs; "
+                "give --nproc-per-node gpu"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     try:
-        yield Launch(rank, local_rank, num_ranks, store)
+        yield Launch(rank, num_ranks, store)
     finally:
         dist.destroy_process_group()

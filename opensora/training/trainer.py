@@ -59,7 +59,6 @@ class Trainer:
         loop = self.loop = recipe.loop
         self.folder, self.device, self.on_step = folder, device, on_step
         self.mesh = build_mesh(device, loop.sequence_parallel)
-        record_recipe(recipe, folder / "recipe.json", self.mesh)
         torch.manual_seed(loop.seed)  # for the weights that a network begins with
         self.objective = recipe.objective.build(device)
         self.module, self.critic = self.objective.module.to(device), self.objective.critic
@@ -78,6 +77,7 @@ class Trainer:
         self.stop_requested = False
         self.notes: list[str] = []
         self.means, self.work = Means(), Work(loop.peak_tflops)
+        record_recipe(recipe, folder / "recipe.json", self.mesh)
         self.checkpoints = Checkpoints(folder / "checkpoints", self.mesh, loop.keep_checkpoints)
         self.resume()
 
