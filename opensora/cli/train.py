@@ -43,14 +43,20 @@ class Train:
     )
 
     def run(self) -> None:
+        from opensora.distributed.mesh import launched
+
+        self.plan.check()
+        with launched() as launch, speaking_once(launch):
+            self.run_rank(is_first=launch.rank == 0)
+
+    def run_rank(self, is_first: bool) -> None:
+        """One of the ranks, of which the first shows how far all of them are."""
         import torch
 
-        from opensora.distributed.mesh import launched
         from opensora.recipes import find_recipe
         from opensora.settings import apply_overrides
         from opensora.training.trainer import Trainer
 
-        self.plan.check()
         if self.threads is not None:
             if self.threads < 1:
                 raise OpenSoraError(f"--threads is {self.threads}; give 1 or more")
@@ -58,17 +64,17 @@ class Train:
         recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
         folder = self.output or Path("runs") / recipe.name
         if self.plan.dry_run:
-            self.plan.run(recipe, folder, self.device)
+            if is_first:
+                self.plan.run(recipe, folder, self.device)
             return
-        with launched() as launch, speaking_once(launch):
-            device = str(choose_device(self.device))
-            with Progress() if launch.rank == 0 else contextlib.nullcontext() as progress:
-                trainer = Trainer(recipe, folder, device, on_step=progress.update if progress else None)
-                if progress:
-                    progress.start(trainer, folder)
-                with stopping_between_steps(trainer):
-                    model = trainer.run()
-        if launch.rank == 0:
+        device = str(choose_device(self.device))
+        with Progress() if is_first else contextlib.nullcontext() as progress:
+            trainer = Trainer(recipe, folder, device, on_step=progress.update if progress else None)
+            if progress:
+                progress.start(trainer, folder)
+            with stopping_between_steps(trainer):
+                model = trainer.run()
+        if is_first:
             print(f"model: {model}")
 
 
