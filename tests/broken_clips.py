@@ -56,7 +56,7 @@ def make_broken_clips(folder: Path, num_good: int = 6) -> BrokenClips:
     for name, content in {
         "红球 – été.mp4": whole,
         "a video.avi": whole,
-        "a video.jpg": whole,
+        "another video.jpg": whole,
         "a picture.mp4": picture,
     }.items():
         (folder / name).write_bytes(content)
@@ -70,7 +70,7 @@ def make_broken_clips(folder: Path, num_good: int = 6) -> BrokenClips:
         "noise.mp4": noise,
         "empty.mp4": b"",
         "words.mp4": b"404: not found\n" * 20,
-        "cut.png": picture[: len(picture) // 2],
+        "cut picture.png": picture[: len(picture) // 2],
     }.items():
         (folder / name).write_bytes(content)
     broken = {
@@ -78,7 +78,7 @@ def make_broken_clips(folder: Path, num_good: int = 6) -> BrokenClips:
         "noise.mp4": "not a video",
         "empty.mp4": "not a video",
         "words.mp4": "not a video",
-        "cut.png": "truncated",
+        "cut picture.png": "truncated",
     }
 
     write_video(folder / "short.mp4", moving_square(4), FPS)
@@ -88,7 +88,7 @@ def make_broken_clips(folder: Path, num_good: int = 6) -> BrokenClips:
     rows = []
     for name in [*usable, *broken, *dropped]:
         frames = {"cut.mp4": 60, "short.mp4": 4}.get(name, NUM_FRAMES)
-        frames = 1 if name in ("photo.png", "a picture.mp4", "cut.png") else frames
+        frames = 1 if name in ("photo.png", "a picture.mp4", "cut picture.png") else frames
         height, width = (16, 16) if name == "tiny.mp4" else (HEIGHT, WIDTH)
         text = f'what "{name}" shows,\nin two lines'
         (folder / name).with_suffix(".txt").write_text(text, encoding="utf-8")
