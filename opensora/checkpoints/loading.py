@@ -13,7 +13,7 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from opensora.checkpoints.adapters import AdaptedWeights, Adapter, read_adapter
 from opensora.checkpoints.key_maps import adapt_weights, find_config
 from opensora.checkpoints.published import PublishedModel, component_folders, published_name
 from opensora.checkpoints.sources import (
@@ -53,6 +54,7 @@ def load_pipeline(
     *,
     override_latent_space: "LatentSpace | None" = None,
     components: Mapping[str, str | Path] | None = None,
+    adapters: Mapping[str | Path, float] | None = None,
     download: bool = False,
     offload: bool = False,
 ) -> "OpenSoraPipeline":
@@ -67,6 +69,7 @@ def load_pipeline(
             output.
         components: component -> folder or file that takes the place of the model's own, in our format or in the one
             that the reference saves: "transformer", "autoencoder", "text_encoder", "tokenizer".
+        adapters: adapter (its file or folder) -> how strongly it acts: 1 as it was trained, 0 not at all.
         download: fetch the parts of a published model that this machine lacks. Nothing else ever goes to the network.
         offload: each network is in memory only while it works. On an accelerator it lies in the CPU's memory otherwise;
             on the CPU it is read from its files whenever it is needed.
@@ -75,12 +78,14 @@ def load_pipeline(
         The pipeline, in evaluation mode on `device`.
 
     Raises:
-        OpenSoraError: unknown name, a missing or damaged file, weights that do not fit, or an absent device.
+        OpenSoraError: unknown name, a missing or damaged file, weights that do not fit, an adapter of another model, or
+            an absent device.
     """
     device = resolve_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     overridden = override_latent_space is not None
-    load = functools.partial(_load_network, dtype=dtype, without_data=offload and device.type == "cpu")
+    merged = [(read_adapter(path), scale) for path, scale in (adapters or {}).items()]
+    load = functools.partial(_load_network, dtype=dtype, without_data=offload and device.type == "cpu", adapters=merged)
     if published_name(str(name_or_path)) is not None:
         source = find_published(str(name_or_path), components, download=download)
         parts, defaults = _load_published(source, load, check_latent_space=not overridden)
@@ -112,6 +117,7 @@ class _Loaded:
 
 
 def _load_network(
+    name: str,
     path: Path,
     cls: type[nn.Module],
     config: Mapping[str, Any] | None,
@@ -119,8 +125,17 @@ def _load_network(
     dtype: torch.dtype,
     without_data: bool,
     check_latent_space: bool,
+    adapters: Sequence[tuple[Adapter, float]],
 ) -> _Loaded:
-    again = functools.partial(load_component, path, cls, dtype, config=config, check_latent_space=check_latent_space)
+    again = functools.partial(
+        load_component,
+        path,
+        cls,
+        dtype,
+        config=config,
+        check_latent_space=check_latent_space,
+        adapters=adapters if name == "transformer" else (),
+    )
     return _Loaded(again(without_data=True) if without_data else again(), again)
 
 
@@ -150,7 +165,7 @@ def _load_folder(
             assumed = {key: value for key, value in read_object(own).items() if not key.startswith("_")}
             config = find_config(path, cls, read_weights(path), assumed)
         checked = check_latent_space or name != "autoencoder"
-        components[name] = load(path, cls, config, check_latent_space=checked)
+        components[name] = load(name, path, cls, config, check_latent_space=checked)
     return components, defaults
 
 
@@ -168,7 +183,7 @@ def _load_published(
         given = name in source.given
         config = find_config(path, cls, read_weights(path), part.config) if given else part.config
         checked = check_latent_space or name != "autoencoder"
-        components[name] = load(path, cls, config, check_latent_space=checked)
+        components[name] = load(name, path, cls, config, check_latent_space=checked)
     components["scheduler"], defaults = published_settings(model)
     return components, defaults
 
@@ -207,6 +222,7 @@ def load_component(
     config: Mapping[str, Any] | None = None,
     check_latent_space: bool = True,
     without_data: bool = False,
+    adapters: Sequence[tuple[Adapter, float]] = (),
 ) -> Network:
     """A network from the folder that its `save_pretrained` wrote, or from weights as the reference saves them.
 
@@ -218,12 +234,14 @@ def load_component(
         check_latent_space: False for an autoencoder whose declared latent space is overridden next, and may therefore
             disagree with its weights.
         without_data: build it on torch's meta device: shapes alone, weights are not read.
+        adapters: merged into the weights, each at a scale.
 
     Returns:
         The network on the CPU, in evaluation mode. Random numbers drawn afterwards are those of an unloaded process.
 
     Raises:
-        OpenSoraError: a missing or damaged file, or weights that are not finite or not those of the configuration.
+        OpenSoraError: a missing or damaged file, weights that are not finite or not those of the configuration, or an
+            adapter of other weights.
     """
     if not path.exists():
         raise OpenSoraError(f"the folder {path} is missing; it should hold the model's {path.name}")
@@ -238,9 +256,13 @@ def load_component(
     if not check_latent_space:
         model.checks_loaded_statistics = False
     cast_weights(model, dtype)
-    if without_data:
+    if without_data and not adapters:
         return model.eval()
-    load_weights(model, adapt_weights(model, weights, str(path)), source=str(path))
+    weights = adapt_weights(model, weights, str(path))
+    if adapters:
+        weights = AdaptedWeights(model, weights, adapters, str(path))
+    if not without_data:
+        load_weights(model, weights, source=str(path))
     return model.eval()
 
 
