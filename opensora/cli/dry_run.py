@@ -1,14 +1,20 @@
 """`opensora train RECIPE --dry-run`: what a run would take, before anything is loaded, downloaded or trained."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from opensora.cli.options import FLAG, flag, given_options, option
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe
+    from opensora.training.plan import TrainingPlan
+
+_MFU = 0.4
+_ROWS = 8  # of the table of batches
 
 
 @dataclass(frozen=True)
@@ -19,53 +25,257 @@ class DryRunOptions:
     """Print memory, work, communication and time of the run, and stop; exit code 2 if it does not fit."""
     world_size: Annotated[int | None, option("N", "1")] = None
     """With --dry-run: processes, one on each device."""
-    mfu: Annotated[float | None, option("SHARE", "0.4")] = None
-    """With --dry-run: share of the device's peak that the run reaches."""
+    mfu: Annotated[float | None, option("SHARE", str(_MFU))] = None
+    """With --dry-run: share of the device's peak that all computation reaches."""
     price_per_hour: Annotated[float | None, option("PRICE", "none")] = None
     """With --dry-run: what an hour of one device costs, in any currency."""
     json: Annotated[bool, FLAG] = False
     """With --dry-run: print JSON, for programs."""
+    settings: Annotated[bool, FLAG] = False
+    """Print the recipe's settings as KEY=VALUE, as they can be given, and stop."""
 
     def check(self) -> None:
         """Raises `OpenSoraError` for an option that needs `--dry-run`, or for an impossible number."""
-        without = [flag(name) for name, _ in given_options(self) if name != "dry_run"]
+        without = [flag(name) for name, _ in given_options(self) if name not in ("dry_run", "settings")]
         if without and not self.dry_run:
             raise OpenSoraError(f"{without[0]} goes with --dry-run; training takes the number of ranks from torchrun")
         if self.world_size is not None and self.world_size < 1:
             raise OpenSoraError(f"--world-size is {self.world_size}; give 1 or more")
         if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise OpenSoraError(f"--mfu is {self.mfu:g}; give a share above 0 and up to 1, such as 0.4")
+            raise OpenSoraError(f"--mfu is {self.mfu:g}; give a share above 0 and up to 1, such as {_MFU}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
             raise OpenSoraError(f"--price-per-hour is {self.price_per_hour:g}; give 0 or more")
 
+    @property
+    def wanted(self) -> bool:
+        """Whether to print instead of training."""
+        return self.dry_run or self.settings
+
     def run(self, recipe: "Recipe", folder: Path, device: str | None) -> None:
-        """Prints the plan.
+        """Prints what was asked for.
 
         Args:
             recipe: what would run.
             folder: where.
-            device: a name of `planning.devices`, or a torch device; None for the CPU.
+            device: a name of `planning.devices`; None for this machine's CPU.
 
         Raises:
             OpenSoraError: an unknown device, or a run that does not fit on it.
         """
-        describe(recipe, folder, "cpu")
+        from opensora.planning.devices import find_device
+        from opensora.training.plan import TrainingPlan
+
+        if self.settings:
+            print("\n".join(_settings(recipe)))
+            return
+        plan = TrainingPlan(recipe, find_device(device or "cpu"), self.world_size or 1, self.mfu or _MFU)
+        told = _told(plan, recipe, folder, self.price_per_hour)
+        print(json.dumps(told, indent=2) if self.json else "\n".join(_lines(told)))
+        if not told["fits"]:
+            needs, has = _gb(told["memory"]["total"]), _gb(plan.device.memory_bytes)
+            raise OpenSoraError(
+                f"{recipe.name} does not fit: a rank needs {needs} GB and {plan.device.name} has {has} GB; {_advice(told)}"
+            )
 
 
-def describe(recipe: "Recipe", folder: Path, device: str) -> None:
-    """Prints the recipe's settings, the parameters it trains and where it would start."""
-    import json
-
+def _settings(recipe: "Recipe") -> list[str]:
+    """Every setting in the form in which it is given."""
     from opensora.settings import to_dict
-    from opensora.distributed.checkpoint import list_checkpoints
 
-    module = recipe.objective.build(device).module
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    print(json.dumps(to_dict(recipe), indent=2))
-    print(f"parameters: {trained:,} trained, {frozen:,} frozen")
-    for name, child in module.named_children():
-        print(f"  {name}: {sum(p.numel() for p in child.parameters()):,}")
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    start = f"resume from {checkpoints[-1].name}" if checkpoints else "start at step 0"
-    print(f"run: {folder}, {recipe.loop.steps} steps, {start}")
+    def flat(tree: Any, path: str) -> list[str]:
+        if isinstance(tree, dict) and tree:
+            return [line for key, value in tree.items() for line in flat(value, f"{path}.{key}" if path else key)]
+        return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
+
+    return flat({key: value for key, value in to_dict(recipe).items() if key != "name"}, "")
+
+
+def _told(plan: "TrainingPlan", recipe: "Recipe", folder: Path, price: float | None) -> dict[str, Any]:
+    """The plan as plain JSON values; sizes are bytes, times seconds."""
+    from opensora.distributed.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(folder / "checkpoints")[0]
+    loop, fits = recipe.loop, plan.fits()
+    step_s = plan.step_s()
+    hours = None if step_s is None else step_s * loop.steps * plan.world_size / 3600
+    return {
+        "recipe": recipe.name,
+        "folder": str(folder),
+        "resumes_from": None if checkpoint is None else checkpoint.name,
+        "device": dataclasses.asdict(plan.device),
+        "world_size": plan.world_size,
+        "sharded": plan.is_sharded,
+        "sequence_parallel": loop.sequence_parallel,
+        "microbatches": loop.microbatches,
+        "precision": loop.precision,
+        "activation_checkpointing": loop.activation_checkpointing,
+        "parameters": [dataclasses.asdict(network) for network in plan.parameters()],
+        "memory": dataclasses.asdict(plan.memory),
+        "fits": fits,
+        "ways_to_fit": []
+        if fits
+        else [{"options": options, "total": way.memory.total} for options, way in plan.ways_to_fit()],
+        "batches": [
+            {**dataclasses.asdict(cost.shape), **{k: v for k, v in dataclasses.asdict(cost).items() if k != "shape"}}
+            for cost in plan.batches
+        ],
+        "step": {
+            "clips": plan.mean(lambda cost: cost.shape.batch_size) * loop.microbatches * plan.num_data_ranks,
+            "tokens": plan.mean(lambda cost: cost.tokens or 0) * plan.num_data_ranks,
+            "flops": plan.mean(lambda cost: cost.flops),
+            "recomputed_flops": plan.mean(lambda cost: cost.recomputed_flops),
+            "frozen_flops": plan.mean(lambda cost: cost.frozen_flops),
+            "sent_bytes": plan.mean(lambda cost: cost.sent_bytes),
+            "switched_bytes": plan.mean(lambda cost: cost.switched_bytes),
+            "sending_s": plan.mean(lambda cost: cost.sending_s or 0.0),
+            "seconds": step_s,
+            "mfu": plan.mfu,
+            "logged_mfu": plan.logged_mfu(),
+        },
+        "run": {
+            "steps": loop.steps,
+            "hours": None if hours is None else hours / plan.world_size,
+            "device_hours": hours,
+            "cost": None if hours is None or price is None else hours * price,
+        },
+    }
+
+
+# --- on one screen ----------------------------------------------------------------------------------------------------
+
+
+def _lines(told: dict[str, Any]) -> list[str]:
+    return [
+        *_head(told),
+        "",
+        *_parameters(told["parameters"]),
+        "",
+        *_memory(told),
+        "",
+        *_batches(told),
+        "",
+        *_time(told),
+    ]
+
+
+def _head(told: dict[str, Any]) -> list[str]:
+    ranks, device = told["world_size"], told["device"]["name"]
+    where = f"{ranks} x {device}" if ranks > 1 else ("this machine's CPU" if device == "cpu" else f"one {device}")
+    how = [told["precision"]]
+    how += ["weights sharded over all ranks"] if told["sharded"] else []
+    how += [f"clips shared by {told['sequence_parallel']} ranks"] if told["sequence_parallel"] > 1 else []
+    how += [f"{told['microbatches']} microbatches"] if told["microbatches"] > 1 else []
+    how += [f"activation checkpointing {told['activation_checkpointing']}"]
+    return [f"{told['recipe']} on {where}", f"{', '.join(how)}; GB are 1024^3 bytes"]
+
+
+def _parameters(networks: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{'parameters':<20}{'trained':>16}{'frozen':>16}"]
+    for network in networks:
+        lines.append(f"{network['name'].replace('_', ' '):<20}{network['trained']:>16,}{network['frozen']:>16,}")
+    return lines
+
+
+def _memory(told: dict[str, Any]) -> list[str]:
+    memory, has = told["memory"], told["device"]["memory_bytes"]
+    share = f" 1/{told['world_size']}" if told["sharded"] else ""
+    parts = {
+        "weights": f"weights{share}",
+        "gradients": f"gradients{share}",
+        "optimizer": f"optimiser{share}",
+        "average": f"average of weights{share}",
+        "critic": "critic and its optimiser",
+        "frozen": "frozen networks",
+        "activations": f"activations, {memory['worst']}",
+        "preparation": "frozen networks at work",
+        "communication": "gathered and sent",
+        "checkpoint": "checkpoint being written",
+        "surcharge": "process and allocator",
+    }
+    lines = [f"{'memory of a rank':<36}{'GB':>8}"]
+    lines += [f"{name:<36}{_gb(memory[part]):>8}" for part, name in parts.items() if memory[part]]
+    verdict = "fits" if told["fits"] else "does not fit"
+    lines.append(f"{'at the worst moment':<36}{_gb(memory['total']):>8} of {_gb(has)}: {verdict}")
+    return lines
+
+
+def _batches(told: dict[str, Any]) -> list[str]:
+    step, timed = told["step"], told["step"]["seconds"] is not None
+    head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds")
+    lines = ["{:<20}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head)]
+
+    def weight(batch: dict[str, Any]) -> float:
+        return batch["share"] * (batch["flops"] + batch["recomputed_flops"] + batch["frozen_flops"])
+
+    shown = sorted(told["batches"], key=weight, reverse=True)[:_ROWS]
+    for batch in shown:
+        lines.append(
+            f"{batch['label']:<20}{batch['share']:>7.1%}{batch['batch_size'] * told['microbatches']:>7}"
+            f"{'-' if batch['tokens'] is None else format(batch['tokens'], ','):>10}{_work(batch)}"
+            f"{_seconds(batch['seconds']):>9}"
+        )
+    left = len(told["batches"]) - len(shown)
+    if left:
+        lines.append(f"and {left} sizes that take less")
+    data_ranks = told["world_size"] // told["sequence_parallel"]
+    clips, tokens = step["clips"] / data_ranks, step["tokens"] / data_ranks
+    lines.append(
+        f"{'mean':<27}{clips:>7.0f}{format(round(tokens), ',') if tokens else '-':>10}{_work(step)}"
+        f"{_seconds(step['seconds']):>9}"
+    )
+    if told["world_size"] > 1:
+        lines.append(_sent(step))
+    return lines if timed else [line[: -len("  seconds")] for line in lines[:1]] + lines[1:]
+
+
+def _work(cost: dict[str, Any]) -> str:
+    return f"{_tera(cost['flops']):>10}{_tera(cost['recomputed_flops']):>12}{_tera(cost['frozen_flops']):>9}"
+
+
+def _sent(step: dict[str, Any]) -> str:
+    parts = f"{_gb(step['sent_bytes'])} GB of weights and gradients"
+    if step["switched_bytes"]:
+        parts += f", {_gb(step['switched_bytes'])} GB of shared clips"
+    return f"sent by each rank: {parts}" + (f", {step['sending_s']:.2g} s" if step["sending_s"] else "")
+
+
+def _time(told: dict[str, Any]) -> list[str]:
+    step, run, device = told["step"], told["run"], told["device"]
+    start = f"resumes from {told['resumes_from']}" if told["resumes_from"] else "starts at step 0"
+    first = f"{run['steps']:,} steps in {told['folder']}, {start}"
+    if step["seconds"] is None:
+        return [first, "no time is told: nobody measured this CPU; set loop.peak_tflops to what it can do"]
+    peak = f"{device['peak_tflops']:g} TFLOP/s" if device["peak_tflops"] else "loop.peak_tflops"
+    cost = "" if run["cost"] is None else f", which cost {run['cost']:,.2f}"
+    return [
+        first,
+        f"{step['seconds']:.3g} s a step at {step['mfu']:.0%} of {peak} (would be logged as mfu "
+        f"{step['logged_mfu']:.2f}: without what is recomputed or frozen)",
+        f"{_duration(run['hours'])}: {run['device_hours']:,.1f} hours of a device{cost}",
+    ]
+
+
+def _advice(told: dict[str, Any]) -> str:
+    if told["ways_to_fit"]:
+        ways = [f"{' '.join(way['options'])} ({_gb(way['total'])} GB)" for way in told["ways_to_fit"]]
+        return f"it fits with {', or with '.join(ways)}"
+    return f"make batches of {told['memory']['worst']} smaller, or encode beforehand by opensora data precompute"
+
+
+def _gb(num_bytes: float) -> str:
+    size = num_bytes / 2**30
+    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"
+
+
+def _tera(flops: float) -> str:
+    return "-" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3g}"
+
+
+def _duration(hours: float) -> str:
+    return (
+        f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    )

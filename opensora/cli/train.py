@@ -25,7 +25,7 @@ class Train:
     """Train a model by a recipe; a run that was interrupted goes on where its last checkpoint was.
 
     `torchrun --nproc-per-node 8 -m opensora.cli.main train RECIPE` trains on eight devices, and likewise on many nodes.
-    Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--dry-run` lists them all.
+    Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--settings` lists them all.
     """
 
     recipe: Annotated[str, tyro.conf.Positional]
@@ -63,7 +63,7 @@ class Train:
             torch.set_num_threads(self.threads)
         recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
         folder = self.output or Path("runs") / recipe.name
-        if self.plan.dry_run:
+        if self.plan.wanted:
             if is_first:
                 self.plan.run(recipe, folder, self.device)
             return

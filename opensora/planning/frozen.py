@@ -29,17 +29,18 @@ class Preparation:
 
 
 class FrozenNetworks:
-    """Traces preparations; parts that do the same on the same sizes are run once in its life.
+    """Traces what they do; parts that do the same on the same sizes are run once.
 
     Args:
-        networks: that work, on the device "meta".
+        networks: on the device "meta".
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._alike: list[tuple[list[nn.Module], dict[Any, Any]]]
         self._alike = [(parts, {}) for network in networks for parts in _alike(network)]
 
-    def prepare(self, rehearse: Callable[[], Any]) -> Preparation:
-        """What `rehearse` takes and computes."""
+    def trace(self, rehearse: Callable[[], Any]) -> Preparation:
+        """What `rehearse`, which calls some of the networks, takes and computes."""
         memory = LiveMemory()
         with ExitStack() as stack:
             for parts, needed in self._alike:

@@ -48,11 +48,9 @@ class Step:
 
     Attributes:
         segments: in the order in which they run, those of layers that were left out included.
-        tokens: that enter the first layer, of all samples; None without layers.
     """
 
     segments: tuple[Segment, ...]
-    tokens: int | None
 
     @property
     def flops(self) -> int:
@@ -126,7 +124,7 @@ def trace_step(
             engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
         del loss
         recorder.begin(("end", 0))
-    return Step(tuple(_unrolled(recorder.segments, len(layers))), recorder.tokens)
+    return Step(tuple(_unrolled(recorder.segments, len(layers))))
 
 
 @dataclass(frozen=True)
@@ -136,13 +134,13 @@ class Work:
     Attributes:
         forward, backward: floating-point operations, nothing computed twice.
         in_layers: those of `forward` that are in the repeated blocks.
-        tokens: see `Step`.
+        tokens: shape of what enters the first layer, (B, T, S, D) in a transformer; None without layers.
     """
 
     forward: int
     backward: int
     in_layers: int
-    tokens: int | None
+    tokens: tuple[int, ...] | None
 
 
 def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] = ()) -> Work:
@@ -154,10 +152,10 @@ def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] =
     """
     counted, layers = CountedFlops(), layers_of(blocks)
     layer: list[tuple[int, int]] = []  # forward and backward before and after it
-    tokens: list[int] = []
+    tokens: list[tuple[int, ...]] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens.append(args[0].shape[:-1].numel())
+        tokens.append(tuple(args[0].shape))
         layer.append(counted.totals)
 
     with ExitStack() as stack:
@@ -191,7 +189,6 @@ class _Recorder(LiveMemory):
         super().__init__()
         self.segments: list[tuple[tuple[str, int], Segment]] = []
         self.is_forward = True
-        self.tokens: int | None = None
         self._name = ("before", 0)
         self._started = (0, 0, 0)  # live bytes, gradient bytes, flops
         self._gradient_bytes = 0
@@ -223,8 +220,6 @@ class _Recorder(LiveMemory):
 
         def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.is_forward:
-                if self.tokens is None:
-                    self.tokens = hidden_states.shape[:-1].numel()
                 self.begin(("forward", number))
             return leave(hidden_states, *args, **kwargs) if first is last else run_first(hidden_states, *args, **kwargs)
 
