@@ -7,6 +7,7 @@ Pictures are read by Pillow and are clips of one frame. What the file notes abou
 """
 
 import contextlib
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,11 @@ def _open(path: str | Path) -> Any:
     if not container.streams.video:
         container.close()
         raise OpenSoraError("no video in it")
-    container.streams.video[0].codec_context.thread_count = 1  # clips are read side by side, one thread each
+    context = container.streams.video[0].codec_context
+    if context is None:
+        container.close()
+        raise OpenSoraError("nobody knows how its video is coded")
+    context.thread_count = 1  # clips are read side by side, one thread each
     return container
 
 
