@@ -1,5 +1,6 @@
 """Every training objective at a size at which a step takes milliseconds."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def family_config(version: str, manifest: Path | None, **changes: Any) -> Diffus
     buckets = {"64x64": {"5": (1.0, 2), "1": (1.0, 2)}}
     data = ManifestClips(buckets, manifest, batches_in_a_row=1, num_workers=0)
     transformer = {"input_size": [5, 8, 8]} if version == "1.0" else None
-    return debug_objective(model, diffusion, transformer, **{"data": data, **changes})
+    return dataclasses.replace(debug_objective(model, diffusion, transformer, data=data), **changes)
 
 
 def vae_config(stage: str, **changes: Any) -> VAEObjectiveConfig:

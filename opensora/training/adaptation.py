@@ -70,12 +70,13 @@ def build_transformer(
     cls = transformer_class(found) if options is None else ARCHITECTURES[architecture]
     if device == META:
         return outline(found, cls).train()  # type: ignore[return-value]
+    if options is None and not new_parts:
+        return load_component(found.path, cls, config=found.config).train()  # type: ignore[return-value]
+    weights = read_weights(found.path)
     if options is None:
-        options = dict(found.config or find_config(found.path, cls, read_weights(found.path)))
-    if not new_parts:
-        return load_component(found.path, cls, config=options).train()  # type: ignore[return-value]
+        options = dict(found.config or find_config(found.path, cls, weights))
     model: SpaceTimeTransformer = build_model(cls, options, found.path)
-    start_from(model, read_weights(found.path), new_parts, source=str(found.path))
+    start_from(model, weights, new_parts, source=str(found.path))
     return model.train()
 
 

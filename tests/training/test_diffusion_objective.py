@@ -1,0 +1,235 @@
+"""The diffusion objective's own choices: latents, text, given frames, times, groups, frozen networks, export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_objectives import FAMILY, family_config, write_clips
+from tiny_pipeline import make_pipeline
+from torch import Tensor
+
+import opensora
+from opensora.data.clips import ManifestClips
+from opensora.data.encoding import encode_clips
+from opensora.distributed.seeding import Draw
+from opensora.errors import OpenSoraError
+from opensora.media.read import read_video
+from opensora.models.text.cleaning import clean_text
+from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion_objective import DiffusionObjective
+from opensora.training.diffusions import Flow
+from opensora.training.optimizer import OptimizerConfig
+from opensora.training.previews import Prompts
+from opensora.training.text import FrozenText
+from opensora.training.trainer import Trainer
+
+LOOP = LoopConfig(
+    steps=2, precision="fp32", log_every=1, checkpoint_every=0, optimizer=OptimizerConfig(matrices="adamw")
+)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def opened(version: str, manifest: Path, folder: Path, **changes: Any) -> DiffusionObjective:
+    torch.manual_seed(0)
+    objective = family_config(version, manifest, **changes).build("cpu")
+    objective.set_up(folder)
+    return objective
+
+
+def video_batch(objective: DiffusionObjective) -> Any:
+    """The first batch that is no image."""
+    batches = (objective.prepare(Draw(0, position)) for position in range(20))
+    return next(batch for batch in batches if batch.num_frames > 1)
+
+
+# --- from clips to a model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", FAMILY)
+def test_two_steps_on_mp4_files_make_a_model(version: str, manifest: Path, tmp_path: Path) -> None:
+    """From files to a folder that generates; figures are told by size and by time, and of the clips."""
+    prompts = Prompts(("a red ball",))
+    config = family_config(version, manifest, frame_masks={"head": 0.5}, preview=prompts, export_dtype="float32")
+    trainer = Trainer(Recipe("tiny", config, LOOP), tmp_path)
+    before = {name: weight.clone() for name, weight in trainer.module.state_dict().items()}
+    assert isinstance(trainer.objective, DiffusionObjective)
+    frozen = {n: w.clone() for part in trainer.objective.frozen.values() for n, w in part.state_dict().items()}
+    model = trainer.run()
+    changed = [name for name, weight in trainer.module.state_dict().items() if not torch.equal(weight, before[name])]
+    assert changed
+    after = {n: w for part in trainer.objective.frozen.values() for n, w in part.state_dict().items()}
+    assert all(torch.equal(after[name], weight) for name, weight in frozen.items())
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line}
+    assert any("64x64" in name for name in names) and any("0.5" in name for name in names), names
+    assert {"clips_met", "broken_clips"} <= names
+
+    trainer.preview()
+    frames, _ = read_video(next((tmp_path / "previews").glob("*.mp4")))
+    assert len(frames) == 17
+    pipeline = opensora.load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    made = pipeline("a red ball", num_frames=5, generator=noise, num_inference_steps=2).frames
+    assert made.shape == (1, 5, 3, 64, 64) and torch.isfinite(made).all()
+
+
+@pytest.mark.parametrize("version", FAMILY)
+def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_path: Path) -> None:
+    objective = opened(version, manifest, tmp_path)
+    assert set(objective.frozen) == {"autoencoder", "text_encoder"}
+    inside = {id(parameter) for parameter in objective.module.parameters()}
+    objective.module.train()
+    for network in objective.frozen.values():
+        assert not network.training
+        assert not any(parameter.requires_grad or id(parameter) in inside for parameter in network.parameters())
+    batch = objective.prepare(Draw(0, 0))
+    assert not batch.latents.requires_grad and not batch.text.requires_grad
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_drawn_from_the_posterior_or_are_its_mean(manifest: Path, tmp_path: Path) -> None:
+    drawn, means = (opened("1.2", manifest, tmp_path, sample_posterior=sample) for sample in (True, False))
+    assert isinstance(means.config.data, ManifestClips)
+    clips = means.config.data.open()
+    for k in range(3):
+        draw = Draw(0, k)
+        mean = encode_clips(clips.batch(draw), means.autoencoder)
+        assert torch.equal(means.prepare(draw).latents, mean.latents)
+        sampled = drawn.prepare(draw).latents
+        assert torch.equal(sampled, drawn.prepare(draw).latents), "the same place draws the same"
+        assert not torch.equal(sampled, mean.latents)
+
+
+def test_networks_are_told_the_size_before_encoding(manifest: Path, tmp_path: Path) -> None:
+    """Columns that fill no latent cell are cut before encoding, but the size told is that of the clip."""
+    data = ManifestClips({"52x60": {"5": (1.0, 2)}}, manifest, num_workers=0)
+    batch = opened("1.2", manifest, tmp_path, data=data).prepare(Draw(0, 0))
+    assert batch.latents.shape[-2:] == (6, 7)
+    assert batch.height.tolist() == [52.0] * 2 and batch.width.tolist() == [60.0] * 2
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_spelled_as_the_model_was_trained(manifest: Path, tmp_path: Path) -> None:
+    objective = opened("1.2", manifest, tmp_path)
+    caption = "A  Red Ball, https://example.org/ROLLS &amp; stops"
+    tokens, _ = objective.captions.tokens([caption])
+    assert clean_text(caption) in objective.captions.tokenizer.decode(tokens[0], skip_special_tokens=True)
+    defaults = {**objective.config.defaults, "clean_prompts": False}
+    plain = opened("1.2", manifest, tmp_path, defaults=defaults).captions
+    assert caption in plain.tokenizer.decode(plain.tokens([caption])[0][0], skip_special_tokens=True)
+
+
+def test_long_captions_are_cut_to_what_the_model_reads(manifest: Path, tmp_path: Path) -> None:
+    captions = opened("1.0", manifest, tmp_path).captions
+    tokens, mask = captions.tokens(["a ball " * 100, "a cube"])
+    assert tokens.shape == mask.shape == (2, 120)
+    assert mask.sum(dim=1).tolist() == [120, len(b"a cube") + 1]
+
+
+def test_a_dropped_caption_is_the_null_text(manifest: Path, tmp_path: Path) -> None:
+    """With every caption dropped, what they say makes no difference, and otherwise it does."""
+    with torch.no_grad():
+        for share, same in ((1.0, True), (0.0, False)):
+            objective = opened("1.2", manifest, tmp_path, drop_text=share)
+            for parameter in objective.transformer.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+            batch = video_batch(objective)
+            first = objective.loss(batch, Draw(0, 0))["velocity"]
+            batch.text = batch.text.flip(1) + 1
+            assert torch.allclose(first, objective.loss(batch, Draw(0, 0))["velocity"]) == same
+
+
+def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
+    """Any pipeline's text encoder and tokenizer serve, frozen."""
+    source = make_pipeline()
+    source.save_pretrained(tmp_path / "model")
+    transformer = {**family_config("1.2", manifest).transformer, "caption_channels": 16, "model_max_length": 24}
+    text = FrozenText((tmp_path / "model").as_posix())
+    objective = opened("1.2", manifest, tmp_path, text=text, transformer=transformer)
+    batch = objective.prepare(Draw(0, 0))
+    assert batch.text.shape[2] == 16 and torch.isfinite(batch.text).all()
+    assert "text_encoder" in objective.frozen
+    assert torch.isfinite(objective.loss(batch, Draw(0, 0))["velocity"]).all()
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+def seen_by(objective: DiffusionObjective, batch: Any) -> Tensor:
+    """What the transformer sees of a batch."""
+    seen: list[Tensor] = []
+    predict = objective.predict
+
+    def watching(noisy: Tensor, timestep: Tensor, batch: Any) -> Tensor:
+        seen.append(noisy)
+        return predict(noisy, timestep, batch)
+
+    objective.predict = watching
+    objective.loss(batch, Draw(0, 0))
+    return seen[0]
+
+
+@pytest.mark.parametrize(("version", "clean"), [("1.1", False), ("1.2", True)])
+def test_given_frames_are_shown_as_each_version_does(version: str, clean: bool, manifest: Path, tmp_path: Path) -> None:
+    """1.1 noises them to its first step, which is almost clean; 1.2 shows them clean."""
+    objective = opened(version, manifest, tmp_path, frame_masks={"head": 1.0})
+    batch = video_batch(objective)
+    given = ~batch.frame_mask
+    noisy = seen_by(objective, batch)
+    apart = (noisy - batch.latents).abs().amax(dim=(1, 3, 4))
+    assert (apart[given].max() == 0) == clean and apart[given].max() < 0.1
+    assert apart[~given].min() > 0 and given.any()
+
+
+def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path) -> None:
+    """The time shift of 1.2; without it the times are the same for all."""
+
+    def mean_time(size: str, shift: bool) -> float:
+        data = ManifestClips({size: {"5": (1.0, 64)}}, manifest, num_workers=0)
+        objective = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
+        assert objective.source is not None
+        drawn = objective.diffusion.draw_times(objective.source.batch(Draw(0, 0)), Draw(0, 0).generator("t"))
+        return float(drawn.mean())
+
+    small, large = mean_time("32x32", True), mean_time("64x64", True)
+    assert small < large < mean_time("64x64", False) == mean_time("32x32", False)
+
+
+def test_groups_tell_size_and_time(manifest: Path, tmp_path: Path) -> None:
+    for version in FAMILY:
+        objective = opened(version, manifest, tmp_path)
+        batch = objective.prepare(Draw(0, 0))
+        batch.t = batch.t.new_tensor([0, 999])
+        assert objective.groups(batch) == {"bucket": [batch.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_text_encoder_stays_where_it_is(manifest: Path, tmp_path: Path) -> None:
+    """The exported folder holds its configuration and tokenizer; it loads with the encoder given, and not without."""
+    config = family_config("1.2", manifest)
+    encoder = config.build("cpu").captions.load()
+    assert isinstance(config.text, FrozenText)
+    text = FrozenText(config.text.origin, exported=False)
+    family_config("1.2", manifest, text=text, export_dtype="float32").build("cpu").export(tmp_path / "model")
+    assert not list((tmp_path / "model" / "text_encoder").glob("*.safetensors"))
+    with pytest.raises(OpenSoraError, match="text_encoder"):
+        opensora.load_pipeline(tmp_path / "model")
+    encoder.save_pretrained(tmp_path / "t5")
+    pipeline = opensora.load_pipeline(tmp_path / "model", components={"text_encoder": tmp_path / "t5"})
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(weight, encoder.state_dict()[name]), name
+    assert pipeline.config.scores == {"aesthetic": 6.5, "flow": None, "camera_motion": None}
