@@ -24,15 +24,11 @@ from opensora.media.write import TRUE_SIZE_KEY
 _PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # What the libraries raise for files that are broken or something else.
 _BROKEN = (
-    av.FFmpegError,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    SyntaxError,
-    Image.DecompressionBombError,
+    *(av.FFmpegError, Image.DecompressionBombError, struct.error),
+    *(EOFError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError),
 )
+# A damaged header may ask for any amount of memory; this is 16 times 4k.
+_MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -162,6 +158,9 @@ class _Packets:
         if len(whole) < promised:
             raise OpenSoraError(f"truncated: {len(whole)} of {promised} frames are there")
         shown = [packet for packet in whole if not packet.is_discard]
+        first = min((packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None), default=None)
+        if first is not None:  # what is seen before the first keyframe cannot be decoded
+            shown = [packet for packet in shown if packet.pts is None or packet.pts >= first]
         times = [packet.pts for packet in shown if packet.pts is not None]
         known = len(times) == len(set(times)) == len(shown)
         keyframes = [(p.pts, p.dts) for p in shown if p.is_keyframe and p.pts is not None and p.dts is not None]
@@ -217,6 +216,7 @@ def _open(path: str | Path) -> Any:
         container.close()
         raise OpenSoraError("nobody knows how its video is coded")
     context.thread_count = 1  # clips are read side by side, one thread each
+    context.options = {"max_pixels": str(_MOST_PIXELS)}
     return container
 
 
@@ -240,6 +240,11 @@ def _explained() -> Iterator[None]:
         raise OpenSoraError("the file does not exist") from None
     except (UnidentifiedImageError, av.InvalidDataError) as error:
         raise OpenSoraError("not a video or a picture, or damaged beyond reading") from error
+    except OSError as error:
+        raise OpenSoraError(_one_line(error.strerror or str(error))) from error
     except _BROKEN as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OpenSoraError(" ".join(text.split()) or type(error).__name__) from error
+        raise OpenSoraError(f"damaged: {_one_line(str(error)) or type(error).__name__}") from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

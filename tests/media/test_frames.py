@@ -177,6 +177,24 @@ def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
         probe(path, "decode")
 
 
+def test_a_stream_that_was_joined_late(tmp_path):
+    """What comes before its first keyframe is nobody's frame."""
+    path = encode(tmp_path / "a.ts", g="12", bf="3", sc_threshold="0")
+    path.write_bytes(path.read_bytes()[188 * 40 :])  # whole packets of the transport stream
+    whole = decoded(path)
+    assert len(whole) < NUM_FRAMES - 5
+    assert probe(path).num_frames == probe(path, "decode").num_frames == len(whole)
+    indices = [0, 5, len(whole) - 1]
+    np.testing.assert_array_equal(list(read_frames(path, indices, len(whole))), whole[indices])
+
+
+def test_a_header_that_asks_for_too_much_memory(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4")
+    monkeypatch.setattr(frames_module, "_MOST_PIXELS", 1000)
+    with pytest.raises(OpenSoraError, match="max_pixels"):
+        probe(path)
+
+
 def test_no_other_file_is_opened_for_one_that_names_it(tmp_path):
     """A list of segments that calls itself a clip."""
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:10,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n")
