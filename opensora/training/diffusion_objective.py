@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from opensora.checkpoints.published import BUNDLED, published_name
 from opensora.data.batch import BatchShape, LatentBatch, Source
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
@@ -27,9 +28,11 @@ from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit2 import STDiT2
 from opensora.pipeline import OpenSoraPipeline
+from opensora.settings import to_dict
 from opensora.training.adaptation import Architecture, NewPart, build_transformer, choose_trained
 from opensora.training.diffusions import IDDPM, Flow
 from opensora.training.export import copies, origin_of_latents, save_pipeline
+from opensora.training.lora import LoRAConfig, add_adapter, export_adapter
 from opensora.training.objective import Objective
 from opensora.training.parts import META, Untrained, build_part
 from opensora.training.previews import JudgedPrompts, Prompts
@@ -51,7 +54,8 @@ class DiffusionObjectiveConfig:
         transformer: its keywords; None for those of `init_from`.
         init_from: what to start from: a model's name, a pipeline's folder, or weights of a transformer.
         new_parts: parts of the transformer that may be missing there and begin anew, see `adaptation.start_from`.
-        train: "all" of it, what attends along time alone ("temporal"), or all the rest ("spatial").
+        train: "all" of it, what attends along time alone ("temporal"), all the rest ("spatial"), or an adapter beside
+            it, which alone is exported then.
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
             otherwise take its mean. The toybox's latents are means.
@@ -72,7 +76,7 @@ class DiffusionObjectiveConfig:
     transformer: dict[str, Any] | None = None
     init_from: str | None = None
     new_parts: tuple[NewPart, ...] = ()
-    train: Literal["all", "temporal", "spatial"] = "all"
+    train: Literal["all", "temporal", "spatial"] | LoRAConfig = "all"
     freeze_text_embedder: bool = False
     sample_posterior: bool = True
     frame_masks: dict[str, float] = field(default_factory=dict)
@@ -87,6 +91,11 @@ class DiffusionObjectiveConfig:
         check_ratios(self.frame_masks)
         if not 0 <= self.drop_text <= 1:
             raise OpenSoraError(f"objective.drop_text is {self.drop_text}; give a share from 0 to 1")
+        if isinstance(self.train, LoRAConfig):
+            if self.init_from is None:
+                raise OpenSoraError("an adapter is trained beside a model: name it by objective.init_from")
+            if isinstance(self.text, TrainedText):
+                raise OpenSoraError("an adapter changes the transformer alone; freeze the text encoder: objective.text")
 
     def build(self, device: str) -> "DiffusionObjective":
         return DiffusionObjective(self, device)
@@ -150,7 +159,10 @@ class DiffusionObjective(Objective):
             device=device,
             dtype=frozen_dtype,
         )
-        choose_trained(self.transformer, config.train, freeze_text_embedder=config.freeze_text_embedder)
+        if isinstance(config.train, LoRAConfig):
+            add_adapter(self.transformer, config.train)
+        else:
+            choose_trained(self.transformer, config.train, freeze_text_embedder=config.freeze_text_embedder)
         self.module = nn.ModuleDict({"transformer": self.transformer})
         self.frozen = {"autoencoder": self.autoencoder}
         if self.captions.encoder is not None:
@@ -336,6 +348,9 @@ class DiffusionObjective(Objective):
         return {} if self.config.preview is None else self.config.preview.show(self.pipeline(), folder, step)
 
     def export(self, folder: Path) -> None:
+        if isinstance(self.config.train, LoRAConfig):
+            self.export_adapter(folder, self.config.train)
+            return
         with_text_encoder = isinstance(self.config.text, TrainedText) or self.config.text.exported
         networks = {"transformer": self.transformer, "autoencoder": self.autoencoder}
         if with_text_encoder:
@@ -343,6 +358,19 @@ class DiffusionObjective(Objective):
         parts: dict[str, Any] = copies(networks, getattr(torch, self.config.export_dtype))
         pipeline = self.pipeline(**parts, trained_on=origin_of_latents(parts["autoencoder"]))
         save_pipeline(pipeline, folder, with_text_encoder=with_text_encoder)
+
+    def export_adapter(self, folder: Path, lora: LoRAConfig) -> None:
+        config = self.config
+        training = {
+            "lora": to_dict(lora),
+            "diffusion": {"type": type(config.diffusion).__name__, **to_dict(config.diffusion)},
+            "frame_masks": config.frame_masks,
+            "drop_text": config.drop_text,
+            "trained_on": origin_of_latents(self.autoencoder),
+        }
+        base = str(config.init_from)  # a name, or a folder, of which the last part is told
+        base = base if base in BUNDLED else published_name(base) or Path(base).name
+        export_adapter(self.transformer, lora, folder, base=base, training=training)
 
     def pipeline(self, **changes: Any) -> OpenSoraPipeline:
         """The current weights as a pipeline, which by default makes clips like those it was trained on.

@@ -1,0 +1,54 @@
+"""Adapters: a look, a subject or a motion learnt from a few clips, beside a model that stays as it is.
+
+Clips are named by `objective.data.manifest=FILE`; `opensora data manifest` makes the table of a folder. What is
+exported is the adapter, which `opensora generate --adapter` takes.
+"""
+
+from opensora.data.clips import ManifestClips
+from opensora.recipes.published import published_objective
+from opensora.recipes.v1_2 import DIFFUSION
+from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+from opensora.training.diffusions import Flow
+from opensora.training.lora import LoRAConfig
+from opensora.training.optimizer import OptimizerConfig
+from opensora.training.text import FrozenText
+
+_MODEL = "opensora-1.2"
+
+
+def toybox_lora() -> Recipe:
+    """An adapter of the bundled model, on clips of 18 frames or more; minutes on one CPU core."""
+    objective = DiffusionObjectiveConfig(
+        data=ManifestClips({"64x64": {"17": (1.0, 10)}}, batches_in_a_row=1, num_workers=1),
+        diffusion=Flow(),
+        autoencoder="toybox",
+        text=FrozenText("toybox"),
+        init_from="toybox",
+        train=LoRAConfig(rank=8),
+    )
+    optimizer = OptimizerConfig(matrices="adamw", lr=3e-3, warmup_steps=10, decay=0.5)
+    loop = LoopConfig(steps=200, ema_decay=0.98, log_every=10, checkpoint_every=50, optimizer=optimizer)
+    return Recipe("toybox_lora", objective, loop)
+
+
+def v1_2_lora() -> Recipe:
+    """An adapter of Open-Sora 1.2, on clips of about 2 s at 240p and 360p."""
+    objective = published_objective(
+        _MODEL,
+        ManifestClips({"240p": {"51": (1.0, 2)}, "360p": {"51": (1.0, 1)}}),
+        DIFFUSION,
+        init_from=_MODEL,
+        train=LoRAConfig(rank=16),
+    )
+    optimizer = OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-15, warmup_steps=100, decay=0.0)
+    loop = LoopConfig(
+        steps=2000,
+        seed=42,
+        activation_checkpointing="full",
+        ema_decay=0.99,
+        log_every=10,
+        checkpoint_every=250,
+        optimizer=optimizer,
+    )
+    return Recipe("v1_2_lora", objective, loop)

@@ -1,0 +1,133 @@
+"""Low-rank adaptation (LoRA, Hu et al., 2021): small matrices beside frozen weights, trained in their place by PEFT.
+
+A linear layer W learns W + alpha / r * B A, with A (r, in) drawn at random and B (out, r) zero at first, so that a run
+begins at the base. Only A and B are trained, averaged, kept in checkpoints and exported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.checkpoints.adapters import AdapterOrigin, fingerprint_of_layers, save_adapter
+from opensora.errors import OpenSoraError
+from opensora.models.transformer import SpaceTimeTransformer
+
+# Of every block: attention along its axes (1.0 and 1.1 have two of them), attention to the text, and the MLP.
+TARGETS = (
+    *("attn.qkv", "attn.proj"),
+    *("attn_temp.qkv", "attn_temp.proj"),
+    *("cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"),
+    *("mlp.fc1", "mlp.fc2"),
+)
+
+_ADAPTER = "default"  # PEFT's name of the only one
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is trained beside the frozen transformer.
+
+    Attributes:
+        rank: r, columns of B.
+        alpha: what B A is multiplied by, times r; None for r, that is, by 1.
+        targets: ends of the names of the linear layers that get an adapter; those that a transformer lacks are left
+            out.
+        dropout: of the adapters' inputs.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise OpenSoraError(f"rank of LoRA is {self.rank}; give 1 or more")
+        if self.alpha is not None and self.alpha <= 0:
+            raise OpenSoraError(f"alpha of LoRA is {self.alpha:g}; give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise OpenSoraError(f"dropout of LoRA is {self.dropout:g}; give a share from 0 to 1")
+
+    def layers_of(self, transformer: nn.Module) -> list[str]:
+        """Names of the linear layers that get an adapter.
+
+        Raises:
+            OpenSoraError: there is none.
+        """
+        linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        chosen = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
+        if not chosen:
+            ends = sorted({".".join(name.split(".")[-2:]) for name in linear})
+            raise OpenSoraError(
+                f"LoRA's targets {', '.join(self.targets) or '(none)'} name no linear layer of this "
+                f"{type(transformer).__name__}; it has {', '.join(ends)}"
+            )
+        return chosen
+
+
+def add_adapter(transformer: SpaceTimeTransformer, config: LoRAConfig) -> None:
+    """Freezes a transformer and puts an adapter beside its layers, which alone has gradients then.
+
+    Raises:
+        OpenSoraError: peft is not installed, or no layer is meant.
+    """
+    layers = config.layers_of(transformer)
+    try:
+        import peft
+    except ImportError as error:
+        raise OpenSoraError("training an adapter needs peft; install it with: pip install 'opensora[train]'") from error
+    transformer.requires_grad_(False)
+    alpha = config.rank if config.alpha is None else config.alpha
+    options = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type] # its annotation says int, its arithmetic takes any number
+        lora_dropout=config.dropout,
+        target_modules=layers,
+    )
+    transformer.add_adapter(options, _ADAPTER)
+
+
+def adapter_layers(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name of a linear layer -> A (r, in) and B (out, r) of the adapter beside it."""
+    return {
+        name: (module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight)  # type: ignore[index]
+        for name, module in transformer.named_modules()
+        if hasattr(module, "lora_A") and _ADAPTER in module.lora_A  # type: ignore[operator]
+    }
+
+
+def export_adapter(
+    transformer: SpaceTimeTransformer, config: LoRAConfig, folder: Path, *, base: str, training: Mapping[str, Any]
+) -> Path:
+    """Writes the adapter of a transformer as the file that `load_pipeline(adapters=...)` and diffusers read.
+
+    Args:
+        transformer: after `add_adapter`.
+        config: what it was added with.
+        folder: where.
+        base: name of the model that it was trained on.
+        training: how, as plain values.
+    """
+    layers = adapter_layers(transformer)
+    weights = {f"{name}.weight": transformer.get_submodule(name).base_layer.weight for name in layers}  # type: ignore[union-attr]
+    origin = AdapterOrigin(
+        base=base,
+        class_name=type(transformer).__name__,
+        config={key: value for key, value in dict(transformer.config).items() if not key.startswith("_")},
+        fingerprint=fingerprint_of_layers(weights, layers),
+        training=dict(training),
+    )
+    peft_config = {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.rank if config.alpha is None else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(layers),
+    }
+    return save_adapter(
+        folder, {n: (a.to(torch.float32), b.to(torch.float32)) for n, (a, b) in layers.items()}, peft_config, origin
+    )
