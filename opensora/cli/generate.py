@@ -20,6 +20,7 @@ from opensora.cli.given_files import GivenFiles
 from opensora.cli.jobs import Job, check_bundled_words, check_words, plan, read_prompts
 from opensora.cli.loading import MachineOptions, MemoryOptions, ModelOptions
 from opensora.cli.options import FLAG, flag, given_options, option
+from opensora.cli.parallel import ParallelOptions, from_first, own_device
 from opensora.cli.record import (
     NamedFrames,
     PlacedReferences,
@@ -53,7 +54,7 @@ _FREE_WITH_FROM = (
     "from_",
     *("model", "download", "transformer", "autoencoder", "text_encoder", "tokenizer"),
     *("output", "format", "no_metadata", "device", "dtype"),
-    *("offload", "sequential_guidance", "micro_batch_size"),
+    *("offload", "sequential_guidance", "micro_batch_size", "sequence_parallel", "parallel_guidance"),
     *_FILES_WITH_FROM,
 )
 
@@ -110,9 +111,17 @@ class Generate:
     )
     machine: OmitArgPrefixes[Annotated[MachineOptions, arg(name="machine")]] = field(default_factory=MachineOptions)
     memory: OmitArgPrefixes[Annotated[MemoryOptions, arg(name="memory")]] = field(default_factory=MemoryOptions)
+    parallel: OmitArgPrefixes[Annotated[ParallelOptions, arg(name="several processes")]] = field(
+        default_factory=ParallelOptions
+    )
 
     def run(self) -> None:
-        """Makes the clips."""
+        """Makes the clips, alone or together with other processes."""
+        with self.parallel.joined() as is_first:
+            self._make(is_first)
+
+    def _make(self, is_first: bool) -> None:
+        """Makes the clips; the first process writes them."""
         record = self._record()
         self._check()
         jobs = self._jobs(record)
@@ -133,14 +142,15 @@ class Generate:
             check_writable(sidecar_path(job.path))
         self.model.locate(record)
         if refiner is not None:
-            jobs = refine_jobs(refiner, jobs)
+            jobs = from_first(lambda: refine_jobs(refiner, jobs))
             texts = [text for job in jobs for text in self._texts(job, record)]
             for prompt in dict.fromkeys(job.shown for job in jobs):
                 _say(f"refined prompt: {prompt}")
 
         device, dtype = (record.device, record.dtype) if record else (None, None)
-        place = (self.machine.device or device, self.machine.dtype or dtype)
+        place = (self.machine.device or own_device(device), self.machine.dtype or dtype)
         pipe, model_hash = self.model.load(*place, self.memory, record)
+        self.parallel.set_up(pipe)
         if record and (changed := changed_versions(record)):
             _say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
         check_words(pipe, texts)
@@ -162,6 +172,8 @@ class Generate:
             before = time.perf_counter()
             frames, settings = sample(pipe, job.shown, negative_prompt, job.seed, sampling, frames_of[of_job])
             sampling_s += time.perf_counter() - before
+            if not is_first:
+                continue
             made = None
             if not self.no_metadata:
                 made = Record(
@@ -207,6 +219,7 @@ class Generate:
             raise OpenSoraError(f"unknown format {self.format!r}{nearest_name(self.format, FORMATS)}")
         self.machine.check()
         self.memory.check()
+        self.parallel.check(device=self.machine.device, sequential_guidance=self.memory.sequential_guidance)
         self.sampling.check()
         self.scores.parse()
         if self.from_ is None:

@@ -52,6 +52,24 @@ class SamplingRanks:
         return sample
 
 
+def sequence_ranks(num_ranks: int, *, guidance: bool, sequence: int | None) -> int:
+    """How many of the ranks share a clip's tokens, with the arguments of `sampling_ranks`.
+
+    Raises:
+        OpenSoraError: the number of ranks is another.
+    """
+    branches = 2 if guidance else 1
+    if sequence is None:
+        sequence = max(1, num_ranks // branches)
+    if sequence < 1 or branches * sequence != num_ranks:
+        wanted = ["parallel guidance"] * guidance + [f"sequence parallelism over {sequence}"] * (sequence != 1)
+        raise OpenSoraError(
+            f"{' and '.join(wanted) or 'one process'} takes {max(1, sequence) * branches} ranks, this run has "
+            f"{num_ranks}; start as many with torchrun --nproc-per-node"
+        )
+    return sequence
+
+
 def sampling_ranks(*, guidance: bool, sequence: int | None) -> SamplingRanks:
     """Divides the initialised ranks; called by all of them.
 
@@ -62,15 +80,9 @@ def sampling_ranks(*, guidance: bool, sequence: int | None) -> SamplingRanks:
     Raises:
         OpenSoraError: the number of ranks is another.
     """
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    branches = 2 if guidance else 1
-    sequence = max(1, num_ranks // branches) if sequence is None else sequence
-    if sequence < 1 or branches * sequence != num_ranks:
-        wanted = f"sequence parallelism over {sequence}" + (" and parallel guidance" if guidance else "")
-        raise OpenSoraError(
-            f"{wanted} takes {max(1, sequence) * branches} ranks, this run has {num_ranks}; "
-            "start as many with torchrun --nproc-per-node"
-        )
+    sequence = sequence_ranks(
+        dist.get_world_size() if dist.is_initialized() else 1, guidance=guidance, sequence=sequence
+    )
     group = pair = None
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)

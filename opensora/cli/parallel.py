@@ -1,0 +1,84 @@
+"""Several processes that make a clip together, as `torchrun` starts them: which share what, and who speaks."""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from opensora.cli.options import FLAG, option
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """For torchrun --nproc-per-node N -m opensora.cli.main generate ...: how N processes share each clip."""
+
+    sequence_parallel: Annotated[int | None, option("N", "all processes, or half of them with --parallel-guidance")] = (
+        None
+    )
+    """Processes that share a clip's tokens."""
+    parallel_guidance: Annotated[bool, FLAG] = False
+    """The two branches of guidance on two processes, or two groups of them."""
+
+    def check(self, *, device: str | None, sequential_guidance: bool) -> None:
+        """Raises `OpenSoraError` for options that exclude each other."""
+        if self.parallel_guidance and sequential_guidance:
+            raise OpenSoraError("--parallel-guidance and --sequential-guidance exclude each other; give one of them")
+        if started_by_torchrun() and device is not None and ":" in device:
+            kind = device.split(":")[0]
+            raise OpenSoraError(f"--device {device} is one for all processes; --device {kind} gives each its own")
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[bool]:
+        """Whether this process speaks and writes for all; alone it does. The others are silent within.
+
+        Raises:
+            OpenSoraError: as many processes as were started cannot share a clip as was asked for.
+        """
+        alone = not started_by_torchrun()
+        if alone and self.sequence_parallel is None and not self.parallel_guidance:
+            yield True  # without torch: a mistake in the input should not wait for its import
+            return
+        from opensora.cli.train import speaking_once
+        from opensora.distributed.mesh import launched
+        from opensora.distributed.sampling import sequence_ranks
+
+        with launched() as launch, speaking_once(launch), contextlib.ExitStack() as silence:
+            if launch.rank > 0:
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            sequence_ranks(launch.num_ranks, guidance=self.parallel_guidance, sequence=self.sequence_parallel)
+            yield launch.rank == 0
+
+    def set_up(self, pipe: "OpenSoraPipeline") -> None:
+        """Makes the pipeline work so."""
+        if started_by_torchrun():
+            pipe.parallelize(guidance=self.parallel_guidance, sequence=self.sequence_parallel)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, for all."""
+    if not started_by_torchrun():
+        return make()
+    import torch.distributed as dist
+
+    values = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # pyright: ignore[reportReturnType]
+
+
+def own_device(recorded: str | None) -> str | None:
+    """Where a clip was made; of several processes each takes a device of that kind for itself."""
+    return recorded.split(":")[0] if recorded and started_by_torchrun() else recorded
+
+
+def started_by_torchrun() -> bool:
+    """What `torch.distributed.is_torchelastic_launched` tells, without torch."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
