@@ -2,8 +2,9 @@
 
 The columns are those of Open-Sora's own tables, so theirs can be used: `path`, `text`, `num_frames`, `height`, `width`,
 `aspect_ratio` (height / width), `resolution` (height * width) and `fps`. The last but one and the one before it may be
-left out, for they follow from the others; columns of other names are ignored. An image is a clip of one frame, whose
-`fps` may be empty. Paths are relative to the manifest's folder unless they are absolute.
+left out, for they follow from the others. An image is a clip of one frame, whose `fps` may be empty. Paths are relative
+to the manifest's folder unless they are absolute. A table may also hold scores, as Open-Sora's tools name them: `aes`
+(how beautiful), `flow` (how much moves), `cmotion` (how the camera moves, in words). Other columns are ignored.
 
 Every row is checked, and one that cannot be used is set aside with its number and the reason.
 """
@@ -19,6 +20,8 @@ from opensora.errors import OpenSoraError
 from opensora.files import check_writable, replacing
 
 COLUMNS: tuple[str, ...] = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
+SCORES: dict[str, str] = {"aes": "aesthetic", "flow": "flow", "cmotion": "camera_motion"}
+"""Columns of scores -> what models call them."""
 _DERIVED = ("aspect_ratio", "resolution")
 
 # A ratio may be rounded to two digits; more than that, and the table means another ratio.
@@ -37,6 +40,7 @@ class ClipRow:
         num_frames: 1 for an image.
         height, width: in pixels, as it is seen (a rotation noted in the file is applied).
         fps: frames per second; None for an image that has none.
+        aesthetic, flow, camera_motion: scores, where the table has them; they are read and not written.
     """
 
     path: Path
@@ -45,6 +49,9 @@ class ClipRow:
     height: int
     width: int
     fps: float | None
+    aesthetic: float | None = None
+    flow: float | None = None
+    camera_motion: str | None = None
 
     @property
     def aspect_ratio(self) -> float:
@@ -160,7 +167,9 @@ def _check_row(cells: Mapping[str, Any], folder: Path, text_required: bool) -> C
         fps = None  # some tables have 0 for images
     if num_frames > 1 and (fps is None or fps <= 0):
         raise OpenSoraError(f"fps is {'missing' if fps is None else format(fps, 'g')}, expected a positive number")
-    row = ClipRow(Path(folder, name), text, num_frames, height, width, fps)
+    aesthetic, flow = (None if _is_empty(cells.get(n)) else _number(n, cells[n]) for n in ("aes", "flow"))
+    camera_motion = None if _is_empty(cells.get("cmotion")) else str(cells["cmotion"]).strip()
+    row = ClipRow(Path(folder, name), text, num_frames, height, width, fps, aesthetic, flow, camera_motion)
     ratio, resolution = cells.get("aspect_ratio"), cells.get("resolution")
     if not _is_empty(ratio):
         told = _number("aspect_ratio", ratio)
@@ -235,7 +244,7 @@ def _read_parquet(path: Path, text_required: bool) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names, text_required)
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            columns = [name for name in (*COLUMNS, *SCORES) if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

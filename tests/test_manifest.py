@@ -53,8 +53,8 @@ def test_columns_of_the_reference(tmp_path):
     image = {**row, "path": "b.png", "num_frames": "1", "fps": "nan", "aspect_ratio": "0.56"}
     path = write_csv(tmp_path / "clips.csv", [row, image], "utf-8-sig")
     assert read_manifest(path).rows == [
-        ClipRow(tmp_path / "a.mp4", "a ball", 51, 240, 426, 24.0),
-        ClipRow(tmp_path / "b.png", "a ball", 1, 240, 426, None),
+        ClipRow(tmp_path / "a.mp4", "a ball", 51, 240, 426, 24.0, aesthetic=6.5),
+        ClipRow(tmp_path / "b.png", "a ball", 1, 240, 426, None, aesthetic=6.5),
     ]
 
 
@@ -154,3 +154,28 @@ def test_all_columns_are_written(tmp_path):
     write_manifest(tmp_path / "clips.csv", rows_in(tmp_path))
     with (tmp_path / "clips.csv").open(encoding="utf-8", newline="") as file:
         assert tuple(next(csv.reader(file))) == COLUMNS
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_scores_are_read_where_there_are_some(ending, tmp_path):
+    cells = {"path": "a.mp4", "text": "a", "num_frames": 8, "height": 4, "width": 6, "fps": 8.0}
+    table = [
+        {**cells, "aes": 5.25, "flow": None, "cmotion": "pan left"},
+        {**cells, "aes": None, "flow": 0, "cmotion": ""},
+    ]
+    path = tmp_path / f"clips.{ending}"
+    if ending == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    first, second = read_manifest(path).rows
+    assert (first.aesthetic, first.flow, first.camera_motion) == (5.25, None, "pan left")
+    assert (second.aesthetic, second.flow, second.camera_motion) == (None, 0.0, None)
+    broken = tmp_path / "broken.csv"
+    broken.write_text("path,text,num_frames,height,width,fps,aes\na.mp4,a,8,4,6,8,high\n")
+    assert "aes is 'high'" in str(read_manifest(broken).rejected[0])

@@ -14,7 +14,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.sampler import BucketSampler, SampledBatch
 from opensora.distributed.seeding import Draw, derive_seed
 from opensora.errors import OpenSoraError
-from opensora.manifest import ClipRow, read_manifest
+from opensora.manifest import SCORES, ClipRow, read_manifest
 from opensora.media.frames import is_picture, read_frames, read_picture
 from opensora.media.transforms import fill_image, fill_video, random_window, spread_frames, to_video
+from opensora.models.text.prompts import append_scores
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ManifestClips:
         told_fps: the rate that networks are told: that of the frames that are taken (1.2), or that of the file,
             whatever the interval (1.1). Images are told 120.
         text_required: set rows without a caption aside.
+        scores: end captions in the scores of the table, for a model that is to know them; see `models.text.prompts`.
         batches_in_a_row: how many batches of one size follow each other; a multiple of the number of ranks keeps the
             work of a step equal.
         num_workers: threads that read clips; 0 reads when asked.
@@ -62,6 +64,7 @@ class ManifestClips:
     frame_interval: int = 1
     told_fps: Literal["taken", "file"] = "taken"
     text_required: bool = True
+    scores: bool = False
     batches_in_a_row: int = 8
     num_workers: int = 4
     max_broken_share: float = 0.05
@@ -171,7 +174,7 @@ class ManifestSource(Source):
 
     def _read_manifest(self, path: Path) -> None:
         manifest = read_manifest(path, text_required=self.config.text_required)
-        self.rows = manifest.rows
+        self.rows = [told_scores(row) for row in manifest.rows] if self.config.scores else manifest.rows
         if manifest.rejected:
             logger.warning(
                 "%s: %d rows set aside, %s", path, len(manifest.rejected), "; ".join(map(str, manifest.rejected[:3]))
@@ -252,6 +255,12 @@ class ClipSource(ManifestSource):
             fps=torch.tensor([self.told_fps(row, bucket) for row in rows]),
             label=bucket.label,
         )
+
+
+def told_scores(row: ClipRow) -> ClipRow:
+    """The clip with its scores at the end of its caption."""
+    scores = {name: getattr(row, name) for name in SCORES.values()}
+    return replace(row, text=append_scores(row.text, **scores))
 
 
 def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Random) -> Tensor:

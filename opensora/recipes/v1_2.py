@@ -132,11 +132,18 @@ def v1_2_adapt_temporal() -> Recipe:
 
 
 def _stage(
-    name: str, buckets: BucketConfig, frame_masks: dict[str, float], before: str, steps: int, warmup_steps: int
+    name: str,
+    buckets: BucketConfig,
+    frame_masks: dict[str, float],
+    before: str,
+    *,
+    steps: int,
+    warmup_steps: int,
+    scores: bool = False,
 ) -> Recipe:
     objective = published_objective(
         _MODEL,
-        ManifestClips(buckets),
+        ManifestClips(buckets, scores=scores),
         DIFFUSION,
         init_from=model_of(before),
         freeze_text_embedder=True,
@@ -191,7 +198,7 @@ def v1_2_stage2() -> Recipe:
 
 
 def v1_2_stage3() -> Recipe:
-    """Mostly 720p and 1080p, on better clips whose captions end in scores."""
+    """Mostly 720p and 1080p, on better clips, whose captions end in their scores where the table has some."""
     buckets = {
         "144p": {"1": (1.0, 475), "51": (1.0, 51), "102": (1.0, 27), "204": (1.0, 13), "408": (1.0, 6)},
         "256": {"1": (1.0, 297), "51": (0.5, 20), "102": (0.5, 10), "204": (0.5, 5), "408": ((0.5, 0.5), 2)},
@@ -204,7 +211,7 @@ def v1_2_stage3() -> Recipe:
         "1080p": {"1": (0.1, 5)},
         "2048": {"1": (0.05, 5)},
     }
-    return _stage("v1_2_stage3", buckets, GIVEN_STAGE3, "v1_2_stage2", steps=15_000, warmup_steps=1000)
+    return _stage("v1_2_stage3", buckets, GIVEN_STAGE3, "v1_2_stage2", steps=15_000, warmup_steps=1000, scores=True)
 
 
 def v1_2_debug() -> Recipe:

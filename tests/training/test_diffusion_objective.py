@@ -131,6 +131,23 @@ def test_captions_are_spelled_as_the_model_was_trained(manifest: Path, tmp_path:
     assert caption in plain.tokenizer.decode(plain.tokens([caption])[0][0], skip_special_tokens=True)
 
 
+def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path) -> None:
+    """As prompts do in sampling; a score that is empty or told already is left out."""
+    table = manifest.with_name("scored.csv")
+    first, *rows = manifest.read_text().splitlines()
+    scored = [f"{row},5.25,,pan left" for row in rows]
+    table.write_text("\n".join([f"{first},aes,flow,cmotion", *scored]) + "\n")
+
+    def captions(scores: bool) -> list[str]:
+        data = ManifestClips({"64x64": {"5": (1.0, 2)}}, table, scores=scores, num_workers=0)
+        source = opened("1.2", manifest, tmp_path, data=data).source
+        assert source is not None
+        return source.batch(Draw(0, 0)).captions
+
+    for plain, told in zip(captions(False), captions(True), strict=True):
+        assert told == f"{plain} aesthetic score: 5.2. camera motion: pan left."
+
+
 def test_long_captions_are_cut_to_what_the_model_reads(manifest: Path, tmp_path: Path) -> None:
     captions = opened("1.0", manifest, tmp_path).captions
     tokens, mask = captions.tokens(["a ball " * 100, "a cube"])
@@ -197,7 +214,7 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
     """The time shift of 1.2; without it the times are the same for all."""
 
     def mean_time(size: str, shift: bool) -> float:
-        data = ManifestClips({size: {"5": (1.0, 64)}}, manifest, num_workers=0)
+        data = ManifestClips({size: {"5": (1.0, 8)}}, manifest, num_workers=0)
         objective = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
         assert objective.source is not None
         drawn = objective.diffusion.draw_times(objective.source.batch(Draw(0, 0)), Draw(0, 0).generator("t"))
