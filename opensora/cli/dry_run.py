@@ -70,12 +70,10 @@ class DryRunOptions:
             return
         plan = TrainingPlan(recipe, find_device(device or "cpu"), self.world_size or 1, self.mfu or _MFU)
         told = _told(plan, recipe, folder, self.price_per_hour)
-        print(json.dumps(told, indent=2) if self.json else "\n".join(_lines(told)))
+        print(json.dumps(told, indent=2) if self.json else "\n".join(line.rstrip() for line in _lines(told)))
         if not told["fits"]:
-            needs, has = _gb(told["memory"]["total"]), _gb(plan.device.memory_bytes)
-            raise OpenSoraError(
-                f"{recipe.name} does not fit: a rank needs {needs} GB and {plan.device.name} has {has} GB; {_advice(told)}"
-            )
+            needs, has = _size(told["memory"]["total"]), _size(plan.device.memory_bytes)
+            raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {_advice(told)}")
 
 
 def _settings(recipe: "Recipe") -> list[str]:
@@ -192,17 +190,17 @@ def _memory(told: dict[str, Any]) -> list[str]:
         "checkpoint": "checkpoint being written",
         "surcharge": "process and allocator",
     }
-    lines = [f"{'memory of a rank':<36}{'GB':>8}"]
-    lines += [f"{name:<36}{_gb(memory[part]):>8}" for part, name in parts.items() if memory[part]]
+    lines = [f"{'memory of a rank':<36}"]
+    lines += [f"{name:<36}{_size(memory[part]):>9}" for part, name in parts.items() if memory[part]]
     verdict = "fits" if told["fits"] else "does not fit"
-    lines.append(f"{'at the worst moment':<36}{_gb(memory['total']):>8} of {_gb(has)}: {verdict}")
+    lines.append(f"{'at the worst moment':<36}{_size(memory['total']):>9} of {_size(has)}: {verdict}")
     return lines
 
 
 def _batches(told: dict[str, Any]) -> list[str]:
     step, timed = told["step"], told["step"]["seconds"] is not None
-    head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds")
-    lines = ["{:<20}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head)]
+    head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds" * timed)
+    lines = ["{:<20}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head).rstrip()]
 
     def weight(batch: dict[str, Any]) -> float:
         return batch["share"] * (batch["flops"] + batch["recomputed_flops"] + batch["frozen_flops"])
@@ -225,7 +223,7 @@ def _batches(told: dict[str, Any]) -> list[str]:
     )
     if told["world_size"] > 1:
         lines.append(_sent(step))
-    return lines if timed else [line[: -len("  seconds")] for line in lines[:1]] + lines[1:]
+    return lines
 
 
 def _work(cost: dict[str, Any]) -> str:
@@ -233,9 +231,9 @@ def _work(cost: dict[str, Any]) -> str:
 
 
 def _sent(step: dict[str, Any]) -> str:
-    parts = f"{_gb(step['sent_bytes'])} GB of weights and gradients"
+    parts = f"{_size(step['sent_bytes'])} of weights and gradients"
     if step["switched_bytes"]:
-        parts += f", {_gb(step['switched_bytes'])} GB of shared clips"
+        parts += f", {_size(step['switched_bytes'])} of shared clips"
     return f"sent by each rank: {parts}" + (f", {step['sending_s']:.2g} s" if step["sending_s"] else "")
 
 
@@ -257,14 +255,13 @@ def _time(told: dict[str, Any]) -> list[str]:
 
 def _advice(told: dict[str, Any]) -> str:
     if told["ways_to_fit"]:
-        ways = [f"{' '.join(way['options'])} ({_gb(way['total'])} GB)" for way in told["ways_to_fit"]]
+        ways = [f"{' '.join(way['options'])} ({_size(way['total'])})" for way in told["ways_to_fit"]]
         return f"it fits with {', or with '.join(ways)}"
     return f"make batches of {told['memory']['worst']} smaller, or encode beforehand by opensora data precompute"
 
 
-def _gb(num_bytes: float) -> str:
-    size = num_bytes / 2**30
-    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
 
 
 def _tera(flops: float) -> str:

@@ -57,8 +57,9 @@ def _alike(network: nn.Module) -> Iterator[list[nn.Module]]:
     """Parts that see the same sizes over and over: an autoencoder's encoders, and the layers of other networks."""
     if isinstance(network, VideoAutoencoder):
         for part in (network.spatial_vae.module, network.temporal_vae):
-            if isinstance(getattr(part, "encoder", None), nn.Module):
-                yield [part.encoder]
+            encoder = getattr(part, "encoder", None)
+            if isinstance(encoder, nn.Module):
+                yield [encoder]
         return
     for parts in network.modules():
         if isinstance(parts, nn.ModuleList) and len(parts) > 2:

@@ -27,15 +27,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_dry_run_tells_and_leaves_nothing(tmp_path, capsys):
-    assert main(["train", "toybox_vae_frames", *TINY, "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    settings, rest = json.loads(out[: out.index("\n}") + 2]), out[out.index("\n}") + 2 :]
-    assert settings["loop"]["steps"] == 2 and settings["objective"]["clips"]["height"] == 16
-    assert "spatial_vae" in rest and "start at step 0" in rest and "2 steps" in rest
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -74,7 +65,7 @@ def test_a_run_and_how_it_goes_on(tmp_path, capsys):
     before = (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
     shutil.rmtree(folder / "model")
     assert main(["train", "toybox_vae_frames", *TINY, "--dry-run"]) == 0
-    assert "resume from step-00000001.pt" in capsys.readouterr().out
+    assert "resumes from step-00000001" in capsys.readouterr().out
     assert main(["train", "toybox_vae_frames", *TINY]) == 0
     assert "resuming runs/toybox_vae_frames at step 1" in capsys.readouterr().out
     assert (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before

@@ -14,7 +14,7 @@ from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.outline import outline
 from opensora.planning.planner import ACCELERATOR, CPU, Planner
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, network_of, run_stage
-from opensora.planning.tracing import Tracer, LiveMemory
+from opensora.planning.tracing import LiveMemory, Tracer
 
 SIZE = VideoSize(9, 48, 64)
 
