@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_published
 import torch
+from huggingface_hub import constants
 from tiny_objectives import FAMILY, family_config, write_clips
 from tiny_pipeline import make_pipeline
 from torch import Tensor
 
 import opensora
+from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import encode_clips
 from opensora.distributed.seeding import Draw
@@ -250,3 +253,43 @@ def test_a_large_text_encoder_stays_where_it_is(manifest: Path, tmp_path: Path) 
     for name, weight in pipeline.text_encoder.state_dict().items():
         assert torch.equal(weight, encoder.state_dict()[name]), name
     assert pipeline.config.scores == {"aesthetic": 6.5, "flow": None, "camera_motion": None}
+
+
+# --- released parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch) -> Any:
+    """`released(name)` puts a small model of that name into the table and into a cache of the Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str) -> dict[str, Any]:
+        model = tiny_published.tiny(name)
+        monkeypatch.setitem(PUBLISHED, name, model)
+        return tiny_published.write_published(tmp_path / "hub", model)
+
+    return put
+
+
+@pytest.mark.parametrize("name", ["opensora-1.0-hq-16x256x256", "opensora-1.1-stage3", "opensora-1.2"])
+def test_training_goes_on_from_released_parts(name: str, manifest: Path, tmp_path: Path, released: Any) -> None:
+    """By a model's name: transformer, autoencoder, text encoder and tokenizer in their published formats."""
+    networks = released(name)
+    version = {"STDiT": "1.0", "STDiT2": "1.1", "STDiT3": "1.2"}[type(networks["transformer"]).__name__]
+    parts: dict[str, Any] = {"autoencoder": name, "text": FrozenText(name, exported=False), "init_from": name}
+    objective = opened(version, manifest, tmp_path, **parts, transformer=None)
+    for part, network in (("transformer", objective.transformer), *objective.frozen.items()):
+        for key, weight in network.state_dict().items():
+            if not key.startswith("pos_embed"):  # derived anew
+                torch.testing.assert_close(weight, networks[part].state_dict()[key], msg=f"{part} {key}")
+    batch = objective.prepare(Draw(0, 0))
+    assert batch.text_mask.shape[1] <= 40
+    assert all(torch.isfinite(term).all() for term in objective.loss(batch, Draw(0, 0)).values())
+
+
+def test_a_released_part_that_is_not_here_is_named(manifest: Path, released: Any) -> None:
+    with pytest.raises(
+        OpenSoraError, match=r"autoencoder of opensora-1\.2 .*hf download hpcai-tech/OpenSora-VAE"
+    ) as error:
+        family_config("1.2", manifest, autoencoder="opensora-1.2").build("cpu")
+    assert "\n" not in str(error.value)
