@@ -10,6 +10,7 @@ from opensora.cli.devices import choose_device
 from opensora.cli.evaluate import check_count
 from opensora.cli.options import option
 from opensora.cli.progress import Progress
+from opensora.cli.train import speaking_once
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 
@@ -54,7 +55,7 @@ class DataPrecompute:
     """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
     seed: int = 0
     """Chooses these places."""
-    shard_mb: int = 256
+    shard_mb: float = 256
     """How large a file may become, in MB."""
     workers: int = 4
     """Threads that read clips while others are encoded."""
@@ -67,16 +68,15 @@ class DataPrecompute:
         from opensora.settings import apply_overrides
 
         check_count("--windows-per-clip", self.windows_per_clip)
-        check_count("--shard-mb", self.shard_mb)
+        if not self.shard_mb > 0:
+            raise OpenSoraError(f"--shard-mb is {self.shard_mb:g}; give more than 0")
         check_count("--workers", self.workers)
         check_writable(self.output / "cache.json")
         overrides = [*self.overrides, *([f"objective.data.manifest={self.manifest}"] if self.manifest else [])]
         recipe = apply_overrides(find_recipe(self.recipe), overrides)
         config, clips = objective_on_clips(self.recipe, recipe.objective)
-        with launched() as launch:
-            device = choose_device(self.device)
-            place = f"{device.type}:{launch.local_rank}" if device.type == "cuda" and launch.store else str(device)
-            self.encode(config, clips, place, launch.rank, launch.num_ranks)
+        with launched() as launch, speaking_once(launch):
+            self.encode(config, clips, str(choose_device(self.device)), launch.rank, launch.num_ranks)
 
     def encode(
         self, config: "DiffusionObjectiveConfig", clips: "ManifestClips", device: str, rank: int, num_ranks: int
@@ -117,7 +117,7 @@ class DataPrecompute:
             told_fps=clips.told_fps,
             windows=self.windows_per_clip,
             seed=self.seed,
-            shard_bytes=self.shard_mb * 10**6,
+            shard_bytes=round(self.shard_mb * 1e6),
             latents=LatentsMadeFrom(
                 autoencoder=fingerprint(autoencoder.state_dict()),
                 origin=describe_origin(config.autoencoder),
