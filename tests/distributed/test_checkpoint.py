@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_of_the_same_step(tmp_path: 
 def test_with_damaged_checkpoints_alone_nothing_begins_anew_silently(tmp_path: Path) -> None:
     damage(save(tmp_path, 3), "truncated")
     with pytest.raises(
-        OpenSoraError, match="no whole checkpoint in .*damaged .*restore one, or start in another folder"
+        OpenSoraError, match=r"no whole checkpoint in .*damaged .*restore one, or start in another folder"
     ):
         newest_checkpoint(tmp_path)
 

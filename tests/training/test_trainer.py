@@ -1,68 +1,20 @@
 """The loop: exact resume, survival of a kill, non-finite steps, averaging, rates."""
 
 import itertools
-import subprocess
-import sys
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_regression import assert_equal_weights, final_weights, recipe
 from torch import nn
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.checkpoint import read_names
 from opensora.errors import OpenSoraError
-from opensora.training.config import LoopConfig, Recipe
+from opensora.training.config import LoopConfig
 from opensora.training.ema import EMA
-from opensora.training.objective import Objective
 from opensora.training.optimizer import Optimizer, OptimizerConfig, learning_rate_factor
 from opensora.training.trainer import Trainer
-
-
-class Regression(Objective):
-    """A two-layer network learning a fixed linear map, with a convolution so that Muon sees a kernel."""
-
-    not_matrices = {"0.weight"}
-
-    def __init__(self, poison_steps: tuple[int, ...]) -> None:
-        torch.manual_seed(0)
-        self.module = nn.Sequential(nn.Linear(6, 16), nn.Unflatten(1, (4, 4)), nn.Conv1d(4, 3, 3), nn.Flatten())
-        self.poison_steps = poison_steps
-
-    def prepare(self, draw: Draw):
-        x = torch.randn(8, 6, generator=draw.generator("x"))
-        return x * float("nan") if draw.step in self.poison_steps else x
-
-    def loss(self, batch, draw):
-        error = (self.module(batch) - batch).square().mean(dim=1)
-        return {"mse": error, "_norm": batch.norm(dim=1)}
-
-    def export(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.module.state_dict(), folder / "weights.pt")
-
-
-@dataclass(frozen=True)
-class RegressionConfig:
-    poison_steps: tuple[int, ...] = ()
-
-    def build(self, device: str) -> Regression:
-        return Regression(self.poison_steps)
-
-
-def recipe(steps: int = 12, poison_steps: tuple[int, ...] = (), **loop) -> Recipe:
-    settings = {"checkpoint_every": 3, "log_every": 1, "precision": "fp32", "microbatches": 2, **loop}
-    return Recipe("regression", RegressionConfig(poison_steps), LoopConfig(steps=steps, **settings))
-
-
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "model" / "weights.pt", weights_only=True)
-
-
-def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 class Interrupted(Exception):
@@ -98,28 +50,6 @@ def test_metrics_of_a_resumed_run_read_as_one_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 9, "lo')
     Trainer(recipe(), tmp_path).run()
     assert steps_logged(tmp_path) == [f'{{"step": {i}' for i in range(1, 13)]
-
-
-def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "from test_trainer import Trainer, recipe\n"
-        "Trainer(recipe(), Path(sys.argv[2]), on_step=lambda step, *_: print(step, flush=True)).run()\n"
-    )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= 7:
-            process.kill()
-            break
-    process.wait()
-    resumed = Trainer(recipe(), tmp_path / "killed")
-    assert resumed.step >= 3  # that of step 6 may have been under way
-    resumed.run()
-    Trainer(recipe(), tmp_path / "whole").run()
-    assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
 
 
 def test_a_stop_that_is_asked_for_loses_no_step(tmp_path: Path) -> None:
@@ -177,8 +107,117 @@ def test_zero_means_never(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_has_the_means_since_the_last_one_and_those_of_groups(tmp_path: Path) -> None:
+    told = []
+    Trainer(recipe(steps=5), tmp_path / "each", on_step=lambda step, steps, figures: told.append(figures)).run()
+    Trainer(recipe(steps=5, log_every=3), tmp_path / "some").run()
+    first, last = lines(tmp_path / "some")
+    assert (first["step"], last["step"]) == (3, 5)
+    for name in ("loss", "mse", "norm", "grad_norm"):
+        assert first[name] == pytest.approx(sum(figures[name] for figures in told[:3]) / 3)
+        assert last[name] == pytest.approx(sum(figures[name] for figures in told[3:]) / 2)
+    each = lines(tmp_path / "each")
+    low, high = (sorted(line[f"loss/bucket/{name}"] for line in each[:3]) for name in ("first", "second"))
+    assert low[0] < first["loss/bucket/first"] < low[-1] and high[0] < first["loss/bucket/second"] < high[-1]
+
+
+def test_figures_tell_the_work_and_what_the_data_say(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(steps=4, peak_tflops=1e-3), tmp_path)
+    trainer.run()
+    line = lines(tmp_path)[-1]
+    assert line["unreadable"] == 2.0
+    assert line["samples_per_s"] > 0 and line["peak_memory_gb"] > 0 and 0 <= line["data_s"] <= line["step_s"]
+    matrices = [p.numel() for n, p in trainer.module.named_parameters() if p.ndim == 2 and p.requires_grad]
+    per_batch = 3 * 2 * 8 * sum(matrices)  # forward and twice for backward, multiply and add, 8 samples
+    counted = set(trainer.work.flops.values())
+    assert all(0.5 * per_batch < flops < 1.2 * per_batch for flops in counted), (per_batch, counted)
+    assert line["mfu"] > 0
+    assert "mfu" not in lines(tmp_path / Trainer(recipe(steps=1), tmp_path / "unknown").run().parent)[-1]
+
+
+def test_data_are_told_of_batches_ahead_of_time_but_not_beyond_the_end(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(steps=3, prefetch=3), tmp_path)
+    trainer.run()
+    objective = trainer.objective
+    assert [draw.position for draw in objective.announced[:4]] == [0, 1, 2, 3]
+    assert list(dict.fromkeys(objective.announced)) == objective.prepared
+    assert [(draw.position, draw.step) for draw in objective.prepared] == [(k, k // 2) for k in range(6)]
+
+
+def test_a_resumed_critic_equals_one_that_was_never_interrupted(tmp_path: Path) -> None:
+    whole = Trainer(recipe(critic=True), tmp_path / "whole")
+    whole.run()
+    with pytest.raises(Interrupted):
+        Trainer(recipe(critic=True), tmp_path / "cut", on_step=interrupt_after(7)).run()
+    resumed = Trainer(recipe(critic=True), tmp_path / "cut")
+    assert resumed.step == 6
+    resumed.run()
+    assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
+    assert whole.critic is not None and resumed.critic is not None
+    assert_equal_weights(whole.critic.state_dict(), resumed.critic.state_dict())
+
+
+def test_a_critic_learns_to_tell_and_the_module_to_deceive(tmp_path: Path) -> None:
+    Trainer(recipe(steps=60, critic=True), tmp_path).run()
+    losses = [line["critic_loss"] for line in lines(tmp_path)]
+    assert min(losses[5:30]) < 0.98 * losses[0]
+
+
+def test_frozen_weights_are_neither_trained_nor_averaged_nor_saved(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(steps=3), tmp_path)
+    before = trainer.module.state_dict()["network.given.weight"].clone()
+    trainer.run()
+    assert torch.equal(final_weights(tmp_path)["network.given.weight"], before)
+    names = read_names(tmp_path / "checkpoints" / "step-00000003")
+    assert not [name for name in names if "given" in name]
+    assert "module/network.stem.weight" in names and "average/network.stem.weight" in names
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    Trainer(recipe(), tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        Trainer(recipe(), tmp_path / "cut", on_step=interrupt_after(8)).run()
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000006"
+    (weights,) = newest.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    resumed = Trainer(recipe(), tmp_path / "cut")
+    assert resumed.step == 3
+    (note,) = resumed.notes
+    assert "step-00000006 is damaged" in note and "going on from step-00000003" in note
+    resumed.run()
+    assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
+
+
+def test_another_size_of_a_step_is_told(tmp_path: Path) -> None:
+    Trainer(recipe(steps=3), tmp_path).run()
+    (note,) = Trainer(recipe(steps=3, microbatches=1), tmp_path).notes
+    assert "a step now has 1 batches and had 2" in note
+
+
+def test_the_module_is_as_before_after_a_preview(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(steps=3, activation_checkpointing="full", preview_every=1), tmp_path / "previewed")
+    parameters = list(trainer.module.parameters())
+    trainer.run()
+    assert all(a is b for a, b in zip(parameters, trainer.module.parameters(), strict=True))
+    assert trainer.module.training and "forward" in trainer.objective.blocks()[0].__dict__
+    Trainer(recipe(steps=3), tmp_path / "plain").run()
+    assert_equal_weights(final_weights(tmp_path / "previewed"), final_weights(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"microbatches": 0}, {"keep_checkpoints": 0}, {"log_every": -1}, {"ema_decay": 1.0}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"microbatches": 0},
+        {"keep_checkpoints": 0},
+        {"log_every": -1},
+        {"ema_decay": 1.0},
+        {"prefetch": -1},
+    ],
 )
 def test_impossible_loops_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(OpenSoraError, match=f"loop.{next(iter(wrong))}"):
