@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
+from opensora.recipes.overfit import overfit
 from opensora.recipes.toybox import toybox, toybox_base, toybox_given, toybox_iddpm, toybox_iddpm_given
 from opensora.recipes.toybox_judge import toybox_judge
 from opensora.recipes.toybox_vae import toybox_vae_frames, toybox_vae_latents, toybox_vae_pixels
@@ -49,6 +50,7 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     v1_2_stage2,
     v1_2_stage3,
     v1_2_debug,
+    overfit,
     vae_debug,
     vae_small_frames,
     vae_small_stage1,
