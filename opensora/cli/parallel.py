@@ -1,4 +1,4 @@
-"""Several processes that make a clip together, as `torchrun` starts them: which share what, and who speaks."""
+"""Several processes that do one thing together, as `torchrun` starts them: who speaks, and which share a clip."""
 
 import contextlib
 import io
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+from opensora.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from opensora.cli.options import FLAG, option
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
+    from opensora.distributed.mesh import Launch
     from opensora.pipeline import OpenSoraPipeline
 
 T = TypeVar("T")
@@ -46,7 +48,6 @@ class ParallelOptions:
         if alone and self.sequence_parallel is None and not self.parallel_guidance:
             yield True  # without torch: a mistake in the input should not wait for its import
             return
-        from opensora.cli.train import speaking_once
         from opensora.distributed.mesh import launched
         from opensora.distributed.sampling import sequence_ranks
 
@@ -61,6 +62,25 @@ class ParallelOptions:
         """Makes the pipeline work so."""
         if started_by_torchrun():
             pipe.parallelize(guidance=self.parallel_guidance, sequence=self.sequence_parallel)
+
+
+@contextlib.contextmanager
+def speaking_once(launch: "Launch") -> Iterator[None]:
+    """Of the ranks that end for the same reason one tells it, and none that end because another did tell theirs.
+
+    Raises:
+        SystemExit: with the exit code that the first one has, on the others.
+    """
+    try:
+        yield
+    except (OpenSoraError, KeyboardInterrupt) as reason:
+        if launch.is_first_to_say(str(reason)):
+            raise
+        raise SystemExit(EXIT_USER_ERROR if isinstance(reason, OpenSoraError) else EXIT_INTERRUPTED) from None
+    except Exception:
+        if launch.has_heard():  # a rank that is gone breaks what the others do together
+            raise SystemExit(EXIT_USER_ERROR) from None
+        raise
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -12,11 +12,10 @@ import tyro
 
 from opensora.cli.devices import choose_device
 from opensora.cli.dry_run import DryRunOptions
-from opensora.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from opensora.cli.parallel import speaking_once
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
-    from opensora.distributed.mesh import Launch
     from opensora.training.trainer import Trainer
 
 
@@ -76,25 +75,6 @@ class Train:
                 model = trainer.run()
         if is_first:
             print(f"model: {model}")
-
-
-@contextlib.contextmanager
-def speaking_once(launch: "Launch") -> Iterator[None]:
-    """Of the ranks that end for the same reason one tells it, and none that end because another did tell theirs.
-
-    Raises:
-        SystemExit: with the exit code that the first one has, on the others.
-    """
-    try:
-        yield
-    except (OpenSoraError, KeyboardInterrupt) as reason:
-        if launch.is_first_to_say(str(reason)):
-            raise
-        raise SystemExit(EXIT_USER_ERROR if isinstance(reason, OpenSoraError) else EXIT_INTERRUPTED) from None
-    except Exception:
-        if launch.has_heard():  # a rank that is gone breaks what the others do together
-            raise SystemExit(EXIT_USER_ERROR) from None
-        raise
 
 
 @contextlib.contextmanager
