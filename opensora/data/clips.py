@@ -291,9 +291,10 @@ def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Ran
     frames = []
     for frame in read_frames(row.path, indices, row.num_frames):
         _check_size(row, *frame.shape[:2])
-        # One by one, because a clip at its full size may be far larger than what is left of it.
-        frames.append(fill_video(to_video(frame[None]), bucket.height, bucket.width))
-    return torch.cat(frames, dim=1)
+        # One by one and resized first, because a clip at its full size may be far larger than what is left of it.
+        pixels = torch.from_numpy(frame).permute(2, 0, 1).float()
+        frames.append(fill_video(pixels, bucket.height, bucket.width))
+    return torch.stack(frames, dim=1).div_(255).sub_(0.5).div_(0.5)
 
 
 def _check_size(row: ClipRow, height: int, width: int) -> None:

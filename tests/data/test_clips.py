@@ -73,10 +73,12 @@ def test_a_clip_is_a_window_of_frames(broken):
     bucket = Bucket("48x64", 9, 0.75, HEIGHT, WIDTH, 2)
     whole = to_video(np.stack(list(read_frames(row.path, range(40), 40))))
     starts = set()
-    for seed in range(150):
+    for seed in range(80):
         found = read_clip(row, bucket, 3, random.Random(seed))
         matches = [
-            start for start in range(14) if torch.equal(found, whole[:, np.linspace(start, start + 26, 9, dtype=int)])
+            start
+            for start in range(14)
+            if torch.allclose(found, whole[:, np.linspace(start, start + 26, 9, dtype=int)], atol=1e-6)
         ]
         assert len(matches) == 1
         starts.add(matches[0])
@@ -89,7 +91,7 @@ def test_sizes_are_met_as_the_reference_meets_them(broken):
     found = read_clip(row, Bucket("32x32", 9, 1.0, 32, 32, 2), 1, random.Random(0))
     frames = np.stack(list(read_frames(row.path, range(NUM_FRAMES), NUM_FRAMES)))
     whole = fill_video(to_video(frames), 32, 32)
-    assert any(torch.equal(found, whole[:, start : start + 9]) for start in range(11))
+    assert any(torch.allclose(found, whole[:, start : start + 9], atol=1e-6) for start in range(11))
     row = ClipRow(broken.folder / "photo.png", "", 1, HEIGHT, WIDTH, None)
     found = read_clip(row, Bucket("32x32", 1, 1.0, 32, 32, 2), 1, random.Random(0))
     assert torch.equal(found, to_video(np.asarray(fill_image(Image.open(row.path), 32, 32))[None]))

@@ -200,3 +200,14 @@ def test_no_other_file_is_opened_for_one_that_names_it(tmp_path):
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:10,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n")
     with pytest.raises(OpenSoraError):
         probe(tmp_path / "list.mp4")
+
+
+@pytest.mark.slow
+def test_chosen_frames_of_real_clips(real_clips):
+    for path in real_clips:
+        whole = decoded(path)
+        assert probe(path, "decode") == probe(path)
+        assert probe(path).num_frames == len(whole)
+        for indices in ([0], [len(whole) - 1], range(len(whole) // 2, len(whole) // 2 + 17), [len(whole) // 3]):
+            found = list(read_frames(path, indices, len(whole)))
+            np.testing.assert_array_equal(found, whole[list(indices)], err_msg=f"{path.name} {list(indices)}")
