@@ -54,7 +54,7 @@ def load_pipeline(
     *,
     override_latent_space: "LatentSpace | None" = None,
     components: Mapping[str, str | Path] | None = None,
-    adapters: Mapping[str | Path, float] | None = None,
+    adapters: Mapping[str, float] | Mapping[Path, float] | None = None,
     download: bool = False,
     offload: bool = False,
 ) -> "OpenSoraPipeline":

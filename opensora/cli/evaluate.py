@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from opensora.cli.devices import choose_device
+from opensora.cli.loading import parse_adapter
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
@@ -23,6 +24,8 @@ class EvaluateToybox:
 
     model: str = "toybox"
     """Name or folder of the model."""
+    adapter: tuple[str, ...] = ()
+    """Adapters merged into it, as PATH or PATH:SCALE."""
     num_prompts: int = 500
     """How many held-out prompts; 0 generates none and judges real clips and reconstructions alone."""
     seed: int = 0
@@ -52,9 +55,10 @@ class EvaluateToybox:
         check_output("--contact-sheet", self.contact_sheet, ".png")
         device = choose_device(self.device)
         judge = load_judge(device=device)
-        pipeline = opensora.load_pipeline(self.model, device=device)
+        adapters = {path: 1.0 if scale is None else scale for path, scale in map(parse_adapter, self.adapter)}
+        pipeline = opensora.load_pipeline(self.model, device=device, adapters=adapters)
         samples = toybox.held_out_samples(self.num_prompts, self.seed)
-        results = toybox.Results(toybox.describe(pipeline, self.model, self.seed), samples)
+        results = toybox.Results(toybox.describe(pipeline, self.model, self.seed, adapters), samples)
         if self.output is not None:
             results.resume(self.output)
         with Progress("generating") as progress:

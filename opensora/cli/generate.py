@@ -52,7 +52,7 @@ Given = NamedFrames | PlacedReferences | None
 _FILES_WITH_FROM = ("image", "last_image", "extend", "edit", "reference_path")
 _FREE_WITH_FROM = (
     "from_",
-    *("model", "download", "transformer", "autoencoder", "text_encoder", "tokenizer"),
+    *("model", "download", "transformer", "autoencoder", "text_encoder", "tokenizer", "adapter"),
     *("output", "format", "no_metadata", "device", "dtype"),
     *("offload", "sequential_guidance", "micro_batch_size", "sequence_parallel", "parallel_guidance"),
     *_FILES_WITH_FROM,
@@ -190,6 +190,7 @@ class Generate:
                     refined_prompt=job.refined_prompt,
                     given=of_job,
                     components={name: path.name for name, path in self.model.components.items()},
+                    adapters=tuple(self.model.adapters(record).values()),
                 )
             write_video(job.path, frames, sampling.file_fps, made.as_metadata() if made else None, format=kind)
             if made:

@@ -1,13 +1,16 @@
 """Which model, from which files, and where it runs."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from tyro.conf import UseAppendAction
+
 from opensora.cli.devices import choose_device
 from opensora.cli.options import FLAG, option
-from opensora.cli.record import DTYPES, Record, check_same_model
+from opensora.cli.record import DTYPES, Record, UsedAdapter, check_same_model
 from opensora.errors import OpenSoraError
 from opensora.settings import nearest_name
 
@@ -56,12 +59,35 @@ class ModelOptions:
     """Likewise, its text encoder."""
     tokenizer: Annotated[Path | None, option("PATH", aliases=["--tokenizer-path"])] = None
     """Likewise, its tokenizer."""
+    adapter: Annotated[UseAppendAction[tuple[str, ...]] | None, option("PATH[:SCALE]", "none")] = None
+    """Fine-tuning beside the transformer's weights (LoRA), half as strong with :0.5; may be given several times."""
 
     @property
     def components(self) -> dict[str, Path]:
         """The parts that are replaced."""
         parts = {name: getattr(self, name) for name in ("transformer", "autoencoder", "text_encoder", "tokenizer")}
         return {name: path for name, path in parts.items() if path is not None}
+
+    def adapters(self, record: Record | None = None) -> dict[Path, UsedAdapter]:
+        """The adapters asked for; of a clip that is made again, those that it was made with.
+
+        Raises:
+            OpenSoraError: a file that is not there, or not the ones of the record.
+        """
+        from opensora.checkpoints.adapters import adapter_hash
+
+        given: dict[Path, UsedAdapter] = {}
+        for text in self.adapter or ():
+            path, scale = parse_adapter(text)
+            if path in given:
+                raise OpenSoraError(f"--adapter {path} is given twice")
+            given[path] = UsedAdapter(path.resolve().name, adapter_hash(path), 1.0 if scale is None else scale)
+            if record is not None and scale is None:  # then the record says how strong
+                scales = [used.scale for used in record.adapters if used.sha256 == given[path].sha256]
+                given[path] = dataclasses.replace(given[path], scale=scales[0] if scales else 1.0)
+        if record is not None:
+            check_same_adapters(record, list(given.values()))
+        return given
 
     def name(self, record: Record | None) -> str:
         """The model asked for, or the recorded one, or the default."""
@@ -73,11 +99,14 @@ class ModelOptions:
         Raises:
             OpenSoraError: no such model, or parts are missing.
         """
+        from opensora.checkpoints.adapters import read_adapter
         from opensora.checkpoints.identify import read_header
         from opensora.checkpoints.published import published_name
         from opensora.checkpoints.sources import find_model, find_published
 
         name = self.name(record)
+        for path in self.adapters(record):
+            read_adapter(path)
         for part, path in self.components.items():
             if part != "tokenizer" and path.expanduser().exists():
                 read_header(path.expanduser())  # a wrong file is told before anything is fetched
@@ -121,6 +150,7 @@ class ModelOptions:
             device=chosen,
             dtype=getattr(torch, dtype) if dtype else None,
             components=self.components,
+            adapters={path: used.scale for path, used in self.adapters(record).items()},
             offload=memory.offload,
         )
         memory.set_up(pipe)
@@ -153,6 +183,40 @@ class ModelOptions:
                 raise OpenSoraError(f"{name} was not fetched") from None
             return True
         return False
+
+
+def parse_adapter(text: str) -> tuple[Path, float | None]:
+    """`"look:0.5"` -> look and 0.5, `"look"` -> look and None."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon and path else None
+    except ValueError:  # a colon within a path
+        strength = None
+    if strength is None:
+        return Path(text).expanduser(), None
+    if not abs(strength) < float("inf"):
+        raise OpenSoraError(f"--adapter {text} has the scale {scale}; expected a number such as 0.5")
+    return Path(path).expanduser(), strength
+
+
+def check_same_adapters(record: Record, given: list[UsedAdapter]) -> None:
+    """Raises `OpenSoraError` if adapters are not those that a clip was made with."""
+    were = {used.sha256: used for used in record.adapters}
+    for used in given:
+        if used.sha256 not in were:
+            made = ", ".join(f"{was.name} ({was.sha256[:12]})" for was in were.values()) or "none"
+            raise OpenSoraError(f"adapter {used.name} ({used.sha256[:12]}) is not one this clip was made with: {made}")
+        if used.scale != were[used.sha256].scale:
+            raise OpenSoraError(
+                f"adapter {used.name} acted at {were[used.sha256].scale:g} in this clip, not at {used.scale:g}; "
+                "leave out the scale"
+            )
+    missing = [was for sha256, was in were.items() if sha256 not in {used.sha256 for used in given}]
+    if missing:
+        raise OpenSoraError(
+            f"this clip was made with the adapter {missing[0].name} (hash {missing[0].sha256[:12]}); "
+            "say where it is with --adapter PATH"
+        )
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,15 @@ class PlacedReferences:
 
 
 @dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter that was merged into the transformer: its name, its file's SHA-256, and how strongly it acted."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Record:
     """How one clip was made.
 
@@ -125,6 +134,7 @@ class Record:
         refined_prompt: what a language model made of the prompt; then the clip shows this.
         given: frames that were given.
         components: parts that took the place of the model's own, by the name of their file or folder.
+        adapters: adapters that were merged into the transformer.
     """
 
     prompt: str
@@ -140,6 +150,7 @@ class Record:
     refined_prompt: str | None = None
     given: NamedFrames | PlacedReferences | None = None
     components: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[UsedAdapter, ...] = ()
 
     def as_metadata(self) -> dict[str, Any]:
         """Plain data for `write_video` and the sidecar."""

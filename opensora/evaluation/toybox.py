@@ -7,7 +7,7 @@ reconstructions (does the autoencoder keep what has to be read?).
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from opensora.checkpoints.adapters import adapter_hash
 from opensora.checkpoints.sources import find_model, model_hash
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
@@ -193,12 +194,16 @@ def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
     return config["num_frames"], config["height"], config["width"]
 
 
-def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, Any]:
+def describe(
+    pipeline: "OpenSoraPipeline", model: str, seed: int, adapters: Mapping[Path, float] | None = None
+) -> dict[str, Any]:
     """What decides the outcome of an evaluation: the weights, the sampling defaults, the seed, and the arithmetic."""
     names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
     defaults = {name: pipeline.config[name] for name in names}
     arithmetic = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": pipeline.device.type}
-    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **defaults, **arithmetic}
+    merged = {adapter_hash(path): scale for path, scale in (adapters or {}).items()}
+    adapted = {"adapters": merged} if merged else {}
+    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **adapted, **defaults, **arithmetic}
 
 
 def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:

@@ -113,7 +113,8 @@ def export_adapter(
         training: how, as plain values.
     """
     layers = adapter_layers(transformer)
-    weights = {f"{name}.weight": transformer.get_submodule(name).base_layer.weight for name in layers}  # type: ignore[union-attr]
+    stored = transformer.state_dict()
+    weights = {f"{name}.weight": stored[f"{name}.base_layer.weight"] for name in layers}
     origin = AdapterOrigin(
         base=base,
         class_name=type(transformer).__name__,

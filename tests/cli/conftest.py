@@ -81,7 +81,7 @@ def pipe(monkeypatch, tmp_path):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
         return name
 
-    def load_pipeline(name, *, device, dtype, components, offload):
+    def load_pipeline(name, *, device, dtype, components, adapters, offload):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
         return fake
 
