@@ -168,9 +168,9 @@ def _head(told: dict[str, Any]) -> list[str]:
 
 
 def _parameters(networks: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'parameters':<20}{'trained':>16}{'frozen':>16}"]
+    lines = [f"{'parameters':<24}{'trained':>16}{'frozen':>16}"]
     for network in networks:
-        lines.append(f"{network['name'].replace('_', ' '):<20}{network['trained']:>16,}{network['frozen']:>16,}")
+        lines.append(f"{network['name'].replace('_', ' '):<24}{network['trained']:>16,}{network['frozen']:>16,}")
     return lines
 
 
@@ -200,7 +200,7 @@ def _memory(told: dict[str, Any]) -> list[str]:
 def _batches(told: dict[str, Any]) -> list[str]:
     step, timed = told["step"], told["step"]["seconds"] is not None
     head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds" * timed)
-    lines = ["{:<20}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head).rstrip()]
+    lines = ["{:<24}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head).rstrip()]
 
     def weight(batch: dict[str, Any]) -> float:
         return batch["share"] * (batch["flops"] + batch["recomputed_flops"] + batch["frozen_flops"])
@@ -208,7 +208,7 @@ def _batches(told: dict[str, Any]) -> list[str]:
     shown = sorted(told["batches"], key=weight, reverse=True)[:_ROWS]
     for batch in shown:
         lines.append(
-            f"{batch['label']:<20}{batch['share']:>7.1%}{batch['batch_size'] * told['microbatches']:>7}"
+            f"{batch['label']:<24}{batch['share']:>7.1%}{batch['batch_size'] * told['microbatches']:>7}"
             f"{'-' if batch['tokens'] is None else format(batch['tokens'], ','):>10}{_work(batch)}"
             f"{_seconds(batch['seconds']):>9}"
         )
@@ -218,7 +218,7 @@ def _batches(told: dict[str, Any]) -> list[str]:
     data_ranks = told["world_size"] // told["sequence_parallel"]
     clips, tokens = step["clips"] / data_ranks, step["tokens"] / data_ranks
     lines.append(
-        f"{'mean':<27}{clips:>7.0f}{format(round(tokens), ',') if tokens else '-':>10}{_work(step)}"
+        f"{'mean':<31}{clips:>7.0f}{format(round(tokens), ',') if tokens else '-':>10}{_work(step)}"
         f"{_seconds(step['seconds']):>9}"
     )
     if told["world_size"] > 1:

@@ -284,7 +284,7 @@ class TrainingPlan:
         """A step of batches of this size, all microbatches, on each rank."""
         networks, loop = self.networks, self.loop
         work, many, sharing = networks.work(shape), loop.microbatches, loop.sequence_parallel
-        again = round(work.in_layers * networks.recomputed_share(loop, self.is_sharded, self.device.is_cpu))
+        again = round(_repeated(work) * networks.recomputed_share(loop, self.is_sharded, self.device.is_cpu))
         frozen = networks.frozen_flops(shape)
         tokens, switched = None, 0
         if work.tokens is not None:
@@ -420,13 +420,13 @@ class _Networks:
         return self._steps[key]
 
     def recomputed_share(self, loop: LoopConfig, sharded: bool, on_cpu: bool) -> float:
-        """Of the work of the layers' forward pass, what is computed again."""
+        """Of the work that may be computed again, what is."""
         if loop.activation_checkpointing == "none":
             return 0.0
         shape = self.largest[0]
         work = self.work(shape)
         step = self.step(shape, loop.activation_checkpointing, loop.precision, sharded, on_cpu)
-        return max(0, step.flops - work.forward - work.backward) / max(1, work.in_layers)
+        return max(0, step.flops - work.forward - work.backward) / max(1, _repeated(work))
 
     def frozen_flops(self, shape: BatchShape) -> int:
         """Of frozen networks that prepare one batch: as many as for one clip, clip by clip."""
@@ -454,6 +454,11 @@ class _Networks:
     def _loss(self, shape: BatchShape) -> Tensor:
         terms = self.objective.loss(self.objective.imagine(shape), Draw(0, 0))
         return torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum()
+
+
+def _repeated(work: Work) -> int:
+    """The forward pass of layers, or of everything where there are none that are alike."""
+    return work.in_layers or work.forward
 
 
 @contextmanager
