@@ -142,3 +142,15 @@ def crop_at_random(tensors: list[Tensor], edge: int, multiple: int, generator: t
         clips = zip(tensor, places, strict=True)
         cropped.append(torch.stack([clip[..., y : y + rows, x : x + columns] for clip, (y, x) in clips]))
     return cropped
+
+
+def random_frames(video: Tensor, count: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Numbers of clips (B, 1) and of `count` frames of each, or of all there are, (B, F), without repetition."""
+    scores = torch.rand(video.shape[0], video.shape[2], generator=draw.generator("frames"))
+    frames = scores.argsort(dim=1)[:, :count].to(video.device)
+    return torch.arange(len(video), device=video.device)[:, None], frames
+
+
+def pick_frames(x: Tensor, rows: Tensor, frames: Tensor) -> Tensor:
+    """Frames (B, F) of a clip (B, C, T, H, W), each clip its own; (B, C, F, H, W)."""
+    return x.transpose(1, 2)[rows, frames].transpose(1, 2)

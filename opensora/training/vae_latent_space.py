@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
+from opensora.checkpoints.key_maps import adapt_weights
 from opensora.checkpoints.loading import load_component
-from opensora.checkpoints.weights import read_object
+from opensora.checkpoints.weights import load_weights, read_object, read_weights
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -86,16 +86,12 @@ def _go_on(config: "VAEObjectiveConfig", origin: str, device: str) -> VideoAutoe
 
 def _load_spatial(autoencoder: VideoAutoencoder, path: Path) -> float | None:
     """Fills the spatial part from diffusers' AutoencoderKL; returns the scaling factor that it declares, if any."""
-    spatial = load_component(path, AutoencoderKL)
-    own = autoencoder.spatial_vae.module
-    mine, theirs = ({n: tuple(t.shape) for n, t in network.state_dict().items()} for network in (own, spatial))
-    if mine != theirs:
-        name = next(n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n))
+    if not path.exists():
         raise OpenSoraError(
-            f"{path} is another network than objective.autoencoder.spatial describes: {name} is "
-            f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
+            f"{path} is missing; put a spatial autoencoder of diffusers there, or set objective.spatial_from"
         )
-    own.load_state_dict(spatial.state_dict())
+    weights = adapt_weights(autoencoder, read_weights(path), str(path))  # named as parts of a video autoencoder
+    load_weights(nn.ModuleDict({"spatial_vae": autoencoder.spatial_vae}), weights, source=str(path))
     described = path / "config.json"
     # diffusers fills in a factor where the file has none, so the file itself is asked.
     return read_object(described).get("scaling_factor") if described.is_file() else None

@@ -25,7 +25,7 @@ from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
 from opensora.training.discriminator import PatchDiscriminator
 from opensora.training.objective import Objective
 from opensora.training.perceptual import build_perceptual
-from opensora.training.vae_clips import Cut, CutClips
+from opensora.training.vae_clips import Cut, CutClips, pick_frames, random_frames
 from opensora.training.vae_latent_space import build_autoencoder, measure_scaling_factor
 from opensora.training.vae_losses import (
     adaptive_weight,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from opensora.training.vae_objective import VAEObjectiveConfig
 
 TEMPORAL_BLOCKS = (ResBlock, CausalMixer)
+SHIFT_AND_SCALE = "; shift and scale measured on "
 
 
 @dataclass
@@ -177,7 +178,9 @@ class VAEObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """Writes the weights with the per-channel shift and scale of the latents they make."""
-        self.autoencoder.measure_latent_space(self.measured_videos(), trained_with=self.measured_on())
+        factor_from = self.autoencoder.latent_space.trained_with.partition(SHIFT_AND_SCALE)[0]
+        trained_with = factor_from + SHIFT_AND_SCALE + self.measured_on()
+        self.autoencoder.measure_latent_space(self.measured_videos(), trained_with)
         self.autoencoder.save_pretrained(folder)
 
 
@@ -387,15 +390,3 @@ def temporal_boundary_layers(module: nn.Module) -> set[str]:
 def drawn(posterior: Posterior, draw: Draw, purpose: str) -> Tensor:
     """Latents drawn from a posterior; the noise is drawn on the CPU, so that it is the same on every device."""
     return posterior.sample(noise=torch.randn(posterior.mean.shape, generator=draw.generator(purpose)))
-
-
-def random_frames(video: Tensor, count: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Numbers of clips (B, 1) and of `count` frames of each, or of all there are, (B, F), without repetition."""
-    scores = torch.rand(video.shape[0], video.shape[2], generator=draw.generator("frames"))
-    frames = scores.argsort(dim=1)[:, :count].to(video.device)
-    return torch.arange(len(video), device=video.device)[:, None], frames
-
-
-def pick_frames(x: Tensor, rows: Tensor, frames: Tensor) -> Tensor:
-    """Frames (B, F) of a clip (B, C, T, H, W), each clip its own; (B, C, F, H, W)."""
-    return x.transpose(1, 2)[rows, frames].transpose(1, 2)
