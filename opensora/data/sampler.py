@@ -98,7 +98,7 @@ class BucketSampler:
         self.num_frames, self.height, self.width = sizes.T
         self._ends: list[int] = []  # of the epochs so far, in batches
         self._recent: dict[int, Epoch] = {}
-        self._assignment: Assignment | None = None  # where it is the same for all epochs
+        self._assigned: dict[int, Assignment] = {}  # the last one
 
     def check(self) -> None:
         """Raises `OpenSoraError` if no clip can ever be in a bucket; says why."""
@@ -153,14 +153,13 @@ class BucketSampler:
         return sum(self._batches_of({b: int(n) for b, n in enumerate(counts) if n}).values())
 
     def _assign(self, number: int) -> Assignment:
-        if self._assignment is not None:
-            return self._assignment
-        clips = np.arange(len(self.num_frames), dtype=np.uint64)
-        seeds = clips * np.uint64(len(self.buckets)) + np.uint64((self.seed + number) % 2**64)
-        assignment = self.buckets.assign(self.num_frames, self.height, self.width, seeds, self.frame_interval)
-        if not self.buckets.by_chance:
-            self._assignment = assignment
-        return assignment
+        number = number if self.buckets.by_chance else 0  # without chance, all epochs are alike
+        if number not in self._assigned:
+            clips = np.arange(len(self.num_frames), dtype=np.uint64)
+            seeds = clips * np.uint64(len(self.buckets)) + np.uint64((self.seed + number) % 2**64)
+            found = self.buckets.assign(self.num_frames, self.height, self.width, seeds, self.frame_interval)
+            self._assigned = {number: found}
+        return self._assigned[number]
 
     def _batches_of(self, clips: dict[int, int]) -> dict[int, int]:
         """How many batches the buckets have, of how many clips they have; a multiple of `batches_in_a_row` in all."""
