@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
+from opensora.recipes.lora import toybox_lora, v1_2_lora
 from opensora.recipes.overfit import overfit
 from opensora.recipes.toybox import toybox, toybox_base, toybox_given, toybox_iddpm, toybox_iddpm_given
 from opensora.recipes.toybox_judge import toybox_judge
@@ -33,6 +34,7 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_given,
     toybox_iddpm,
     toybox_iddpm_given,
+    toybox_lora,
     v1_0_16x256x256,
     v1_0_16x256x256_hq,
     v1_0_16x512x512,
@@ -49,6 +51,7 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     v1_2_stage1,
     v1_2_stage2,
     v1_2_stage3,
+    v1_2_lora,
     v1_2_debug,
     overfit,
     vae_debug,

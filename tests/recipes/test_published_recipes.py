@@ -16,7 +16,7 @@ from opensora.settings import apply_overrides, from_dict, to_dict
 from opensora.training.diffusion_objective import DiffusionObjective, DiffusionObjectiveConfig
 
 FAMILY = [make.__name__ for make in RECIPES if make.__name__.startswith("v1_")]
-STAGES = [name for name in FAMILY if not name.endswith("_debug")]
+STAGES = [name for name in FAMILY if not name.endswith(("_debug", "_lora"))]
 
 KEYS = {
     "v1_0_16x256x256": "stdit_xl2_v1_0_16x256x256",
