@@ -81,7 +81,7 @@ def _settings(recipe: "Recipe") -> list[str]:
     from opensora.settings import to_dict
 
     def flat(tree: Any, path: str) -> list[str]:
-        if isinstance(tree, dict) and tree:
+        if isinstance(tree, dict) and tree and "type" not in tree:  # of several kinds, and given as a whole
             return [line for key, value in tree.items() for line in flat(value, f"{path}.{key}" if path else key)]
         return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
 
@@ -110,9 +110,8 @@ def _told(plan: "TrainingPlan", recipe: "Recipe", folder: Path, price: float | N
         "parameters": [dataclasses.asdict(network) for network in plan.parameters()],
         "memory": dataclasses.asdict(plan.memory),
         "fits": fits,
-        "ways_to_fit": []
-        if fits
-        else [{"options": options, "total": way.memory.total} for options, way in plan.ways_to_fit()],
+        "ways_to_fit": [] if fits else [{"options": o, "total": way.memory.total} for o, way in plan.ways_to_fit()],
+        "smaller_batches": {} if fits else plan.smaller_batches(),
         "batches": [
             {**dataclasses.asdict(cost.shape), **{k: v for k, v in dataclasses.asdict(cost).items() if k != "shape"}}
             for cost in plan.batches
@@ -254,10 +253,14 @@ def _time(told: dict[str, Any]) -> list[str]:
 
 
 def _advice(told: dict[str, Any]) -> str:
-    if told["ways_to_fit"]:
-        ways = [f"{' '.join(way['options'])} ({_size(way['total'])})" for way in told["ways_to_fit"]]
+    ways = [f"{' '.join(way['options'])} ({_size(way['total'])})" for way in told["ways_to_fit"]]
+    smaller = {label: size for label, size in told["smaller_batches"].items() if size}
+    if smaller:
+        sizes = ", ".join(f"{size} of {label}" for label, size in smaller.items())
+        ways.append(f"smaller batches ({sizes})")
+    if ways:
         return f"it fits with {', or with '.join(ways)}"
-    return f"make batches of {told['memory']['worst']} smaller, or encode beforehand by opensora data precompute"
+    return "choose a larger device, or encode beforehand by opensora data precompute"
 
 
 def _size(num_bytes: float) -> str:

@@ -6,46 +6,21 @@ and so is the work of frozen networks that prepare a batch. What ranks share and
 Letters: B clips, T latent frames, S patches of a frame, D features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from opensora.data.batch import BatchShape
-from opensora.distributed.seeding import Draw
 from opensora.distributed.sequence_parallel import bytes_switched
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.planning.autocast import ImaginedAutocast
 from opensora.planning.devices import Device
-from opensora.planning.frozen import FrozenNetworks
 from opensora.planning.planner import ACCELERATOR, CPU, Surcharge
-from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
-from opensora.planning.tracing import weight_bytes
-from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Objective
-from opensora.training.parallel import wrap_blocks
+from opensora.training.config import Recipe
+from opensora.training.plan_networks import Parameters, PlannedNetworks, repeatable
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-TRACED_SHAPES = 2  # of the largest batches, whose worst decides
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Of one network.
-
-    Attributes:
-        name: "transformer", "autoencoder", ...
-        trained, frozen: how many.
-    """
-
-    name: str
-    trained: int
-    frozen: int
 
 
 @dataclass(frozen=True)
@@ -135,7 +110,7 @@ class TrainingPlan:
             )
         self.device, self.world_size, self.mfu = device, world_size, mfu
         self.loop = recipe.loop
-        self.networks = _Networks(recipe)
+        self.networks = PlannedNetworks(recipe)
 
     def changed(self, **changes: Any) -> "TrainingPlan":
         """The same with another `world_size`, or with other settings of the loop; nothing is built anew."""
@@ -189,8 +164,9 @@ class TrainingPlan:
         sharing = loop.sequence_parallel
         communication = self._communication_bytes()
         # Gradients of a step's first batch grow while activations shrink; later ones find them all there.
+        kept_share = share * FLOAT32 / self._gathered_bytes if self.is_sharded else share
         moments = [
-            alive / sharing + (gradients if loop.microbatches > 1 else min(ready * share, gradients))
+            alive / sharing + (gradients if loop.microbatches > 1 else ready * kept_share)
             for alive, ready in step.moments()
         ]
         # The first batch is prepared before there are any gradients.
@@ -222,39 +198,61 @@ class TrainingPlan:
         return self.memory.total <= self.device.memory_bytes
 
     def ways_to_fit(self) -> list[tuple[list[str], "TrainingPlan"]]:
-        """Changes that each make a run fit that does not, with the options that make them.
+        """Changes that each make a run fit that does not, with the options that make them; of each kind the smallest.
 
-        What costs time alone comes before what costs devices, and both before what changes the training.
+        What costs time alone comes before what costs devices.
         """
-        loop, ways = self.loop, []
-        for recompute in ("selective", "full"):
-            if self.networks.depth and loop.activation_checkpointing not in ("full", recompute):
-                setting = {"activation_checkpointing": recompute}
-                ways.append(([f"loop.activation_checkpointing={recompute}"], self.changed(**setting)))
-        if loop.sharding == "none" and self.world_size > 1:
-            ways.append((["loop.sharding=full"], self.changed(sharding="full")))
-        for ranks in (2, 4, 8):
-            if self.networks.depth and ranks > loop.sequence_parallel:
-                size = max(self.world_size, ranks)
-                options = [f"loop.sequence_parallel={ranks}"]
-                options += [f"--world-size {size}"] if size > self.world_size else []
-                ways.append((options, self.changed(sequence_parallel=ranks, world_size=size)))
-        if loop.sharding == "full":
-            sizes = [self.world_size * 2**power for power in range(1, 8)]
-            ways += [([f"--world-size {size}"], self.changed(world_size=size)) for size in sizes]
-        fitting = [(options, plan) for options, plan in ways if plan.fits()]
-        if not fitting and self.networks.depth and loop.activation_checkpointing != "full":
-            # Together with the first of them.
+        found = [next((way for way in kind if way[1].fits()), None) for kind in self._ways()]
+        fitting = [way for way in found if way is not None]
+        if not fitting and self._can_recompute("full"):  # then together with something else
             again = self.changed(activation_checkpointing="full").ways_to_fit()
             fitting = [(["loop.activation_checkpointing=full", *options], plan) for options, plan in again]
-        seen: set[str] = set()  # of each kind the first
-        return [
-            (options, plan)
-            for options, plan in fitting
-            if not (
-                (kind := " ".join(option.split("=")[0].split(" ")[0] for option in options)) in seen or seen.add(kind)
+        return fitting
+
+    def _ways(self) -> Iterator[Iterator[tuple[list[str], "TrainingPlan"]]]:
+        """Kinds of changes, each from small to large."""
+        loop, size = self.loop, self.world_size
+        yield (
+            ([f"loop.activation_checkpointing={what}"], self.changed(activation_checkpointing=what))
+            for what in ("selective", "full")
+            if self._can_recompute(what)
+        )
+        if loop.sharding == "none" and size > 1:
+            yield iter([(["loop.sharding=full"], self.changed(sharding="full"))])
+        if self.networks.depth:
+            yield (
+                (
+                    [f"loop.sequence_parallel={ranks}", *([f"--world-size {ranks}"] if size % ranks else [])],
+                    self.changed(sequence_parallel=ranks, world_size=ranks if size % ranks else size),
+                )
+                for ranks in (2, 4, 8)
+                if ranks > loop.sequence_parallel
             )
-        ]
+        if loop.sharding == "full":
+            sizes = [size * 2**power for power in range(1, 8)]
+            yield (([f"--world-size {size}"], self.changed(world_size=size)) for size in sizes)
+
+    def _can_recompute(self, what: str) -> bool:
+        """Whether that would be computed again that is not yet."""
+        order = ("none", "selective", "full")
+        return bool(self.networks.block_numbers) and order.index(what) > order.index(self.loop.activation_checkpointing)
+
+    def smaller_batches(self) -> dict[str, int]:
+        """Clips that the largest batches may have at most, by label, where they have more; 0 if even one is too much.
+
+        Estimated from what each clip adds, then traced.
+        """
+        fitting = {}
+        for shape in self.networks.largest:
+            size, memory = shape.batch_size, self.memory_of(shape)
+            while size and memory.total > self.device.memory_bytes:
+                of_clips = max(memory.activations, memory.preparation) * (1 + self.surcharge.share_of_activations)
+                share = 1 - (memory.total - self.device.memory_bytes) / of_clips
+                size = min(size - 1, max(0, math.floor(size * share)))
+                memory = self.memory_of(replace(shape, batch_size=size)) if size else memory
+            if size < shape.batch_size:
+                fitting[shape.label] = size
+        return fitting
 
     def _communication_bytes(self) -> int:
         """Buffers: of sharded weights, the block that computes and the next one, each also on its way; gradients of
@@ -284,7 +282,7 @@ class TrainingPlan:
         """A step of batches of this size, all microbatches, on each rank."""
         networks, loop = self.networks, self.loop
         work, many, sharing = networks.work(shape), loop.microbatches, loop.sequence_parallel
-        again = round(_repeated(work) * networks.recomputed_share(loop, self.is_sharded, self.device.is_cpu))
+        again = round(repeatable(work) * networks.recomputed_share(loop, self.is_sharded, self.device.is_cpu))
         frozen = networks.frozen_flops(shape)
         tokens, switched = None, 0
         if work.tokens is not None:
@@ -343,157 +341,3 @@ class TrainingPlan:
         if weights_gb_s is None or clips_gb_s is None:
             return None
         return (cost.sent_bytes / weights_gb_s + cost.switched_bytes / clips_gb_s) / 1e9
-
-
-class _Networks:
-    """An objective's networks without data, and what was traced of them; remembered for every plan."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.objective: Objective = recipe.objective.build("meta")
-        self.shapes = self.objective.shapes()
-        if not self.shapes:
-            raise OpenSoraError(f"{recipe.name} does not say which batches it has, so there is nothing to plan")
-        module = self.objective.module
-        self.module_bytes = weight_bytes(module)
-        self.module_numbers = sum(p.numel() for p in module.parameters())
-        self.trained_numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in self.objective.blocks()]
-        self.block_numbers, self.largest_block = sum(blocks), max(blocks, default=0)
-        self.depth = len(layers_of(self.objective.blocks()))
-        critic, self.frozen = self.objective.critic, self.objective.frozen
-        # Weights, gradients and both of AdamW's moments.
-        self.critic_bytes = 0 if critic is None else 4 * weight_bytes(critic)
-        self.frozen_bytes = sum(weight_bytes(network) for network in self.frozen.values())
-        self._frozen = FrozenNetworks(self.frozen.values())
-        self._work: dict[BatchShape, Work] = {}
-        self._steps: dict[Any, Step] = {}
-        self._frozen_flops: dict[Any, int] = {}
-
-    def parameters(self) -> list[Parameters]:
-        critic = {} if self.objective.critic is None else {"critic": self.objective.critic}
-        networks = {**dict(self.objective.module.named_children()), **self.frozen, **critic}
-        counted = []
-        for name, network in networks.items():
-            trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-            everything = sum(p.numel() for p in network.parameters())
-            counted.append(Parameters(name, trained, everything - trained))
-        return counted
-
-    def optimizer_numbers(self, loop: LoopConfig) -> int:
-        """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest."""
-        numbers = 0
-        for name, parameter in self.objective.module.named_parameters():
-            muon = loop.optimizer.matrices == "muon" and parameter.ndim >= 2 and name not in self.objective.not_matrices
-            numbers += parameter.numel() * (1 if muon else 2) if parameter.requires_grad else 0
-        return numbers
-
-    @cached_property
-    def largest(self) -> list[BatchShape]:
-        """The sizes that may be the worst, those with the most tokens or pixels first."""
-
-        def size(shape: BatchShape) -> int:
-            return shape.batch_size * shape.num_frames * shape.height * shape.width
-
-        def tokens(shape: BatchShape) -> int:
-            found = self.work(shape).tokens
-            return size(shape) if found is None else torch.Size(found[:-1]).numel()
-
-        return sorted(self.shapes, key=tokens, reverse=True)[:TRACED_SHAPES]
-
-    def work(self, shape: BatchShape) -> Work:
-        """Of one batch."""
-        if shape not in self._work:
-            self._work[shape] = count_work(lambda: self._loss(shape), self.objective.blocks())
-        return self._work[shape]
-
-    def step(self, shape: BatchShape, recompute: Any, precision: str, sharded: bool, on_cpu: bool) -> Step:
-        """Of one batch, traced."""
-        key = (shape, recompute, precision, sharded, on_cpu)
-        if key not in self._steps:
-            autocast = ImaginedAutocast(enabled=precision == "bf16", on_accelerator=not on_cpu)
-            dtype = torch.bfloat16 if sharded and precision == "bf16" else torch.float32
-            with _recomputing(self.objective.blocks(), recompute), _gathered(self.objective.module, dtype):
-                self._steps[key] = trace_step(
-                    lambda: self._loss(shape), self.objective.module, self.objective.blocks(), autocast
-                )
-        return self._steps[key]
-
-    def recomputed_share(self, loop: LoopConfig, sharded: bool, on_cpu: bool) -> float:
-        """Of the work that may be computed again, what is."""
-        if loop.activation_checkpointing == "none":
-            return 0.0
-        shape = self.largest[0]
-        work = self.work(shape)
-        step = self.step(shape, loop.activation_checkpointing, loop.precision, sharded, on_cpu)
-        return max(0, step.flops - work.forward - work.backward) / max(1, _repeated(work))
-
-    def frozen_flops(self, shape: BatchShape) -> int:
-        """Of frozen networks that prepare one batch: as many as for one clip, clip by clip."""
-        key = (shape.num_frames, shape.height, shape.width)
-        if key not in self._frozen_flops:
-            with _undivided(self.frozen.values()):
-                rehearsed = self.objective.rehearse(replace(shape, batch_size=1)).values()
-                self._frozen_flops[key] = sum(self._frozen.trace(rehearse).flops for rehearse in rehearsed)
-        return shape.batch_size * self._frozen_flops[key]
-
-    def preparation_bytes(self, shape: BatchShape) -> int:
-        """The most that any of them takes for one batch, beside the clips themselves."""
-        few = max(1, -(-8 // shape.num_frames))  # clips of some micro batches of frames
-        sizes = [shape.batch_size] if shape.batch_size <= 2 * few else [few, 2 * few]
-        found = [
-            {name: self._frozen.trace(rehearse).activation_bytes for name, rehearse in rehearsed.items()}
-            for rehearsed in (self.objective.rehearse(replace(shape, batch_size=size)) for size in sizes)
-        ]
-        if len(found) == 1:
-            return max(found[0].values(), default=0)
-        # Beyond that every clip adds the same.
-        more = (shape.batch_size - 2 * few) / few
-        return max((round(b + more * (b - a)) for a, b in zip(*(f.values() for f in found), strict=True)), default=0)
-
-    def _loss(self, shape: BatchShape) -> Tensor:
-        terms = self.objective.loss(self.objective.imagine(shape), Draw(0, 0))
-        return torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum()
-
-
-def _repeated(work: Work) -> int:
-    """The forward pass of layers, or of everything where there are none that are alike."""
-    return work.in_layers or work.forward
-
-
-@contextmanager
-def _recomputing(blocks: Sequence[nn.Module], what: Any) -> Iterator[None]:
-    """Blocks as the trainer wraps them."""
-    wrap_blocks(blocks, what, compiled=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _gathered(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights in the precision in which they are gathered."""
-    before = [(parameter, parameter.data) for parameter in module.parameters()]
-    for parameter, data in before:
-        parameter.data = data.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
-
-
-@contextmanager
-def _undivided(networks: Any) -> Iterator[None]:
-    """Autoencoders take all frames at once, which computes the same with fewer calls."""
-    autoencoders = [network for network in networks if isinstance(network, VideoAutoencoder)]
-    before = [autoencoder.micro_batch_size for autoencoder in autoencoders]
-    for autoencoder in autoencoders:
-        autoencoder.micro_batch_size = None
-    try:
-        yield
-    finally:
-        for autoencoder, size in zip(autoencoders, before, strict=True):
-            autoencoder.micro_batch_size = size
