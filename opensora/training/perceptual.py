@@ -7,6 +7,7 @@ Letters: B clips, T frames, H, W pixels, D channels of a feature map.
 """
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -104,6 +105,30 @@ class EfficientNetFeatures(nn.Module):
         return maps
 
 
+class VGGFeatures(nn.Module):
+    """What LPIPS looks at, VGG16's five maps, for plans: shapes and work of the real ones, without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        channels = 3
+        for count, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+            widths = [channels, *[width] * count]
+            layers = (nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths))
+            self.stages.append(nn.ModuleList(layers))
+            channels = width
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) -> five maps (N, D, h, w), each half as large as the one before."""
+        hidden_states, maps = pictures, []
+        for index, stage in enumerate(self.stages):
+            hidden_states = F.max_pool2d(hidden_states, 2) if index else hidden_states
+            for layer in stage.children():
+                hidden_states = F.relu(layer(hidden_states))
+            maps.append(hidden_states)
+        return maps
+
+
 class _InvertedBottleneck(nn.Module):
     """1x1 convolution to more channels, a depthwise one, 1x1 to fewer; with a shortcut where shapes allow."""
 
@@ -144,7 +169,7 @@ def build_perceptual(network: PerceptualNetwork, device: str) -> nn.Module:
     if network == "lpips" and device != "meta":
         return _build_lpips().to(device)
     with torch.device("meta" if device == "meta" else "cpu"):
-        features = EfficientNetFeatures()  # also the size of LPIPS in plans
+        features = VGGFeatures() if network == "lpips" else EfficientNetFeatures()
     if device != "meta":
         weights = torch.load(_weights_file(), map_location="cpu", weights_only=True)
         own = features.state_dict()
