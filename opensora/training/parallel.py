@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -186,6 +187,7 @@ def as_it_was_built(part: nn.Module) -> Iterator[None]:
         part.reshard()
         changed = {"_forward_pre_hooks": part._forward_pre_hooks, "_forward_hooks": part._forward_hooks}
         part.__dict__.update({name: {} for name in changed})
+        changed[STATE_KEY] = part.__dict__.pop(STATE_KEY)  # it knows process groups, which nobody can copy
         part.__class__ = kind.__bases__[1]  # pyright: ignore[reportAttributeAccessIssue]
     if "forward" in part.__dict__:
         changed["forward"] = part.__dict__.pop("forward")
