@@ -29,14 +29,14 @@ def overfit() -> Recipe:
         drop_text=0.0,
     )
     assert isinstance(debug.text, FrozenText)
-    sampling = {"height": 96, "width": 160, "num_inference_steps": 30, "guidance_scale": 1.0, "scores": None}
+    sampling = {"height": 80, "width": 128, "num_inference_steps": 30, "guidance_scale": 1.0, "scores": None}
     objective = replace(
         debug,
-        data=ManifestClips({"96x160": {"17": (1.0, 8)}}, batches_in_a_row=1),
+        data=ManifestClips({"80x128": {"17": (1.0, 8)}}, batches_in_a_row=1),
         autoencoder=str(AUTOENCODER),
         text=CachedText(debug.text.origin),
         defaults={**debug.defaults, **sampling},
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-3, warmup_steps=20, decay=0.5)
-    loop = LoopConfig(steps=1500, ema_decay=0.99, log_every=5, checkpoint_every=100, optimizer=optimizer)
+    loop = LoopConfig(steps=900, ema_decay=0.99, log_every=5, checkpoint_every=100, optimizer=optimizer)
     return Recipe("overfit", objective, loop)
