@@ -32,6 +32,7 @@ KEPT_RESULTS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.all_to_all_single.default,  # of ranks that share clips: what was sent is not sent again
 }
 """Operations whose results selective checkpointing keeps: they cost far more than the rest of a block."""
 
@@ -82,16 +83,21 @@ def shard(objective: Objective, mesh: Mesh, precision: Literal["fp32", "bf16"]) 
     Weights, gradients' sums and optimiser state stay float32; with "bf16" they are gathered in bfloat16, which halves
     what is sent.
     """
-    root = Root(objective.module)
     assert mesh.weights is not None
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in objective.blocks():
-        fully_shard(block, mesh=mesh.weights, mp_policy=policy)
-    # A critic's losses use the module without a backward pass, after which its weights would stay gathered.
-    fully_shard(root, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=objective.critic is not None)
+    root = Root(objective.module)
+    for part in (*objective.blocks(), root):
+        attributes = frozenset(part.__dict__)
+        # A critic's losses use the module without a backward pass, after which the root's weights would stay gathered.
+        stay_gathered = part is root and objective.critic is None
+        fully_shard(part, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=not stay_gathered)
+        part.__dict__[OWN_ATTRIBUTES] = attributes
     return root
+
+
+OWN_ATTRIBUTES = "_attributes_before_sharding"
 
 
 class Parallel:
@@ -182,17 +188,16 @@ def in_one_piece(module: nn.Module, weights: Mapping[str, Tensor], mesh: Mesh) -
 @contextlib.contextmanager
 def as_it_was_built(part: nn.Module) -> Iterator[None]:
     """Within it a module is not sharded, compiled or checkpointed, and can be copied; its parameters stay."""
-    kind, changed = part.__class__, {}
+    kind, attributes = part.__class__, dict(part.__dict__)
     if isinstance(part, FSDPModule):
         part.reshard()
-        changed = {"_forward_pre_hooks": part._forward_pre_hooks, "_forward_hooks": part._forward_hooks}
-        part.__dict__.update({name: {} for name in changed})
-        changed[STATE_KEY] = part.__dict__.pop(STATE_KEY)  # it knows process groups, which nobody can copy
+        for name in attributes.keys() - attributes[OWN_ATTRIBUTES]:
+            del part.__dict__[name]
+        part.__dict__.update(_forward_pre_hooks={}, _forward_hooks={})
         part.__class__ = kind.__bases__[1]  # pyright: ignore[reportAttributeAccessIssue]
-    if "forward" in part.__dict__:
-        changed["forward"] = part.__dict__.pop("forward")
+    part.__dict__.pop("forward", None)
     try:
         yield
     finally:
         part.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
-        part.__dict__.update(changed)
+        part.__dict__.update({name: value for name, value in attributes.items() if name != "training"})
