@@ -1,7 +1,7 @@
 """Predicted against measured memory of training: `python benchmarks/train_memory.py [--only TEXT]`.
 
 Every row is a short training run with random weights and empty batches on the CPU, in a process of its own (or one for
-each rank): libraries are warmed up with a tiny run, and then the peak of resident memory is read that three steps of the
+each rank): libraries are warmed up with a tiny run, and then the peak of resident memory is read that two steps of the
 run add, building it included (VmHWM of /proc/self/status, which can be reset), so this needs Linux. It is held against
 what `opensora train --dry-run` predicts without the process itself and without checkpoints, of which none is written.
 """
@@ -110,7 +110,7 @@ def measure(row: Row) -> int:
 
 
 def train(row: Row) -> None:
-    """Three steps on batches without content."""
+    """Two steps on batches without content."""
     from opensora.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def train(row: Row) -> None:
         objective = trainer.objective
         (shape,) = objective.shapes()
         objective.prepare = lambda draw: objective.imagine(shape)  # type: ignore[method-assign]
-        for _ in range(3):
+        for _ in range(2):
             if not math.isfinite(trainer.train_step()["grad_norm"]):
                 sys.exit(f"{row}: the gradient is not finite, so nothing was updated")
 
