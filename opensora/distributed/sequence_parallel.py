@@ -89,7 +89,7 @@ def bytes_switched(
     """Bytes that each rank sends, and receives, in one forward of a transformer whose tokens are sharded.
 
     Two switches for each attention in space, padding included. Backward sends as many again, and blocks that are
-    computed again for it (gradient checkpointing) as many a third time. The prediction that is gathered at the end is
+    computed again for it, with all that is in them, as many a third time. The prediction that is gathered at the end is
     left out: it is thinner than one of the 2 * depth switches by the ratio of a patch's values to `hidden_size`.
 
     Args:
