@@ -5,15 +5,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_objectives import AUTOENCODER, CLIPS, vae_config
 from torch import Tensor
 
+from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import Draw, generator
 from opensora.errors import OpenSoraError
+from opensora.manifest import ClipRow, write_manifest
+from opensora.media.write import write_video
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.discriminator import DiscriminatorConfig
@@ -93,6 +97,35 @@ def test_pixels_are_learnt_at_any_length_in_chunks(num_frames, kind):
     changed = objective.decoded(batch, draw).pictures
     torch.testing.assert_close(changed[:, :, :17], made.pictures[:, :, :17])
     assert num_frames <= 17 or not torch.allclose(changed[:, :, 17:], made.pictures[:, :, 17:])
+
+
+def test_clips_of_a_manifest_of_sizes_that_fill_no_whole_cells(tmp_path):
+    """20 frames of 36 x 44 px, of which 32 x 40 are whole cells; others are held out."""
+    rows = []
+    for number in range(3):
+        frames = render_frames(number)
+        path = write_video(tmp_path / f"{number}.mp4", frames, fps=8)
+        rows.append(ClipRow(path, "", len(frames), 36, 44, 8.0))
+    write_manifest(tmp_path / "train.csv", rows[:2])
+    write_manifest(tmp_path / "held_out.csv", rows[2:])
+
+    def clips(name: str) -> ManifestClips:
+        return ManifestClips({"36x44": {"18": (1.0, 2)}}, tmp_path / name, text_required=False, num_workers=0)
+
+    config = vae_config("pixels", data=clips("train.csv"), held_out=clips("held_out.csv"), preview_batches=1)
+    trainer = train(config, tmp_path / "run")
+    assert trainer.objective.prepare(Draw(0, 0)).video.shape == (2, 3, 18, 32, 40)
+    assert set(trainer.objective.preview(tmp_path, 0)) == {"psnr", "bilinear_psnr"}, "nobody knows where objects are"
+    space = VideoAutoencoder.from_pretrained(tmp_path / "run" / "model").latent_space
+    assert space.trained_with.endswith("4 clips of train.csv") and "1 / std" in space.trained_with
+    unwatched = vae_config("pixels", data=clips("train.csv")).build("cpu")
+    assert unwatched.preview(tmp_path, 0) == {}
+
+
+def render_frames(seed: int) -> np.ndarray:
+    """uint8 (20, 36, 44, 3)."""
+    video, _ = ToyboxClips(num_frames=20, height=36, width=44).render(1, generator("manifest", seed))
+    return ((video[0] + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
