@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opensora.checkpoints.weights import fingerprint, first_line
+from opensora.checkpoints.published import BUNDLED
+from opensora.checkpoints.weights import fingerprint, first_line, read_weights
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
 
@@ -291,3 +292,60 @@ def check_fits(adapter: Adapter, model: nn.Module, weights: Mapping[str, Tensor]
 def fingerprint_of_layers(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> str:
     """What tells the base of an adapter from another: a hash of the weights that it changes."""
     return fingerprint({f"{layer}.weight": weights[f"{layer}.weight"] for layer in layers})
+
+
+# --- what it is -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdapterReport:
+    """What an adapter is.
+
+    Attributes:
+        path: its file.
+        sha256: of the file.
+        rank: the largest r.
+        num_layers: linear layers that it changes.
+        num_parameters: values in its matrices.
+        origin: what it belongs to; None if it does not say.
+        fits: bundled models whose weights it was trained on.
+        problems: none: an adapter that is wrong cannot be read.
+    """
+
+    path: str
+    sha256: str
+    rank: int
+    num_layers: int
+    num_parameters: int
+    origin: AdapterOrigin | None
+    fits: list[str]
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def inspect_adapter(path: str | Path) -> AdapterReport:
+    """Looks at an adapter.
+
+    Raises:
+        OpenSoraError: see `read_adapter`.
+    """
+    adapter = read_adapter(path)
+    return AdapterReport(
+        path=str(adapter.path),
+        sha256=adapter_hash(path),
+        rank=adapter.rank,
+        num_layers=len(adapter.layers),
+        num_parameters=adapter.num_parameters,
+        origin=adapter.origin,
+        fits=[name for name, model in BUNDLED.items() if _was_trained_on(adapter, model.folder / "transformer")],
+    )
+
+
+def _was_trained_on(adapter: Adapter, transformer: Path) -> bool:
+    weights = read_weights(transformer)
+    if adapter.origin is None or not all(f"{layer}.weight" in weights for layer in adapter.layers):
+        return False
+    return adapter.origin.fingerprint == fingerprint_of_layers(weights, adapter.layers)

@@ -12,6 +12,7 @@ from opensora.cli.options import FLAG
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
+    from opensora.checkpoints.adapters import AdapterReport
     from opensora.checkpoints.fit import PipelineReport
     from opensora.checkpoints.report import ComponentReport
 
@@ -21,25 +22,31 @@ Lines = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a checkpoint is (a model, a component, a file of weights) and whether its parts fit together.
+    """Say what a checkpoint is (a model, component, adapter or file of weights) and whether its parts fit together.
 
     Nothing is run and no code in a file is executed. The exit code is 2 if something is wrong.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help_behavior_hint="")]
-    """Name of a model, folder of a model or a component, or file of weights."""
+    """Name of a model, folder of a model, a component or an adapter, or file of weights."""
     quick: Annotated[bool, FLAG] = False
     """Read names and shapes only: no hash, no look for NaN, no comparison with the autoencoder of the training."""
     json: Annotated[bool, FLAG] = False
     """Print JSON, for programs."""
 
     def run(self) -> None:
+        from opensora.checkpoints.adapters import AdapterReport, inspect_adapter, is_adapter
         from opensora.checkpoints.fit import PipelineReport, inspect_model
 
-        with Progress() as progress:
-            report = inspect_model(self.model, on_progress=None if self.quick else progress.update)
+        if is_adapter(self.model):
+            report = inspect_adapter(self.model)
+        else:
+            with Progress() as progress:
+                report = inspect_model(self.model, on_progress=None if self.quick else progress.update)
         if self.json:
             print(json.dumps(report.to_dict(), indent=2, default=list))
+        elif isinstance(report, AdapterReport):
+            print_lines(adapter_lines(report), report.problems)
         else:
             is_pipeline = isinstance(report, PipelineReport)
             print_lines(pipeline_lines(report) if is_pipeline else component_lines(report), report.problems)
@@ -64,6 +71,26 @@ def pipeline_lines(report: "PipelineReport") -> Lines:
         if name == "transformer":
             lines.append(("trained on", describe_origin(report.trained_on)))
     return lines + [("", "")] + [("note", note) for note in report.notes]
+
+
+def adapter_lines(report: "AdapterReport") -> Lines:
+    """An adapter in a few lines."""
+    origin = report.origin
+    what = "of an unknown network" if origin is None else f"of a {origin.class_name}, trained on {origin.base}"
+    lines = [
+        ("adapter", f"LoRA of rank {report.rank} {what}"),
+        ("at", report.path),
+        ("size", f"{count(report.num_parameters)} parameters beside {report.num_layers} layers"),
+        ("sha256", report.sha256),
+    ]
+    if origin is None:
+        lines.append(("cannot tell", "which model it belongs to; the file does not say"))
+        return lines
+    lines.append(("base", f"{describe_config(origin.config)}; weights {origin.fingerprint[:16]}..."))
+    lines.append(("fits", ", ".join(report.fits) or f"{origin.base}, if it has these weights; no bundled model has"))
+    if diffusion := origin.training.get("diffusion"):
+        lines.append(("trained with", describe_config(diffusion)))
+    return lines
 
 
 def component_lines(report: "ComponentReport", what: str = "weights") -> Lines:
