@@ -38,14 +38,13 @@ PLACES: dict[str, tuple[Any, str]] = {
 """Moments of a checkpoint's writing, by a function that is called then."""
 
 
-def kill_at_call(place: str, call: int) -> None:
-    """The process dies at that call of the function."""
+def kill_in_second_checkpoint(place: str, folder: Path) -> None:
+    """The process dies at the first call of the function after a checkpoint was written to its end."""
     owner, name = PLACES[place]
-    original, calls = getattr(owner, name), [0]
+    original = getattr(owner, name)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] >= call:
+        if list(folder.glob("checkpoints/step-*")):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
@@ -85,8 +84,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_inside_a_checkpoint(tmp_path: Path, whole: dict[str, torch.Tensor], place: str) -> None:
-    call = 4 if place == "before old ones are removed" else 2  # it is called at the start of a run, too
-    assert end_of(recipe(keep_checkpoints=1), tmp_path, kill_at_call, place, call) == -signal.SIGKILL
+    trap = (kill_in_second_checkpoint, place, tmp_path)
+    assert end_of(recipe(keep_checkpoints=1), tmp_path, *trap) == -signal.SIGKILL
     path, damages = newest_checkpoint(tmp_path / "checkpoints")
     assert path is not None and not damages
     assert end_of(recipe(keep_checkpoints=1), tmp_path) == 0
@@ -169,7 +168,7 @@ def test_a_signal_to_any_rank_saves_the_step_under_way(tmp_path: Path, num_ranks
 
 def run_and_lose_rank_1(folder: Path) -> None:
     if torch.distributed.get_rank() == 1:
-        kill_at_call("with a file written in part", 2)
+        kill_in_second_checkpoint("with a file written in part", folder)
     run(recipe(), folder)
 
 
