@@ -51,12 +51,12 @@ def test_stage_3_beats_bilinear_pictures_by_3_db_on_a_real_clip(real_clips: list
         loop = LoopConfig(steps=steps, ema_decay=0.9, optimizer=optimizer)
         return Trainer(Recipe(name, config, loop), tmp_path / name).run()
 
-    train("frames", 120, None, stage="frames", data=clips(2, 8), frames_per_clip=1)
+    train("frames", 80, None, stage="frames", data=clips(2, 8), frames_per_clip=1)
     cut = Cut(image_share=0.2)
-    train("identity", 40, "frames", stage="latents", data=clips(17, 4), cut=cut, identity_weight=1.0)
-    train("latents", 40, "identity", stage="latents", data=clips(17, 4), cut=cut)
+    train("identity", 25, "frames", stage="latents", data=clips(17, 4), cut=cut, identity_weight=1.0)
+    train("latents", 25, "identity", stage="latents", data=clips(17, 4), cut=cut)
     lengths = Cut(random_lengths=True)
-    model = train("pixels", 60, "latents", stage="pixels", data=clips(34, 1), cut=lengths, frames_per_clip=8)
+    model = train("pixels", 40, "latents", stage="pixels", data=clips(34, 1), cut=lengths, frames_per_clip=8)
 
     autoencoder = load_component(model, VideoAutoencoder)
     source = clips(17, 1).open()
