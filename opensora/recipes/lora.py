@@ -21,14 +21,15 @@ def toybox_lora() -> Recipe:
     """An adapter of the bundled model, on clips of 18 frames or more; minutes on one CPU core."""
     objective = DiffusionObjectiveConfig(
         data=ManifestClips({"64x64": {"17": (1.0, 10)}}, batches_in_a_row=1, num_workers=1),
-        diffusion=Flow(),
+        diffusion=Flow(loc=0.7),
         autoencoder="toybox",
         text=FrozenText("toybox"),
         init_from="toybox",
-        train=LoRAConfig(rank=8),
+        train=LoRAConfig(rank=16, alpha=32),
+        frozen_dtype="bfloat16",
     )
-    optimizer = OptimizerConfig(matrices="adamw", lr=3e-3, warmup_steps=10, decay=0.5)
-    loop = LoopConfig(steps=200, ema_decay=0.98, log_every=10, checkpoint_every=50, optimizer=optimizer)
+    optimizer = OptimizerConfig(matrices="adamw", lr=3e-3, warmup_steps=10, decay=0.7)
+    loop = LoopConfig(steps=260, ema_decay=0.98, log_every=10, checkpoint_every=50, optimizer=optimizer)
     return Recipe("toybox_lora", objective, loop)
 
 

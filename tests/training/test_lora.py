@@ -149,7 +149,7 @@ def test_an_adapter_of_another_size_or_generation_is_refused(tmp_path):
     export_adapter(model, LoRAConfig(rank=2), tmp_path / "adapter", base="a", training={})
     with pytest.raises(OpenSoraError, match=r"adapter of a STDiT3, .*b is a STDiT2; it was trained on a"):
         loaded(tmp_path / "b", "1.1", (tmp_path / "adapter", 1.0))
-    with pytest.raises(OpenSoraError, match=r"of size \(72, 24\), in .*c it has \(144, 48\)"):
+    with pytest.raises(OpenSoraError, match=r"of size \(24, 24\), in .*c it has \(48, 48\)"):
         loaded(tmp_path / "c", "1.2", (tmp_path / "adapter", 1.0))
 
 
@@ -263,6 +263,9 @@ def test_each_generation_trains_an_adapter(kind, tmp_path):
     """Through its own objective: published conditions, a frozen text encoder, bf16."""
     manifest = write_clips(tmp_path / "clips")
     base = family_config(kind, manifest).build("cpu").transformer
+    for parameter in base.parameters():
+        if not parameter.any():  # a last layer of zeros would hide all others
+            torch.nn.init.normal_(parameter, std=0.2)
     base.save_pretrained(tmp_path / "base")
     config = family_config(kind, manifest, init_from=str(tmp_path / "base"), transformer=None, train=LoRAConfig(2))
     optimizer = OptimizerConfig(matrices="adamw", lr=0.01, warmup_steps=0, decay=0.0)
