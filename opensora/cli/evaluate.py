@@ -157,21 +157,30 @@ class EvaluateGivenFrames:
 class EvaluateLoss:
     """The training loss on held-out clips at ten fixed timesteps, size by size.
 
-    Clips of the toy world in every given size and length, which no model was trained on.
+    Clips of a manifest or of a cache, which the model should not have been trained on; or, without either, clips of the
+    toy world in every given size and length, which no bundled model was trained on.
     """
 
     model: Annotated[str, tyro.conf.Positional] = "toybox"
     """Name or folder of the model."""
+    manifest: Path | None = None
+    """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
+    buckets: Path | None = None
+    """JSON file with the sizes of a manifest's clips, such as {"240p": {"1": [1.0, 8], "51": [1.0, 2]}}."""
+    frame_interval: int = 1
+    """Every how manieth frame of a manifest's videos is taken."""
+    cache: Path | None = None
+    """Folder that opensora data precompute made with the model's autoencoder."""
     sizes: tuple[str, ...] = ("64x64",)
-    """Heights and widths in pixels, as HxW."""
+    """Heights and widths in pixels, as HxW, of toy clips."""
     lengths: tuple[int, ...] = (1, 17, 34)
-    """Numbers of frames; 1 is an image."""
+    """Numbers of frames of toy clips; 1 is an image."""
     num_clips: int = 40
     """Clips of every size and length."""
     seed: int = 0
     """Chooses the noise."""
     batch_size: int = 20
-    """Clips measured at a time."""
+    """Toy clips measured at a time; those of buckets by their batch size."""
     output: Path | None = None
     """JSON file of the results, kept up to date; an existing one is gone on with."""
     device: str | None = None
@@ -179,17 +188,35 @@ class EvaluateLoss:
 
     def run(self) -> None:
         import opensora
-        from opensora.evaluation import loss
+        from opensora.evaluation import held_out, loss
+        from opensora.settings import read_json
 
         check_count("--num-clips", self.num_clips)
         check_count("--batch-size", self.batch_size)
         check_output("--output", self.output, ".json")
-        clips = toybox_sizes(self.sizes, self.lengths)
+        if self.manifest is not None and self.cache is not None:
+            raise OpenSoraError("--manifest and --cache both say which clips are measured; give one of them")
+        if (self.manifest is None) != (self.buckets is None):
+            raise OpenSoraError("--manifest needs --buckets, which says at what sizes, and the other way round")
+        toy_clips = toybox_sizes(self.sizes, self.lengths)
         pipeline = opensora.load_pipeline(self.model, device=choose_device(self.device))
-        portions = [p for c in clips for p in loss.toybox_portions(pipeline, c, self.num_clips, self.batch_size)]
-        results = loss.LossResults(
-            loss.describe(pipeline, self.model, self.seed), loss.fixed_timesteps(pipeline.scheduler)
-        )
+        clips: dict[str, Any] = {"clips": "toybox"}
+        if self.manifest is not None and self.buckets is not None:
+            buckets = read_json(self.buckets)
+            clips = {"manifest": str(self.manifest), "buckets": buckets, "frame_interval": self.frame_interval}
+            interval = {"frame_interval": self.frame_interval}
+            portions = held_out.manifest_portions(pipeline, self.manifest, buckets, self.num_clips, **interval)
+        elif self.cache is not None:
+            clips = {"cache": str(self.cache)}
+            portions = held_out.cache_portions(pipeline, self.cache, self.num_clips)
+        else:
+            portions = [
+                portion
+                for size in toy_clips
+                for portion in held_out.toybox_portions(pipeline, size, self.num_clips, self.batch_size)
+            ]
+        settings = {**loss.describe(pipeline, self.model, self.seed), **clips}
+        results = loss.LossResults(settings, loss.fixed_timesteps(pipeline.scheduler))
         if self.output is not None:
             results.resume(self.output)
         with Progress("measuring") as progress:

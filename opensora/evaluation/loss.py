@@ -8,7 +8,6 @@ are measured alike, rectified flow on its velocity, discrete-time diffusion on i
 Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens, n timesteps.
 """
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +20,7 @@ from torch import Tensor
 
 from opensora import flow, gaussian
 from opensora.checkpoints.sources import model_hash
-from opensora.conditioning import size_inputs
 from opensora.data.batch import LatentBatch
-from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
@@ -32,8 +29,6 @@ from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.text.cleaning import clean_text
 from opensora.models.text.encoders import encode_prompts
-from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import ClipSpec, render, sample_specs
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -256,35 +251,3 @@ def text_of(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[Tensor, T
     captions = [clean(caption) for caption in batch.captions]
     length = pipeline.transformer.null_text.shape[0]
     return encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, length, **place)
-
-
-def toybox_portions(
-    pipeline: "OpenSoraPipeline", clips: ToyboxClips, num_clips: int, batch_size: int = 20
-) -> list[Portion]:
-    """Held-out clips of the toy world in one size, plainly worded, encoded when they are loaded.
-
-    Args:
-        pipeline: whose autoencoder encodes.
-        clips: their size and world.
-        num_clips: how many; the first of them are the same for any number.
-        batch_size: clips of a portion; changes a loss by no more than rounding.
-    """
-    specs = sample_specs(num_clips, 0, clips.world, "held_out")
-    told = size_inputs(clips.height, clips.width, clips.num_frames, clips.fps)
-    label = f"{clips.height}x{clips.width} {clips.num_frames}f"
-
-    @torch.no_grad()
-    def load(part: list[ClipSpec]) -> LatentBatch:
-        video, _ = render(part, clips.num_frames, clips.height, clips.width, device=str(pipeline.device))
-        return LatentBatch(
-            latents=pipeline.autoencoder.encode(video),
-            captions=[plain_caption(spec) for spec in part],
-            fps=torch.full((len(part),), told.fps),
-            height=torch.full((len(part),), told.height),
-            width=torch.full((len(part),), told.width),
-            num_frames=clips.num_frames,
-            label=label,
-        )
-
-    parts = {start: specs[start : start + batch_size] for start in range(0, num_clips, batch_size)}
-    return [Portion(label, start, len(part), functools.partial(load, part)) for start, part in parts.items()]

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipeline import make_pipeline
@@ -11,6 +13,7 @@ from opensora.cli.main import main
 from opensora.data.batch import LatentBatch
 from opensora.data.toybox import ToyboxClips
 from opensora.errors import OpenSoraError
+from opensora.evaluation.held_out import toybox_portions
 from opensora.evaluation.loss import (
     LossResults,
     batch_losses,
@@ -18,8 +21,10 @@ from opensora.evaluation.loss import (
     held_out_losses,
     loss_at,
     measure,
-    toybox_portions,
+    text_of,
 )
+from opensora.manifest import ClipRow, write_manifest
+from opensora.media.write import write_video
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
@@ -111,8 +116,6 @@ def test_text_states_that_a_batch_brings_are_used():
     pipeline = make_pipeline()
     batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
     timesteps = fixed_timesteps(pipeline.scheduler, 3)
-    from opensora.evaluation.loss import text_of
-
     with torch.no_grad():
         states, mask = text_of(pipeline, batch)
     brought = replace(batch, captions=["", ""], text_states=states, text_mask=mask)
@@ -159,11 +162,43 @@ def test_the_command_prints_a_row_for_every_size_and_length(kind: str, tmp_path,
     assert all(f"{mean:.3f}" in printed for mean in found["mean"].values())
 
 
+def test_clips_of_a_manifest_and_of_its_cache_have_the_same_losses(tmp_path, capsys):
+    model, rng, rows = tmp_path / "model", np.random.default_rng(0), []
+    make_pipeline().save_pretrained(model)
+    for number, length in enumerate((6, 6, 1, 6)):
+        path = tmp_path / f"{number}.{'png' if length == 1 else 'mp4'}"
+        write_video(path, rng.integers(0, 256, (length, 4, 6, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2), fps=8)
+        rows.append(ClipRow(path, "a small red ball", length, 32, 48, 8.0))
+    write_manifest(tmp_path / "clips.csv", rows)
+    buckets = {"32x48": {"5": [0.0, 2]}, "16x24": {"1": [0.5, 2], "3": [1.0, 2], "5": [1.0, 2]}}
+    (tmp_path / "buckets.json").write_text(json.dumps(buckets))
+    evaluate = ["evaluate", "loss", str(model)]
+    said = [str(tmp_path / name) for name in ("clips.csv", "buckets.json", "clips.json", "cache", "cached.json")]
+    assert main([*evaluate, "--manifest", said[0], "--buckets", said[1], "--output", said[2]]) == 0
+    data = json.dumps({"type": "ManifestClips", "buckets": buckets, "manifest": said[0]})
+    make = ["data", "precompute", "v1_2_debug", f"objective.data={data}", f"objective.autoencoder={model}"]
+    assert main([*make, "--no-text", "--latents-dtype", "float32", "--output", said[3]]) == 0
+    assert main([*evaluate, "--cache", said[3], "--output", said[4]]) == 0
+    clips, cached = (json.loads(Path(said[i]).read_text())["losses"] for i in (2, 4))
+    # A clip is measured wherever it fits; the cache has those sizes alone that it would be trained at.
+    assert {label: len(losses) for label, losses in clips.items()} == {
+        "32x48 5f 32x48": 3,
+        "16x24 5f 16x24": 3,
+        "16x24 3f 16x24": 3,
+        "16x24 1f 16x24": 1,
+    }
+    assert set(cached) == {"16x24 5f 16x24", "16x24 1f 16x24"}
+    for label, losses in cached.items():
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(clips[label]))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--sizes", "64"], "--sizes is '64'; give height and width in pixels, such as 64x64"),
         (["--lengths", "0"], "--lengths is 0; give 1 or more"),
+        (["--manifest", "clips.csv", "--cache", "cache"], "--manifest and --cache both say which clips"),
+        (["--manifest", "clips.csv"], "--manifest needs --buckets"),
         (["--num-clips", "0"], "--num-clips is 0; give 1 or more"),
         (["--output", "losses.csv"], "--output is losses.csv; give a file that ends in .json"),
     ],

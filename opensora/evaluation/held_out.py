@@ -1,0 +1,174 @@
+"""Clips that the held-out loss suite measures: of the toy world, of a manifest, or of a cache.
+
+Every clip is measured in every size that it is large and long enough for, whatever chances training would give it. Of a
+clip that is longer a fixed piece is taken.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opensora.checkpoints.weights import fingerprint
+from opensora.conditioning import size_inputs
+from opensora.data.batch import ClipBatch, LatentBatch
+from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.cache import MANIFEST, Cache
+from opensora.data.clips import ClipSource, ManifestClips, read_clip
+from opensora.data.encoding import encode_clips
+from opensora.data.toybox import ToyboxClips
+from opensora.distributed.seeding import derive_seed
+from opensora.errors import OpenSoraError
+from opensora.evaluation.loss import Portion
+from opensora.toybox.captions import plain_caption
+from opensora.toybox.world import ClipSpec, render, sample_specs
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+
+def manifest_portions(
+    pipeline: "OpenSoraPipeline", manifest: Path, buckets: Mapping[str, Mapping[Any, Any]], num_clips: int, **clips: Any
+) -> list[Portion]:
+    """Clips of a table.
+
+    Args:
+        pipeline: whose autoencoder encodes.
+        manifest: the table.
+        buckets: the sizes, see `data.buckets`; their batch sizes are those of the portions.
+        num_clips: at most so many of each size, the first of the table.
+        clips: more of `ManifestClips`.
+
+    Raises:
+        OpenSoraError: no clip has any of the sizes; later, when a portion is loaded, a clip that cannot be read.
+    """
+    source = ClipSource(ManifestClips(everywhere(buckets), manifest, num_workers=0, **clips))
+
+    def load(bucket: Bucket, numbers: Sequence[int]) -> LatentBatch:
+        videos = []
+        for number in numbers:
+            row = source.rows[number]
+            rng = random.Random(derive_seed("held-out window", number, bucket.label))
+            try:
+                videos.append(read_clip(row, bucket, source.config.frame_interval, rng))
+            except OpenSoraError as error:
+                raise OpenSoraError(f"{row.path}: {error}; leave it out of {manifest}") from None
+        rows = [source.rows[number] for number in numbers]
+        fps = torch.tensor([source.told_fps(row, bucket) for row in rows])
+        batch = ClipBatch(torch.stack(videos), [row.text for row in rows], fps, label_of(bucket))
+        return encode_clips(batch, pipeline.autoencoder)
+
+    return _portions(source, num_clips, load)
+
+
+def cache_portions(pipeline: "OpenSoraPipeline", folder: Path, num_clips: int) -> list[Portion]:
+    """Clips of a cache, in the sizes it was made for.
+
+    Args:
+        pipeline: whose autoencoder must be the one that made it; its captions are encoded anew.
+        folder: of the cache.
+        num_clips: at most so many of each size.
+
+    Raises:
+        OpenSoraError: there is none, or it is of another autoencoder.
+    """
+    cache = Cache(folder)
+    autoencoder = pipeline.autoencoder
+    cache.check_autoencoder(fingerprint(autoencoder.state_dict()), autoencoder.latent_space)
+    made_from = cache.index.made_from
+    source = ClipSource(
+        ManifestClips(
+            everywhere(made_from.buckets),
+            folder / MANIFEST,
+            made_from.frame_interval,
+            text_required=False,
+            num_workers=0,
+        )
+    )
+
+    def load(bucket: Bucket, numbers: Sequence[int]) -> LatentBatch:
+        clips = [cache.windows(number, bucket)[0] for number in numbers]
+        return LatentBatch(
+            latents=torch.stack([cache.posterior(clip)[0] for clip in clips]),
+            captions=[source.rows[number].text for number in numbers],
+            fps=torch.tensor([clip.fps for clip in clips]),
+            height=torch.full((len(clips),), float(bucket.height)),
+            width=torch.full((len(clips),), float(bucket.width)),
+            num_frames=bucket.num_frames,
+            label=label_of(bucket),
+        )
+
+    return _portions(source, num_clips, load, lambda number, bucket: bool(cache.windows(number, bucket)))
+
+
+def _portions(
+    source: ClipSource,
+    num_clips: int,
+    load: Callable[[Bucket, Sequence[int]], LatentBatch],
+    is_there: Callable[[int, Bucket], bool] = lambda number, bucket: True,
+) -> list[Portion]:
+    """Portions of one size each, of the batch sizes of the buckets."""
+    found: dict[int, list[int]] = {}
+    for number, row in enumerate(source.rows):
+        for bucket in source.buckets.possible(row.num_frames, row.height, row.width, source.config.frame_interval):
+            if is_there(number, source.buckets.buckets[bucket]):
+                found.setdefault(bucket, []).append(number)
+    portions: list[Portion] = []
+    for index in sorted(found):
+        bucket, numbers = source.buckets.buckets[index], found[index][:num_clips]
+        for first in range(0, len(numbers), max(1, bucket.batch_size)):
+            part = numbers[first : first + max(1, bucket.batch_size)]
+            portions.append(Portion(label_of(bucket), first, len(part), functools.partial(load, bucket, part)))
+    if not portions:
+        raise OpenSoraError("no clip has any of the sizes, so there is nothing to measure; see opensora data plan")
+    return portions
+
+
+def everywhere(buckets: Mapping[str, Mapping[Any, Any]]) -> BucketConfig:
+    """The same sizes, every one of them within the reach of all clips that fit: none keeps or stops any for certain."""
+    Buckets(buckets)  # says what is wrong with them
+    chance: dict[bool, Any] = {True: 0.5, False: (0.5, 0.5)}  # of images, and of clips of any length
+    return {
+        name: {frames: (chance[int(frames) == 1], batch_size) for frames, (_, batch_size) in lengths.items()}
+        for name, lengths in buckets.items()
+    }
+
+
+def label_of(bucket: Bucket) -> str:
+    """A size, its aspect ratio included."""
+    return f"{bucket.label} {bucket.height}x{bucket.width}"
+
+
+def toybox_portions(
+    pipeline: "OpenSoraPipeline", clips: ToyboxClips, num_clips: int, batch_size: int = 20
+) -> list[Portion]:
+    """Held-out clips of the toy world in one size, plainly worded, encoded when they are loaded.
+
+    Args:
+        pipeline: whose autoencoder encodes.
+        clips: their size and world.
+        num_clips: how many; the first of them are the same for any number.
+        batch_size: clips of a portion; changes a loss by no more than rounding.
+    """
+    specs = sample_specs(num_clips, 0, clips.world, "held_out")
+    told = size_inputs(clips.height, clips.width, clips.num_frames, clips.fps)
+    label = f"{clips.height}x{clips.width} {clips.num_frames}f"
+
+    @torch.no_grad()
+    def load(part: list[ClipSpec]) -> LatentBatch:
+        video, _ = render(part, clips.num_frames, clips.height, clips.width, device=str(pipeline.device))
+        return LatentBatch(
+            latents=pipeline.autoencoder.encode(video),
+            captions=[plain_caption(spec) for spec in part],
+            fps=torch.full((len(part),), told.fps),
+            height=torch.full((len(part),), told.height),
+            width=torch.full((len(part),), told.width),
+            num_frames=clips.num_frames,
+            label=label,
+        )
+
+    parts = {start: specs[start : start + batch_size] for start in range(0, num_clips, batch_size)}
+    return [Portion(label, start, len(part), functools.partial(load, part)) for start, part in parts.items()]
