@@ -132,7 +132,7 @@ class PlannedNetworks:
 
     def preparation_bytes(self, shape: BatchShape) -> int:
         """The most that any of them takes for one batch, beside the clips themselves."""
-        few = max(1, -(-8 // shape.num_frames))  # clips of some micro batches of frames
+        few = max(2, -(-8 // shape.num_frames))  # clips of some micro batches of frames
         sizes = [shape.batch_size] if shape.batch_size <= 2 * few else [few, 2 * few]
         found = [
             {name: self._frozen.trace(rehearse).activation_bytes for name, rehearse in rehearsed.items()}
