@@ -9,7 +9,6 @@ Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text 
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,12 +118,11 @@ def held_out_losses(
         num_timesteps: n.
         seed: of the noise.
     """
-    portions, seen = [], Counter[str]()
-    for batch in batches:
-        portions.append(Portion(batch.label, seen[batch.label], len(batch.captions), lambda batch=batch: batch))
-        seen[batch.label] += len(batch.captions)
     results = LossResults({}, fixed_timesteps(pipeline.scheduler, num_timesteps))
-    return {label: row[-1] for label, row in measure(pipeline, portions, results, seed=seed).table().items()}
+    for batch in batches:
+        known = results.losses.setdefault(batch.label, [])
+        known += batch_losses(pipeline, batch, results.timesteps, len(known), seed).tolist()
+    return {label: row[-1] for label, row in results.table().items()}
 
 
 def measure(

@@ -35,7 +35,7 @@ from opensora.training.export import copies, origin_of_latents, save_pipeline
 from opensora.training.lora import LoRAConfig, add_adapter, export_adapter
 from opensora.training.objective import Objective
 from opensora.training.parts import META, Untrained, build_part
-from opensora.training.previews import JudgedPrompts, Prompts
+from opensora.training.previews import HeldOutLosses, JudgedPrompts, Prompts
 from opensora.training.text import CachedText, Captions, FrozenText, TrainedText
 
 TIME_BINS = 10
@@ -63,7 +63,7 @@ class DiffusionObjectiveConfig:
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
         frozen_dtype: precision of networks that are used and not trained.
-        preview: what is generated to watch the training.
+        preview: what is generated or measured to watch the training.
         export_dtype: precision of the exported weights; checkpoints are always float32.
         defaults: how the exported pipeline samples, as keywords of `OpenSoraPipeline`.
     """
@@ -83,7 +83,7 @@ class DiffusionObjectiveConfig:
     drop_text: float = 0.1
     object_weight: float = 0.0
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    preview: JudgedPrompts | Prompts | None = None
+    preview: JudgedPrompts | Prompts | HeldOutLosses | None = None
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     defaults: dict[str, Any] = field(default_factory=dict)
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import torch
 
+from opensora.data.buckets import BucketConfig
 from opensora.errors import OpenSoraError
+from opensora.evaluation.held_out import manifest_portions
 from opensora.evaluation.judge import load_judge
+from opensora.evaluation.loss import held_out_losses
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
 from opensora.media.write import write_video
 from opensora.pipeline import OpenSoraPipeline
@@ -66,3 +69,31 @@ class Prompts:
             video = frames.transpose(0, 1) * 2 - 1
             write_video(folder / f"step-{step:08d}-{number}.mp4", video, config.fps / config.frame_interval)
         return {}
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """The loss on clips that are not trained on, at ten fixed timesteps, size by size; see `evaluation.loss`.
+
+    Attributes:
+        manifest: table of the clips.
+        buckets: their sizes, see `data.buckets`.
+        num_clips: at most so many of each size.
+        frame_interval: every how manieth frame of a video is taken.
+        prompts: clips to generate besides.
+    """
+
+    manifest: Path
+    buckets: BucketConfig
+    num_clips: int = 40
+    frame_interval: int = 1
+    prompts: Prompts | None = None
+
+    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+        """The mean loss of every size, as `held_out/SIZE`."""
+        figures = {} if self.prompts is None else self.prompts.show(pipeline, folder, step)
+        portions = manifest_portions(
+            pipeline, self.manifest, self.buckets, self.num_clips, frame_interval=self.frame_interval
+        )
+        losses = held_out_losses(pipeline, (portion.load() for portion in portions))
+        return {**figures, **{f"held_out/{label}": loss for label, loss in losses.items()}}

@@ -80,6 +80,17 @@ def test_losses_and_weights_equal_those_of_training_on_the_clips(recipe: str, ma
             torch.testing.assert_close(others[tensor], weights[tensor], rtol=1e-3, atol=1e-5)
 
 
+def test_held_out_losses_are_logged_at_set_steps(manifest, tmp_path, capsys):
+    preview = {"type": "HeldOutLosses", "manifest": str(manifest), "buckets": BUCKETS, "num_clips": 2}
+    settings = ["loop.steps=2", "loop.preview_every=1", "objective.data.num_clips=4"]
+    settings += ["objective.data.num_clips_of_other_lengths=2", f"objective.preview={json.dumps(preview)}"]
+    run(capsys, "train", "v1_1_debug", *settings, "--output", tmp_path / "run", "--device", "cpu")
+    logged = [row for row in figures(tmp_path / "run") if any(name.startswith("held_out/") for name in row)]
+    assert [row["step"] for row in logged] == [1, 2]
+    for row in logged:
+        assert row["held_out/64x64 17f 64x64"] > 0 and row["held_out/64x64 1f 64x64"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
