@@ -14,11 +14,11 @@ TINY = [
     "loop.checkpoint_every=1",
     "loop.preview_every=0",
     "objective.num_clips=4",
-    "objective.batch_size=1",
+    "objective.data.batch_size=1",
     "objective.frames_per_clip=1",
-    "objective.clips.height=16",
-    "objective.clips.width=16",
-    "objective.clips.num_frames=5",
+    "objective.data.clips.height=16",
+    "objective.data.clips.width=16",
+    "objective.data.clips.num_frames=5",
 ]
 
 
@@ -61,7 +61,7 @@ def test_a_run_and_how_it_goes_on(tmp_path, capsys):
     assert model.latent_space.scaling_factor != 1
 
     # As a run looks that was killed in its second step.
-    (folder / "checkpoints" / "step-00000002.pt").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
     before = (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
     shutil.rmtree(folder / "model")
     assert main(["train", "toybox_vae_frames", *TINY, "--dry-run"]) == 0
@@ -71,5 +71,5 @@ def test_a_run_and_how_it_goes_on(tmp_path, capsys):
     assert (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
-    assert main(["train", "toybox_vae_frames", *TINY, "objective.batch_size=2"]) == 2
-    assert "other settings: objective.batch_size=2 (was 1)" in capsys.readouterr().err
+    assert main(["train", "toybox_vae_frames", *TINY, "objective.data.batch_size=2"]) == 2
+    assert "other settings: objective.data.batch_size=2 (was 1)" in capsys.readouterr().err
