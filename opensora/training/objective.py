@@ -59,7 +59,10 @@ class Objective(ABC):
         return {}
 
     def set_up(self, cache: Path) -> None:  # noqa: B027
-        """Work before the first step, such as encoding latents; results kept in `cache` serve a resumed run."""
+        """Work before the first step, such as encoding latents; results kept in `cache` serve a resumed run.
+
+        The weights are those that training began with, also in a run that is resumed.
+        """
 
     def blocks(self) -> list[nn.Module]:
         """The repeated parts of the module: units of compilation, sharding and activation checkpointing."""

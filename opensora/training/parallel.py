@@ -76,6 +76,9 @@ class Root(nn.Module):
         return losses(*args)
 
 
+OWN_ATTRIBUTES = "_attributes_before_sharding"  # of a sharded module: the names of all others that it had
+
+
 def shard(objective: Objective, mesh: Mesh, precision: Literal["fp32", "bf16"]) -> Root:
     """Gives each rank its share of the module's weights.
 
@@ -94,9 +97,6 @@ def shard(objective: Objective, mesh: Mesh, precision: Literal["fp32", "bf16"]) 
         fully_shard(part, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=not stay_gathered)
         part.__dict__[OWN_ATTRIBUTES] = attributes
     return root
-
-
-OWN_ATTRIBUTES = "_attributes_before_sharding"
 
 
 class Parallel:

@@ -62,6 +62,9 @@ class Trainer:
         torch.manual_seed(loop.seed)  # for the weights that a network begins with
         self.objective = recipe.objective.build(device)
         self.module, self.critic = self.objective.module.to(device), self.objective.critic
+        record_recipe(recipe, folder / "recipe.json", self.mesh)
+        with self.mesh.first_rank_first():
+            self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
         self.objective.split_sequences(self.mesh.sequence)
         wrap_blocks(self.objective.blocks(), loop.activation_checkpointing, loop.compile)
         self.parallel = Parallel(self.objective, self.mesh, loop.sharding, loop.precision)
@@ -77,7 +80,6 @@ class Trainer:
         self.stop_requested = False
         self.notes: list[str] = []
         self.means, self.work = Means(), Work(loop.peak_tflops)
-        record_recipe(recipe, folder / "recipe.json", self.mesh)
         self.checkpoints = Checkpoints(folder / "checkpoints", self.mesh, loop.keep_checkpoints)
         self.resume()
 
@@ -92,8 +94,6 @@ class Trainer:
             KeyboardInterrupt: `stop_requested` was set on a rank; the step under way was finished and saved.
         """
         loop = self.loop
-        with self.mesh.first_rank_first():
-            self.objective.set_up(self.folder / "cache")
         with self.recorder() as write:
             while self.step < loop.steps:
                 figures = self.train_step()

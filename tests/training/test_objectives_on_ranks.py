@@ -20,7 +20,7 @@ pytestmark = pytest.mark.multi
 def train(objective: ObjectiveConfig, folder: Path, loop: dict) -> None:
     torch.set_num_threads(1)
     settings = {"steps": 3, "precision": "fp32", "preview_every": 2, "log_every": 1, "checkpoint_every": 2}
-    optimizer = OptimizerConfig(warmup_steps=1)
+    optimizer = OptimizerConfig(matrices="adamw", lr=1e-2, eps=1e-4, warmup_steps=1)  # for Muon see test_parallel.py
     Trainer(Recipe("tiny", objective, LoopConfig(**settings | {"optimizer": optimizer} | loop)), folder).run()
 
 
@@ -36,8 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Up to the rounding of Muon's bfloat16, which a last bit of a gradient may tip; weights move by 0.02 a step."""
-    torch.testing.assert_close(exported(other), exported(one), rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(exported(other), exported(one), rtol=1e-3, atol=1e-4)
     assert losses(other) == pytest.approx(losses(one), rel=1e-4)
 
 
