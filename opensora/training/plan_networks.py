@@ -131,18 +131,9 @@ class PlannedNetworks:
         return shape.batch_size * self._frozen_flops[key]
 
     def preparation_bytes(self, shape: BatchShape) -> int:
-        """The most that any of them takes for one batch, beside the clips themselves."""
-        few = max(2, -(-8 // shape.num_frames))  # clips of some micro batches of frames
-        sizes = [shape.batch_size] if shape.batch_size <= 2 * few else [few, 2 * few]
-        found = [
-            {name: self._frozen.trace(rehearse).activation_bytes for name, rehearse in rehearsed.items()}
-            for rehearsed in (self.objective.rehearse(replace(shape, batch_size=size)) for size in sizes)
-        ]
-        if len(found) == 1:
-            return max(found[0].values(), default=0)
-        # Beyond that every clip adds the same.
-        more = (shape.batch_size - 2 * few) / few
-        return max((round(b + more * (b - a)) for a, b in zip(*(f.values() for f in found), strict=True)), default=0)
+        """The most that any frozen network takes while it prepares a batch."""
+        rehearsed = self.objective.rehearse(shape).values()
+        return max((self._frozen.trace(rehearse).activation_bytes for rehearse in rehearsed), default=0)
 
     def _loss(self, shape: BatchShape) -> Tensor:
         terms = self.objective.loss(self.objective.imagine(shape), Draw(0, 0))
