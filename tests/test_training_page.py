@@ -42,9 +42,9 @@ def test_the_whole_way_from_clips_to_pictures(page, tmp_path, monkeypatch, capsy
     figures = page.whole_way(captions, tmp_path / "pictures", tuple(settings))
     assert set(figures) == {"autoencoder_db", "generated_db", "generated_to_autoencoder_db", "nearest_is_own"}
     assert 0 <= figures["nearest_is_own"] <= 1 and 0 < figures["generated_db"] < 40
-    loss, clips = (Image.open(tmp_path / "pictures" / f"overfit_{name}.png") for name in ("loss", "clips"))
+    loss, clips = (Image.open(tmp_path / "pictures" / f"overfit_{name}") for name in ("loss.png", "clips.jpg"))
     assert loss.size == (600, 320)
-    assert clips.size == (5 * (128 + 2) + 2, 6 * (80 + 14 + 2) + 2)
+    assert clips.size == (9 * (128 + 2) + 2, 3 * (80 + 14 + 2) + 2)
     assert "3 clips, 3 captions" in capsys.readouterr().out
 
 
