@@ -24,7 +24,7 @@ class EvaluateToybox:
 
     model: str = "toybox"
     """Name or folder of the model."""
-    adapter: tuple[str, ...] = ()
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapters merged into it, as PATH or PATH:SCALE."""
     num_prompts: int = 500
     """How many held-out prompts; 0 generates none and judges real clips and reconstructions alone."""

@@ -59,7 +59,7 @@ class ModelOptions:
     """Likewise, its text encoder."""
     tokenizer: Annotated[Path | None, option("PATH", aliases=["--tokenizer-path"])] = None
     """Likewise, its tokenizer."""
-    adapter: Annotated[UseAppendAction[tuple[str, ...]] | None, option("PATH[:SCALE]", "none")] = None
+    adapter: Annotated[UseAppendAction[tuple[str, ...]], option("PATH[:SCALE]", "none")] = ()
     """Fine-tuning beside the transformer's weights (LoRA), half as strong with :0.5; may be given several times."""
 
     @property
@@ -77,7 +77,7 @@ class ModelOptions:
         from opensora.checkpoints.adapters import adapter_hash
 
         given: dict[Path, UsedAdapter] = {}
-        for text in self.adapter or ():
+        for text in self.adapter:
             path, scale = parse_adapter(text)
             if path in given:
                 raise OpenSoraError(f"--adapter {path} is given twice")

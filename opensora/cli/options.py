@@ -15,12 +15,12 @@ def option(metavar: str, default: str = "", **more: Any) -> Any:
 
 
 def given_options(options: Any) -> Iterator[tuple[str, Any]]:
-    """(field, value) of what was given, groups included; what was not is None, and False for a flag."""
+    """(field, value) of what was given, groups included; what was not is None, False for a flag, () for a list."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             yield from given_options(value)
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and value != ():
             yield field.name, value
 
 
