@@ -97,7 +97,8 @@ def plan(row: Row) -> "TrainingPlan":
 
 
 def measure(row: Row) -> int:
-    """Bytes that the run adds to this process."""
+    """Bytes that the run adds to this process, or to the largest of its ranks."""
+    import torch
     import torch.distributed as dist
 
     if row.ranks > 1:
@@ -106,7 +107,10 @@ def measure(row: Row) -> int:
     before = _settled_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(row)
-    return _status_bytes("VmHWM") - before
+    added = torch.tensor(_status_bytes("VmHWM") - before)
+    if row.ranks > 1:
+        dist.all_reduce(added, dist.ReduceOp.MAX)
+    return int(added)
 
 
 def train(row: Row) -> None:
@@ -142,7 +146,9 @@ def main() -> None:
     parser.add_argument("--measure", type=int, metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
-        print(json.dumps(measure(ROWS[args.measure])))
+        added = measure(ROWS[args.measure])
+        if os.environ.get("RANK", "0") == "0":  # as torchrun counts
+            print(json.dumps(added))
         return
     print(
         "| run | weights, optimiser, average | gradients | activations | predicted | measured | predicted / measured |"
@@ -159,7 +165,7 @@ def main() -> None:
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if result.returncode:
             sys.exit(f"{row}: the measurement failed")
-        measured = max(int(line) for line in result.stdout.split() if line.isdigit())
+        measured = json.loads(result.stdout.splitlines()[-1])
         state = memory.weights + memory.optimizer + memory.average + memory.frozen
         sizes = (state, memory.gradients, memory.activations, predicted, measured)
         cells = " | ".join(f"{size / 2**20:,.0f} MB" for size in sizes)
