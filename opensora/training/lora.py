@@ -34,8 +34,8 @@ class LoRAConfig:
     Attributes:
         rank: r, columns of B.
         alpha: what B A is multiplied by, times r; None for r, that is, by 1.
-        targets: ends of the names of the linear layers that get an adapter; those that a transformer lacks are left
-            out.
+        targets: parts of the names of the linear layers that get an adapter, such as "attn.qkv" or "spatial_blocks";
+            what a transformer lacks is left out.
         dropout: of the adapters' inputs.
     """
 
@@ -59,7 +59,7 @@ class LoRAConfig:
             OpenSoraError: there is none.
         """
         linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-        chosen = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
+        chosen = [name for name in linear if any(f".{target}." in f".{name}." for target in self.targets)]
         if not chosen:
             ends = sorted({".".join(name.split(".")[-2:]) for name in linear})
             raise OpenSoraError(

@@ -189,6 +189,8 @@ def test_targets_choose_layers(version):
     cls, options = MODELS[version]
     model = build(cls, **options)
     assert all(name.endswith(".mlp.fc1") for name in LoRAConfig(targets=("mlp.fc1",)).layers_of(model))
+    part = "spatial_blocks" if version == "1.2" else "blocks"
+    assert {name.split(".")[0] for name in LoRAConfig(targets=(part,)).layers_of(model)} == {part}
     with pytest.raises(OpenSoraError, match=r"targets to_q name no linear layer of this STDiT.*it has .*attn\.qkv"):
         LoRAConfig(targets=("to_q",)).layers_of(model)
     for options in ({"rank": 0}, {"alpha": -1.0}, {"dropout": 1.0}):
