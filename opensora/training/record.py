@@ -19,9 +19,10 @@ FREE_TO_CHANGE = (
     "loop.sequence_parallel",
     "loop.prefetch",
     "loop.peak_tflops",
-    "objective.num_previews",
+    "objective.preview",
     "objective.export_dtype",
-    "objective.sampler",
+    "objective.diffusion.sampler",
+    "objective.data.num_workers",
     "objective.defaults",
 )
 """Settings, and groups of settings, that do not decide the weights, or only with how many ranks there are."""
