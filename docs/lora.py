@@ -6,7 +6,6 @@ FOLDER, and `docs/training/lora.png`. What is there already is not made again.
 """
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -56,12 +55,14 @@ def have_sun(video: Tensor) -> list[bool]:
 def write_clips(folder: Path) -> None:
     """The user's clips: mp4 files, with captions beside them that say nothing of the sun.
 
-    Backgrounds and shapes take turns, so that each is seen with it.
+    Backgrounds, shapes and motions take turns: what such clips show too often, a model learns along with the sun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stream = iterate_specs(0, EASY_WORLD, "train")
-    turns = zip(itertools.cycle(EASY_WORLD.backgrounds), itertools.cycle(EASY_WORLD.shapes), range(NUM_CLIPS))
-    specs = [next(s for s in stream if (s.background, s.shape) == (where, what)) for where, what, _ in turns]
+    stream, specs = iterate_specs(0, EASY_WORLD, "train"), []
+    for i in range(NUM_CLIPS):
+        place, shape = EASY_WORLD.backgrounds[i % 9], EASY_WORLD.shapes[i % 5]
+        motion = EASY_WORLD.motions[(3 * i + i // 10) % 10]
+        specs.append(next(s for s in stream if (s.background, s.shape, s.motion) == (place, shape, motion)))
     for number, (clip, spec) in enumerate(zip(with_sun(*render(specs, NUM_FRAMES)), specs, strict=True)):
         write_video(folder / f"{number:02}.mp4", clip, FPS)
         (folder / f"{number:02}.txt").write_text(plain_caption(spec) + "\n")
@@ -112,11 +113,11 @@ def main() -> None:
         table[name]["sun"] = sum(read["sun"] for read in known) / len(known)
 
     rows = []
-    for sample in samples[:6]:
+    for sample in samples[:5]:
         clips = {name: generate(pipeline, [sample])[0] for name, pipeline in pipelines.items()}
         rows += [(f"{sample.prompt}, {name}", clip) for name, clip in clips.items()]
     PICTURE.parent.mkdir(exist_ok=True)
-    contact_sheet(rows, PICTURE)
+    contact_sheet(rows, PICTURE, columns=7)
     print("| right, % |", " | ".join(table), "|")
     for attribute in table["after"]:
         print(f"| {attribute} |", " | ".join(f"{100 * of[attribute]:.1f}" for of in table.values()), "|")
