@@ -7,7 +7,7 @@
 
     assert run_ranks(2, sum_of_ranks, 10) == [21, 21]
 
-The function stands at the top of a test module or of a module beside this one; it finds `torch.distributed` initialised.
+The function stands at the top of a test module or of one beside this; it finds `torch.distributed` initialised.
 What it takes and returns is pickled. Processes are forked from a server that has imported what is heavy, so that a call
 costs a tenth of a second and not two.
 """

@@ -210,7 +210,8 @@ def _factor(file: Path, layer: str, rank: int, peft: Mapping[str, Any]) -> float
     alpha = {**peft, **{k.removeprefix(_PREFIX): v for k, v in peft.items()}}.get("lora_alpha", rank)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise OpenSoraError(f"{file}: lora_alpha is {alpha!r}, expected a number")
-    unknown = [k for k in ("use_rslora", "use_dora") if peft.get(_PREFIX + k) or peft.get(k)]
+    kinds = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+    unknown = [kind for kind in kinds if peft.get(_PREFIX + kind) or peft.get(kind)]
     if unknown:
         raise OpenSoraError(f"{file} was trained with {unknown[0]}, which is not supported; expected plain LoRA")
     return alpha / rank

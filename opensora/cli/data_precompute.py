@@ -50,7 +50,7 @@ class DataPrecompute:
     text_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Precision of the text states in the files."""
     text: bool = True
-    """Encode the captions, too."""
+    """Encode the captions, too; --no-text leaves them to training."""
     windows_per_clip: int = 1
     """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
     seed: int = 0

@@ -104,8 +104,10 @@ class Checkpoints:
                     remove(path)
                 partial.rename(path)
                 flush_folder(self.folder)
-                for old in list_checkpoints(self.folder)[: -self.keep]:
-                    remove(old)
+                whole = list_checkpoints(self.folder)
+                newer = [other for other in whole if other.name > path.name]  # damaged ones, which were passed over
+                for other in (*newer, *whole[: len(whole) - len(newer) - self.keep]):
+                    remove(other)
         except (CheckpointException, OSError, SafetensorError) as failure:
             if self.mesh.is_first:
                 shutil.rmtree(partial, ignore_errors=True)

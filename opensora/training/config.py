@@ -74,6 +74,8 @@ class LoopConfig:
             raise OpenSoraError(f"loop.prefetch is {self.prefetch}; give 0 or more")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise OpenSoraError(f"loop.peak_tflops is {self.peak_tflops:g}; give a number above 0")
+        if not self.max_grad_norm > 0:
+            raise OpenSoraError(f"loop.max_grad_norm is {self.max_grad_norm}; give a number above 0")
         if not 0 <= self.ema_decay < 1:
             raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 import sys
 from collections import defaultdict
@@ -112,7 +113,10 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

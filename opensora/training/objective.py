@@ -80,6 +80,13 @@ class Objective(ABC):
         if group is not None:
             raise OpenSoraError(f"{type(self).__name__} cannot split a clip over ranks; set loop.sequence_parallel=1")
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """Parts of the module that ranks gather one after the other; the blocks, where nothing else is said.
+
+        Ranks meet at each of them, so all must run it equally often in a step, whatever their batches hold.
+        """
+        return self.blocks()
+
     def shapes(self) -> list[BatchShape]:
         """Every size that batches may have, for plans."""
         return []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.distributed.shards import whole
+from opensora.errors import OpenSoraError
 from opensora.training.muon import Muon
 
 
@@ -39,6 +40,19 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 50
     decay: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("muon_lr", "lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OpenSoraError(f"optimizer.{name} is {getattr(self, name)}; give a number above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OpenSoraError(f"optimizer.betas are {list(self.betas)}; give two numbers in [0, 1)")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise OpenSoraError(
+                f"optimizer.weight_decay is {self.weight_decay}, warmup_steps {self.warmup_steps}; give 0 or more"
+            )
+        if not 0 <= self.decay <= 1:
+            raise OpenSoraError(f"optimizer.decay is {self.decay}; give a share of the run, from 0 to 1")
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -103,14 +117,15 @@ class Optimizer:
     def prepare_state(self, names: Iterable[str]) -> None:
         """Makes room for what `state_dict` called so, before it is read from a checkpoint.
 
-        Raises:
-            KeyError: a name of a parameter that is not trained here.
+        Names of parameters that are not trained here are left out; whoever reads the checkpoint finds them missing.
         """
         for key, _, name in (entry.partition("/") for entry in names):
+            if name not in self.named_parameters:
+                continue
             parameter = self.named_parameters[name]
             for part in self.parts.values():
                 if any(parameter is p for group in part.param_groups for p in group["params"]):
-                    empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                    empty = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
                     part.state[parameter][key] = empty.detach()
 
 

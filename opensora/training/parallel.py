@@ -90,7 +90,7 @@ def shard(objective: Objective, mesh: Mesh, precision: Literal["fp32", "bf16"]) 
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     root = Root(objective.module)
-    for part in (*objective.blocks(), root):
+    for part in (*objective.sharded_parts(), root):
         attributes = frozenset(part.__dict__)
         # A critic's losses use the module without a backward pass, after which the root's weights would stay gathered.
         stay_gathered = part is root and objective.critic is None

@@ -28,13 +28,17 @@ FREE_TO_CHANGE = (
 """Settings, and groups of settings, that do not decide the weights, or only with how many ranks there are."""
 
 
-def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> None:
+def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
     """Writes the recipe beside the run, or holds it against the one that is there.
+
+    Returns:
+        Whether there was none.
 
     Raises:
         OpenSoraError: a setting that decides the weights has changed.
     """
-    if path.exists():
+    is_new = not path.exists()
+    if not is_new:
         before, now = flatten(read_json(path)), flatten(to_dict(recipe))
         changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE_TO_CHANGE))
         if changed:
@@ -46,6 +50,7 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> None:
     if mesh.is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_settings(recipe, path)
+    return is_new
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -62,9 +62,14 @@ class Trainer:
         torch.manual_seed(loop.seed)  # for the weights that a network begins with
         self.objective = recipe.objective.build(device)
         self.module, self.critic = self.objective.module.to(device), self.objective.critic
-        record_recipe(recipe, folder / "recipe.json", self.mesh)
-        with self.mesh.first_rank_first():
-            self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
+        is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
+        try:
+            with self.mesh.first_rank_first():
+                self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
+        except OpenSoraError:
+            if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
+                (folder / "recipe.json").unlink(missing_ok=True)
+            raise
         self.objective.split_sequences(self.mesh.sequence)
         wrap_blocks(self.objective.blocks(), loop.activation_checkpointing, loop.compile)
         self.parallel = Parallel(self.objective, self.mesh, loop.sharding, loop.precision)

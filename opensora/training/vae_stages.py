@@ -81,6 +81,10 @@ class VAEObjective(Objective):
     def figures(self) -> dict[str, float]:
         return self.source.figures()
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """None but the whole: how often a block runs depends on a batch's length, which ranks draw each for itself."""
+        return []
+
     def shapes(self) -> list[BatchShape]:
         return self.source.shapes()
 
@@ -203,6 +207,10 @@ class LatentsObjective(VAEObjective):
         self.cached = FrameLatents(
             torch.cat([latents.latents for latents in encoded]), torch.cat(masks) if masks else None
         )
+
+    def announce(self, draws: Sequence[Draw]) -> None:
+        if not self.config.cache_latents:  # else nobody would ask for what is read
+            super().announce(draws)
 
     def prepare(self, draw: Draw) -> ClipBatch | FrameLatents:
         """Clips to be encoded, or what of the cached latents this step learns from."""

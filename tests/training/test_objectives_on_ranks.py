@@ -13,6 +13,7 @@ from opensora.training.config import LoopConfig, ObjectiveConfig, Recipe
 from opensora.training.discriminator import DiscriminatorConfig
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
+from opensora.training.vae_clips import Cut
 
 pytestmark = pytest.mark.multi
 
@@ -64,4 +65,12 @@ def test_an_autoencoder_and_its_critic_on_two_ranks(tmp_path: Path, stage: str, 
     objective = vae_config(stage, frames_per_clip=None, mse_weight=1.0, discriminator=discriminator)
     train(objective, tmp_path / "one", {"microbatches": 2})
     run_ranks(2, train, objective, tmp_path / "ranks", {"sharding": sharding})
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
+
+
+def test_an_autoencoder_whose_ranks_have_clips_of_different_lengths(tmp_path: Path) -> None:
+    """Its blocks run more often for a longer clip, where ranks must not wait for each other."""
+    objective = vae_config("pixels", frames_per_clip=None, cut=Cut(image_share=0.5), micro_batch_size=1)
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(2, train, objective, tmp_path / "ranks", {"sharding": "full"})
     assert_same_run(tmp_path / "one", tmp_path / "ranks")

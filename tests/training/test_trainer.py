@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_regression import assert_equal_weights, final_weights, recipe
+from tiny_regression import Regression, assert_equal_weights, final_weights, recipe
 from torch import nn
 
 from opensora.distributed.checkpoint import read_names
@@ -190,6 +190,48 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path: Path
     assert "step-00000006 is damaged" in note and "going on from step-00000003" in note
     resumed.run()
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
+
+
+def test_a_checkpoint_is_kept_although_a_damaged_one_is_newer(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        Trainer(recipe(keep_checkpoints=2), tmp_path, on_step=interrupt_after(8)).run()
+    (weights,) = (tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    def ask(step: int, steps: int, figures: dict[str, float]) -> None:
+        resumed.stop_requested = step == 4
+
+    resumed = Trainer(recipe(keep_checkpoints=1), tmp_path, on_step=ask)
+    with pytest.raises(KeyboardInterrupt, match="after step 4"):
+        resumed.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert Trainer(recipe(), tmp_path).step == 4
+
+
+def test_a_run_that_could_not_begin_does_not_bind_its_folder(tmp_path: Path, monkeypatch) -> None:
+    def set_up(self: Regression, cache: Path) -> None:
+        raise OpenSoraError("no such manifest")
+
+    monkeypatch.setattr(Regression, "set_up", set_up)
+    with pytest.raises(OpenSoraError, match="no such manifest"):
+        Trainer(recipe(poison_steps=(1,)), tmp_path)
+    monkeypatch.undo()
+    assert Trainer(recipe(), tmp_path).step == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": -1.0}, {"muon_lr": 0.0}, {"betas": (0.9, 1.0)}, {"warmup_steps": -1}, {"decay": 1.5}, {"eps": 0.0}]
+)
+def test_impossible_rates_are_refused(wrong: dict) -> None:
+    with pytest.raises(OpenSoraError, match=next(iter(wrong))):
+        OptimizerConfig(**wrong)
+
+
+def test_a_step_that_is_not_finite_is_logged_as_json(tmp_path: Path) -> None:
+    Trainer(recipe(steps=3, poison_steps=(1,)), tmp_path).run()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is not JSON")) for line in lines]
+    assert logged[1]["loss"] is None and logged[2]["loss"] > 0
 
 
 def test_another_size_of_a_step_is_told(tmp_path: Path) -> None:
