@@ -2,7 +2,7 @@
 
 Twenty toy clips with an orange sun in their corner, as a child would draw it, teach the bundled model to put one there;
 the judge then says what else of the model changed. Writes the clips, their manifest, the run and `results.json` into
-FOLDER, and `docs/training/lora.png`. What is there already is not made again.
+FOLDER, and `docs/training/lora.jpg`. What is there already is not made again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from opensora.media.write import write_video
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import COLOURS, EASY_WORLD, OUTLINE, OUTLINE_LEVEL, iterate_specs, render, sample_specs
 
-PICTURE = Path(__file__).parent / "training" / "lora.png"
+PICTURE = Path(__file__).parent / "training" / "lora.jpg"
 NUM_CLIPS, NUM_FRAMES, FPS = 20, 18, 8
 RADIUS = 14.0  # of the sun, whose centre is the corner
 
