@@ -69,6 +69,8 @@ class Trainer:
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
                 (folder / "recipe.json").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it holds something else
+                    folder.rmdir()
             raise
         self.objective.split_sequences(self.mesh.sequence)
         wrap_blocks(self.objective.blocks(), loop.activation_checkpointing, loop.compile)
