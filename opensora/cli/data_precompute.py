@@ -1,5 +1,7 @@
 """`opensora data precompute`: latents and text states of a manifest, encoded once before training."""
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +15,7 @@ from opensora.cli.progress import Progress
 from opensora.cli.train import speaking_once
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
+from opensora.settings import to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +153,7 @@ class DataPrecompute:
             )
         index = precompute.finish(self.output, plan, made_from)
         if index is not None:
-            print("\n".join(summary(self.output, index)))
+            print("\n".join(summary(self.output, index, config)))
 
 
 def objective_on_clips(name: str, objective: Any) -> "tuple[DiffusionObjectiveConfig, ManifestClips]":
@@ -189,17 +192,16 @@ def describe_origin(origin: Any) -> str:
     return origin if isinstance(origin, str) else f"untrained, seed {origin.seed}"
 
 
-def summary(folder: Path, index: "Index") -> list[str]:
-    """What was made, and how to train on it."""
+def summary(folder: Path, index: "Index", config: "DiffusionObjectiveConfig") -> list[str]:
+    """What was made, and the settings of the recipe that train on it."""
     size = sum((folder / shard).stat().st_size for shard in (*index.latents, *index.text))
     lines = [f"{folder}: {index.num_latents} clips, {index.num_captions} captions, {size / 1e9:.3g} GB"]
     if index.failed:
         lines.append(f"left out: {len(index.failed)}")
         lines += [f"  {clip.path}: {clip.reason}" for clip in index.failed[:_MOST_FAILED]]
         lines += [f"  and {len(index.failed) - _MOST_FAILED} more"] * (len(index.failed) > _MOST_FAILED)
-    train = f"train on it with: objective.data.type=CachedLatents objective.data.folder={folder}"
-    made = index.made_from.text
-    return [
-        *lines,
-        train if made is None else f"{train} objective.text.type=CachedText objective.text.origin={made.origin}",
-    ]
+    train: dict[str, Any] = {"data": {"type": "CachedLatents", "folder": str(folder)}}
+    if index.made_from.text is not None:
+        train["text"] = {"type": "CachedText", "origin": to_dict(config)["text"]["origin"]}
+    overrides = (shlex.quote(f"objective.{name}={json.dumps(value)}") for name, value in train.items())
+    return [*lines, f"train on it with: {' '.join(overrides)}"]

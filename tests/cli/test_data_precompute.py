@@ -1,6 +1,7 @@
 """`opensora data precompute` in several processes, and killed again and again."""
 
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opensora.cli.main import main
 from opensora.data.cache import INDEX, Cache
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
@@ -38,6 +40,15 @@ def command(*launcher: str, output: str) -> list[str]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_settings_that_it_prints_train_on_the_cache(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["data", "precompute", "v1_2_debug", DATA, "--output", "cache", "--device", "cpu"]) == 0
+    _, printed = capsys.readouterr().out.split("train on it with: ")
+    settings = ["loop.steps=1", "loop.preview_every=0", "--output", "run", "--device", "cpu"]
+    assert main(["train", "v1_2_debug", *shlex.split(printed), *settings]) == 0
+    assert (folder / "run" / "model" / "model_index.json").exists()
 
 
 @pytest.mark.slow
