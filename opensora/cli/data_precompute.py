@@ -11,8 +11,8 @@ import tyro
 from opensora.cli.devices import choose_device
 from opensora.cli.evaluate import check_count
 from opensora.cli.options import option
+from opensora.cli.parallel import speaking_once
 from opensora.cli.progress import Progress
-from opensora.cli.train import speaking_once
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 from opensora.settings import to_dict
@@ -200,8 +200,10 @@ def summary(folder: Path, index: "Index", config: "DiffusionObjectiveConfig") ->
         lines.append(f"left out: {len(index.failed)}")
         lines += [f"  {clip.path}: {clip.reason}" for clip in index.failed[:_MOST_FAILED]]
         lines += [f"  and {len(index.failed) - _MOST_FAILED} more"] * (len(index.failed) > _MOST_FAILED)
-    train: dict[str, Any] = {"data": {"type": "CachedLatents", "folder": str(folder)}}
+    settings = to_dict(config)
+    data = {"type": "CachedLatents", "folder": str(folder), "batches_in_a_row": settings["data"]["batches_in_a_row"]}
+    train: dict[str, Any] = {"data": data}
     if index.made_from.text is not None:
-        train["text"] = {"type": "CachedText", "origin": to_dict(config)["text"]["origin"]}
+        train["text"] = {**settings["text"], "type": "CachedText"}
     overrides = (shlex.quote(f"objective.{name}={json.dumps(value)}") for name, value in train.items())
     return [*lines, f"train on it with: {' '.join(overrides)}"]

@@ -55,6 +55,7 @@ def test_the_settings_that_it_prints_train_on_the_cache(folder, monkeypatch, cap
 @pytest.mark.multi
 def test_killed_at_random_moments_and_shared_by_processes_it_is_the_same_cache(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's choice; sums of several threads may round otherwise
     started = time.monotonic()
     subprocess.run(command(output="whole"), check=True, capture_output=True)
     whole_s = time.monotonic() - started
