@@ -8,9 +8,7 @@ below 5 GB.
 """
 
 import argparse
-import ctypes
 import dataclasses
-import gc
 import importlib
 import json
 import os
@@ -20,6 +18,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from resident import forget_peak, peak_bytes, settled_bytes
 
 # By default glibc keeps up to some ten megabytes of freed blocks for later, which hides what was really taken.
 _RETURN_FREED_MEMORY = "glibc.malloc.mmap_threshold=131072"
@@ -141,7 +141,7 @@ def measure(row: Row, folder: Path) -> tuple[int, int]:
     index = json.loads((folder / "model_index.json").read_text())
     dtype = getattr(torch, row.dtype)
     parts: dict[str, Any] = {"tokenizer": build_tokenizer()}
-    before = _settled_bytes()
+    before = settled_bytes()
     for name in ("text_encoder", "transformer", "autoencoder"):
         library, class_name = index[name]
         cls = getattr(importlib.import_module(library), class_name)
@@ -157,7 +157,7 @@ def measure(row: Row, folder: Path) -> tuple[int, int]:
                 for tensor in (*network.parameters(), *network.buffers()):
                     tensor.uniform_(-0.02, 0.02)
         parts[name] = network
-    weights = _settled_bytes() - before
+    weights = settled_bytes() - before
     library, class_name = index["scheduler"]
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     parts["scheduler"] = getattr(importlib.import_module(library), class_name)(**config)
@@ -182,23 +182,10 @@ def measure(row: Row, folder: Path) -> tuple[int, int]:
         network_of(pipeline, stage, choices)
     # Libraries load code and keep buffers of their own on first use.
     work(VideoSize(min(row.size[0], 5), 32, 32))
-    before = _settled_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = settled_bytes()
+    forget_peak()
     work(VideoSize(*row.size))
-    return weights, _status_bytes("VmHWM") - before
-
-
-def _settled_bytes() -> int:
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {name}; this needs Linux")
+    return weights, peak_bytes() - before
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ what `opensora train --dry-run` predicts without the process itself and without 
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -18,6 +16,8 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from resident import forget_peak, peak_bytes, settled_bytes
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe
@@ -104,10 +104,10 @@ def measure(row: Row) -> int:
     if row.ranks > 1:
         dist.init_process_group("gloo")
     train(Row(TOYBOX | {"depth": 1}, (1, 5, 32, 32), row.loop, row.ranks))
-    before = _settled_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = settled_bytes()
+    forget_peak()
     train(row)
-    added = torch.tensor(_status_bytes("VmHWM") - before)
+    added = torch.tensor(peak_bytes() - before)
     if row.ranks > 1:
         dist.all_reduce(added, dist.ReduceOp.MAX)
     return int(added)
@@ -125,19 +125,6 @@ def train(row: Row) -> None:
         for _ in range(2):
             if not math.isfinite(trainer.train_step()["grad_norm"]):
                 sys.exit(f"{row}: the gradient is not finite, so nothing was updated")
-
-
-def _settled_bytes() -> int:
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {name}; this needs Linux")
 
 
 def main() -> None:
