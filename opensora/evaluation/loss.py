@@ -22,6 +22,7 @@ from opensora.checkpoints.sources import model_hash
 from opensora.data.batch import LatentBatch
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
+from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.gaussian_losses import training_losses
 from opensora.models.schedulers.iddpm import IDDPMScheduler
@@ -81,12 +82,7 @@ class LossResults:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
         mine, theirs = {**self.settings, "timesteps": self.timesteps}, {**settings, "timesteps": timesteps}
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                raise OpenSoraError(
-                    f"{path} was made with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}; "
-                    "choose another --output"
-                )
+        check_same_settings(path, mine, theirs)
         self.losses = losses
 
 

@@ -20,6 +20,7 @@ from opensora.checkpoints.sources import find_model, model_hash
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
+from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
@@ -104,12 +105,7 @@ class Results:
             gates = dict(content["gates"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
-        for name in sorted(self.settings.keys() | settings.keys()):
-            mine, theirs = self.settings.get(name), settings.get(name)
-            if mine != theirs:
-                raise OpenSoraError(
-                    f"{path} was made with {name} = {theirs!r}, this run has {mine!r}; choose another --output"
-                )
+        check_same_settings(path, self.settings, settings)
         self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
         self.gates = gates | self.gates
 
