@@ -111,46 +111,65 @@ def apply_overrides(settings: T, overrides: Sequence[str]) -> T:
 
     The value is read as the field's annotation asks: `true`, `3`, `3e-4`, `none`, a bare word, `1,2,2` or `[1, 2, 2]`,
     a JSON object for a nested dataclass or a dictionary. `name.type=Class` chooses among the dataclasses of a union,
-    starting from its defaults.
+    starting from its defaults. The order of the texts does not matter; of one field given twice the last one counts.
 
     Raises:
         OpenSoraError: no `=`, an unknown key (names the nearest) or a value of the wrong type.
     """
+    changes = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise OpenSoraError(f"override {override!r} must look like key=value, for example training.lr=3e-4")
-        settings = _override(settings, type(settings), key.strip().split("."), text.strip(), key.strip())
-    return settings
+        changes.append(_Change(tuple(key.strip().split(".")), text.strip(), key.strip()))
+    return _override(settings, type(settings), changes) if changes else settings
 
 
-def _override(settings: Any, annotation: Any, path: list[str], text: str, full_key: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """A text for the field at a path below some settings; `key` is the whole path, for messages."""
+
+    path: tuple[str, ...]
+    text: str
+    key: str
+
+
+def _override(settings: Any, annotation: Any, changes: Sequence[_Change]) -> Any:
+    """Settings with all changes at once, so that no check of several fields sees half of them."""
+    below: dict[str, list[_Change]] = {}
+    for change in changes:
+        below.setdefault(change.path[0], []).append(dataclasses.replace(change, path=change.path[1:]))
+    key, depth = changes[0].key, len(changes[0].path)
     if isinstance(settings, dict):
-        head, *rest = path
-        if rest and head not in settings:
-            raise OpenSoraError(f"unknown setting {full_key}{nearest_name(head, settings)}")
+        for name, of_field in below.items():
+            if name not in settings and all(change.path for change in of_field):
+                raise OpenSoraError(f"unknown setting {of_field[0].key}{nearest_name(name, settings)}")
         inner = _values_of(annotation)
-        changed = (
-            _override(settings[head], inner, rest, text, full_key) if rest else _build_from_text(inner, text, full_key)
-        )
-        return {**settings, head: changed}
+        return settings | {name: _override_field(settings.get(name), inner, below[name]) for name in below}
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
-        raise OpenSoraError(
-            f"setting {full_key} does not exist: {'.'.join(full_key.split('.')[: -len(path)])} is a value"
-        )
-    head, *rest = path
+        raise OpenSoraError(f"setting {key} does not exist: {'.'.join(key.split('.')[:-depth])} is a value")
     hints = typing.get_type_hints(type(settings))
     names = [field.name for field in dataclasses.fields(settings) if field.init]
-    if head not in names:
-        raise OpenSoraError(f"unknown setting {full_key}{nearest_name(head, names)}")
-    current = getattr(settings, head)
-    if rest == [TYPE_KEY] and _dataclasses_in(hints[head]):
-        changed = _build_union(hints[head], typing.get_args(hints[head]), {TYPE_KEY: text}, ".".join(path[:1]), "")
-    elif rest:
-        changed = _override(current, hints[head], rest, text, full_key)
-    else:
-        changed = _build_from_text(hints[head], text, full_key)
-    return dataclasses.replace(settings, **{head: changed})
+    for name, of_field in below.items():
+        if name not in names:
+            raise OpenSoraError(f"unknown setting {of_field[0].key}{nearest_name(name, names)}")
+    changed = {name: _override_field(getattr(settings, name), hints[name], below[name]) for name in below}
+    return dataclasses.replace(settings, **changed)
+
+
+def _override_field(current: Any, annotation: Any, changes: Sequence[_Change]) -> Any:
+    """A field after its changes: first those of all of it, then of what it is, then of what is inside."""
+    inside = []
+    has_type = bool(_dataclasses_in(annotation))
+    for change in sorted(changes, key=lambda change: len(change.path)):
+        if not change.path:
+            current = _build_from_text(annotation, change.text, change.key)
+        elif has_type and change.path == (TYPE_KEY,):
+            key = change.key.removesuffix(f".{TYPE_KEY}")
+            current = _build_union(annotation, typing.get_args(annotation), {TYPE_KEY: change.text}, key, "")
+        else:
+            inside.append(change)
+    return _override(current, annotation, inside) if inside else current
 
 
 def _build_from_text(annotation: Any, text: str, key: str) -> Any:

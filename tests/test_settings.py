@@ -43,6 +43,16 @@ class Recipe:
     network: dict[str, Any] | None = field(default_factory=lambda: {"depth": 2, "spatial": {"groups": 4}})
 
 
+@dataclass(frozen=True)
+class Span:
+    first: int = 1
+    last: int = 4
+
+    def __post_init__(self) -> None:
+        if self.first > self.last:
+            raise OpenSoraError(f"first {self.first} is after last {self.last}")
+
+
 def full() -> Recipe:
     return Recipe("x", Path("runs/x"), Training(7, "fp32", Muon(0.5), None, (3, 5), True), {"a": 1})
 
@@ -106,6 +116,17 @@ def test_overrides(override, read, expected):
     changed = read(apply_overrides(recipe, [override]))
     assert changed == expected and type(changed) is type(expected)
     assert recipe == Recipe("x")
+
+
+def test_the_order_of_overrides_does_not_matter():
+    """A check of two fields sees both changes; a field of a new kind may be named before the kind."""
+    with pytest.raises(OpenSoraError, match=r"first 5 is after last 4"):
+        apply_overrides(Span(), ["first=5"])
+    assert apply_overrides(Span(), ["first=5", "last=6"]) == Span(5, 6)
+    assert apply_overrides(Span(), ["last=6", "first=5"]) == Span(5, 6)
+    muon = Training(optimizer=Muon(3.0))
+    assert apply_overrides(Training(), ["optimizer.lr=3", "optimizer.type=Muon"]) == muon
+    assert apply_overrides(Training(), ["optimizer.type=Muon", "optimizer.lr=2", "optimizer.lr=3"]) == muon
 
 
 @pytest.mark.parametrize(
