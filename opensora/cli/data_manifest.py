@@ -46,18 +46,18 @@ class DataManifest:
             raise OpenSoraError(f"--output is {self.output}, expected a name that ends in .csv or .parquet")
         check_writable(self.output)
         files = scan.find_files(self.folder)
-        captions = (
-            scan.captions_beside(files)
-            if self.captions is None
-            else scan.captions_from(self.captions, self.folder, files)
-        )
+        unreadable: dict[Path, str] = {}
+        if self.captions is None:
+            captions, unreadable = scan.captions_beside(files)
+        else:
+            captions = scan.captions_from(self.captions, self.folder, files)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         journal = scan.Journal(self.output.with_name(f".{self.output.name}.scan"), self.verify)
         with Progress("reading clips") as progress:
             findings = scan.probe_all(
                 files, verify=self.verify, num_workers=self.workers, journal=journal, on_progress=progress.update
             )
-        rows, left_out = scan.make_rows(findings, captions, uncaptioned=self.uncaptioned)
+        rows, left_out = scan.make_rows(findings, captions, unreadable=unreadable, uncaptioned=self.uncaptioned)
         reasons = {str(path): reason for path, reason in left_out.items()}
         if rows:
             write_manifest(self.output, rows)

@@ -32,6 +32,8 @@ Finding = ClipFacts | str
 def find_files(folder: Path) -> list[Path]:
     """All videos and pictures in and below a folder, by their endings, sorted; hidden ones are left out.
 
+    Whatever is called like one is among them, so that what cannot be read is named, too.
+
     Raises:
         OpenSoraError: no such folder, or nothing in it.
     """
@@ -41,11 +43,11 @@ def find_files(folder: Path) -> list[Path]:
         )
     found, others = [], set()
     for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
             continue
         if _CLIP_NAME.fullmatch(path.name):
             found.append(path)
-        else:
+        elif path.is_file():
             others.add(path.suffix.lower() or "no ending")
     if not found:
         what = f"only files of other kinds ({', '.join(sorted(others)[:5])})" if others else "nothing"
@@ -126,27 +128,32 @@ def probe_all(
 
 
 def _probe(path: Path, verify: Literal["count", "decode"]) -> Finding:
+    if not path.is_file():  # a pipe would wait for somebody to write
+        return "no file, but a link to nothing" if path.is_symlink() else "no file"
     try:
         return probe(path, verify)
     except OpenSoraError as error:
         return str(error)
 
 
-def captions_beside(paths: Iterable[Path]) -> dict[Path, str]:
+def captions_beside(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
     """Captions from a file of the same name that ends in .txt; clips without one are left out.
 
-    Raises:
-        OpenSoraError: a caption that is not UTF-8.
+    Returns:
+        The captions, and of the clips whose file cannot be read why.
     """
-    captions = {}
+    captions, unreadable = {}, {}
     for path in paths:
+        file = path.with_suffix(".txt")
         try:
-            captions[path] = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+            captions[path] = file.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             continue
         except UnicodeDecodeError:
-            raise OpenSoraError(f"caption {path.with_suffix('.txt')} is not UTF-8; save it so") from None
-    return captions
+            unreadable[path] = f"caption {file.name} is not UTF-8"
+        except OSError as error:
+            unreadable[path] = f"caption {file.name} cannot be read: {error.strerror}"
+    return captions, unreadable
 
 
 def captions_from(table: Path, folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
@@ -158,7 +165,7 @@ def captions_from(table: Path, folder: Path, paths: Iterable[Path]) -> dict[Path
         paths: the clips.
 
     Raises:
-        OpenSoraError: no such file, no such columns, or no row about any of the clips.
+        OpenSoraError: no such file, no such columns, no row about any of the clips, or two captions for one.
     """
     by_path: dict[str, str] = {}
     try:
@@ -167,8 +174,13 @@ def captions_from(table: Path, folder: Path, paths: Iterable[Path]) -> dict[Path
             if missing := [name for name in ("path", "text") if name not in (reader.fieldnames or ())]:
                 raise OpenSoraError(f"captions {table} have no column {' and no '.join(missing)}")
             for row in reader:
-                for base in (folder, table.parent):
-                    by_path[_normal(base / (row["path"] or ""))] = (row["text"] or "").strip()
+                text = (row["text"] or "").strip()
+                for place in {_normal(base / (row["path"] or "")) for base in (folder, table.parent)}:
+                    if by_path.setdefault(place, text) != text:
+                        raise OpenSoraError(
+                            f"captions {table} have two for {row['path']}, the second one in line {reader.line_num}; "
+                            "keep one"
+                        )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise OpenSoraError(f"captions {table} cannot be read: {error}") from None
     captions = {path: by_path[_normal(path)] for path in paths if _normal(path) in by_path}
@@ -182,13 +194,18 @@ def _normal(path: Path) -> str:
 
 
 def make_rows(
-    findings: Mapping[Path, Finding], captions: Mapping[Path, str], *, uncaptioned: bool = False
+    findings: Mapping[Path, Finding],
+    captions: Mapping[Path, str],
+    *,
+    unreadable: Mapping[Path, str] | None = None,
+    uncaptioned: bool = False,
 ) -> tuple[list[ClipRow], dict[Path, str]]:
     """Rows of a manifest, and which files are left out why.
 
     Args:
         findings: what the files hold.
         captions: of the clips.
+        unreadable: why the captions of some clips cannot be read.
         uncaptioned: keep clips without a caption.
     """
     rows, left_out = [], {}
@@ -199,7 +216,7 @@ def make_rows(
         elif not _is_text(str(path)):
             left_out[path] = "its name is not UTF-8"
         elif not text and not uncaptioned:
-            left_out[path] = "no caption"
+            left_out[path] = (unreadable or {}).get(path, "no caption")
         else:
             rows.append(ClipRow(path, text, finding.num_frames, finding.height, finding.width, finding.fps))
     return rows, left_out

@@ -83,6 +83,31 @@ def test_captions_from_a_table(tmp_path, capsys):
     assert "no column path" in error_line(capsys)
 
 
+def test_two_captions_for_one_clip_are_refused(tmp_path, capsys):
+    write_video(tmp_path / "clips" / "a.mp4", moving_square(3), 8)
+    table = tmp_path / "captions.csv"
+    table.write_text("path,text\na.mp4,one\na.mp4,one\nclips/a.mp4,two\n")
+    args = ["data", "manifest", str(tmp_path / "clips"), "--output", str(tmp_path / "m.csv"), "--captions", str(table)]
+    assert main(args) == 2
+    assert "two for clips/a.mp4, the second one in line 4" in error_line(capsys)
+    assert not (tmp_path / "m.csv").exists()
+
+
+def test_what_is_no_file_and_captions_that_are_no_text_are_named(tmp_path, capsys):
+    for name in ("good", "latin"):
+        write_video(tmp_path / "clips" / f"{name}.mp4", moving_square(3), 8)
+    (tmp_path / "clips" / "good.txt").write_text("a square")
+    (tmp_path / "clips" / "latin.txt").write_bytes("un carré".encode("latin-1"))
+    (tmp_path / "clips" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    os.mkfifo(tmp_path / "clips" / "pipe.mp4")
+    assert main(["data", "manifest", str(tmp_path / "clips"), "--output", str(tmp_path / "m.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert [row.path.name for row in read_manifest(tmp_path / "m.csv").rows] == ["good.mp4"]
+    assert "left out: 3" in printed
+    for line in ("gone.mp4: no file, but a link to nothing", "pipe.mp4: no file\n", "latin.txt is not UTF-8"):
+        assert line in printed
+
+
 def test_an_interrupted_scan_goes_on_where_it_was(broken, tmp_path, monkeypatch, capsys):
     probed = []
     real = scan.probe
