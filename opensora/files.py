@@ -6,6 +6,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
 from opensora.errors import OpenSoraError
 
 
@@ -27,6 +29,29 @@ def check_writable(path: str | Path) -> None:
             raise PermissionError(13, "the file there is write-protected")
     except OSError as error:
         raise OpenSoraError(f"output {path} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Within it no other process may own the folder. It is made if there is none, and removed if it stays empty.
+
+    Raises:
+        OpenSoraError: another process owns it, or it cannot be written to.
+    """
+    check_writable(folder / ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise OpenSoraError(f"{folder} is in use by another process; stop that one, or choose another folder") from None
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)  # while it is held, so that no other process loses its own
+        lock.release()
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 @contextlib.contextmanager

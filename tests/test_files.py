@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from opensora.errors import OpenSoraError
-from opensora.files import check_writable, replacing, use_default_permissions
+from opensora.files import check_writable, owned, replacing, use_default_permissions
 
 
 def test_a_file_is_replaced_whole_and_its_folder_made(tmp_path):
@@ -28,6 +28,19 @@ def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_has_one_owner_and_is_left_as_it_was(tmp_path):
+    with owned(tmp_path / "run"), pytest.raises(OpenSoraError, match="in use by another process"):
+        with owned(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists(), "it stayed empty"
+    with pytest.raises(ValueError), owned(tmp_path / "run"):
+        (tmp_path / "run" / "kept").touch()
+        raise ValueError
+    with owned(tmp_path / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
 
 
 def test_unwritable_places(tmp_path):

@@ -14,6 +14,7 @@ from opensora.cli.devices import choose_device
 from opensora.cli.dry_run import DryRunOptions
 from opensora.cli.parallel import speaking_once
 from opensora.errors import OpenSoraError
+from opensora.files import owned
 
 if TYPE_CHECKING:
     from opensora.training.trainer import Trainer
@@ -67,13 +68,16 @@ class Train:
                 self.plan.run(recipe, folder, self.device)
             return
         device = str(choose_device(self.device))
-        with Progress() if is_first else contextlib.nullcontext() as progress:
+        nothing = contextlib.nullcontext()
+        with owned(folder) if is_first else nothing, Progress() if is_first else nothing as progress:
             trainer = Trainer(recipe, folder, device, on_step=progress.update if progress else None)
             if progress:
                 progress.start(trainer, folder)
             with stopping_between_steps(trainer):
                 model = trainer.run()
         if is_first:
+            if trainer.skipped_steps:
+                print(f"{trainer.skipped_steps} of {trainer.step} steps were skipped: their gradients were not finite")
             print(f"model: {model}")
 
 
