@@ -96,6 +96,9 @@ class Source(ABC):
     def announce(self, draws: Sequence[Draw]) -> None:  # noqa: B027
         """Batches that will be asked for next, in this order: reading them may begin."""
 
+    def announce_none(self) -> None:  # noqa: B027
+        """Nothing more will be asked for: what was announced need not be read."""
+
     def figures(self) -> dict[str, float]:
-        """What is worth logging, such as how many clips could not be read so far."""
+        """Counts worth logging, such as how many clips could not be read so far."""
         return {}

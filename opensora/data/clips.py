@@ -156,6 +156,11 @@ class ManifestSource(Source):
                 slots = range(len(self._sampled(draw).rows))
                 self._announced[draw] = [self._readers.submit(self._read, draw, slot) for slot in slots]
 
+    def announce_none(self) -> None:
+        while self._announced:
+            for read in self._announced.popitem()[1]:
+                read.cancel()
+
     def shapes(self) -> list[BatchShape]:
         """Shares are those of the first epoch of seed 0; without a manifest, see `Buckets.shapes`."""
         if not self.rows:

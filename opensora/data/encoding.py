@@ -37,6 +37,9 @@ class EncodedClips(Source):
     def announce(self, draws: Sequence[Draw]) -> None:
         self.clips.announce(draws)
 
+    def announce_none(self) -> None:
+        self.clips.announce_none()
+
     def figures(self) -> dict[str, float]:
         return self.clips.figures()
 

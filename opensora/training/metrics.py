@@ -1,15 +1,18 @@
 """A run's figures: gathered between two log lines from all ranks, written as JSON lines and to TensorBoard."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from opensora.distributed.mesh import Mesh
 from opensora.files import replacing
@@ -48,18 +51,19 @@ class Work:
 
     def __init__(self, peak_tflops: float | None) -> None:
         self.peak_tflops = peak_tflops
-        self.flops: dict[str, int] = {}
+        self.flops: dict[Hashable, int] = {}
         self.samples = self.done = self.seconds = 0.0
 
     @contextlib.contextmanager
-    def counted(self, label: str) -> Iterator[None]:
-        """Around the forward pass of a batch, whose operations are counted the first time that its label is met."""
-        counter = CountedFlops() if self.peak_tflops and label not in self.flops else None
+    def counted(self, batch: Any) -> Iterator[None]:
+        """Around the forward pass of a batch, whose operations are counted the first time that its shapes are met."""
+        shapes = shapes_of(batch) if self.peak_tflops else ()
+        counter = CountedFlops() if self.peak_tflops and shapes not in self.flops else None
         with counter or contextlib.nullcontext():
             yield
         if counter is not None:
-            self.flops[label] = sum(counter.totals)
-        self.done += self.flops.get(label, 0)
+            self.flops[shapes] = sum(counter.totals)
+        self.done += self.flops.get(shapes, 0)
 
     def take(self, mesh: Mesh) -> dict[str, float]:
         """Samples a second since the last call, of all ranks; the share of their peak that they reached, if known."""
@@ -71,6 +75,12 @@ class Work:
         if self.peak_tflops:
             figures["mfu"] = done / seconds / (self.peak_tflops * 1e12 * mesh.num_ranks)
         return figures
+
+
+def shapes_of(batch: Any) -> tuple[Hashable, ...]:
+    """Shapes of the tensors that a batch, a dataclass or a tensor, consists of."""
+    tensors = vars(batch) if dataclasses.is_dataclass(batch) else {"": batch}
+    return tuple((name, tuple(value.shape)) for name, value in tensors.items() if isinstance(value, Tensor))
 
 
 def by_group(losses: Sequence[float], groups: Mapping[str, Sequence[str]]) -> Iterator[dict[str, float]]:

@@ -54,8 +54,11 @@ class Objective(ABC):
     def announce(self, draws: Sequence[Draw]) -> None:  # noqa: B027
         """Batches that will be prepared next, in this order: reading them may begin."""
 
+    def announce_none(self) -> None:  # noqa: B027
+        """Nothing more will be prepared: what was announced need not be read."""
+
     def figures(self) -> dict[str, float]:
-        """What is worth logging besides losses, such as how many clips could not be read."""
+        """Counts worth logging besides losses, such as clips that could not be read; those of all ranks are added."""
         return {}
 
     def set_up(self, cache: Path) -> None:  # noqa: B027

@@ -1,12 +1,16 @@
-"""The settings of a run, written beside it: a resumed run must be the same run."""
+"""The settings of a run, and the weights it does not train, written beside it: a resumed run must be the same run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from opensora.checkpoints.weights import fingerprint
 from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
+from opensora.files import replacing
 from opensora.settings import read_json, save_settings, to_dict
 from opensora.training.config import Recipe
+from opensora.training.objective import Objective
 
 FREE_TO_CHANGE = (
     "loop.log_every",
@@ -51,6 +55,30 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_settings(recipe, path)
     return is_new
+
+
+def record_frozen(objective: Objective, path: Path, mesh: Mesh) -> None:
+    """Writes hashes of all weights that a run uses and does not train, or holds them against those that are there.
+
+    Raises:
+        OpenSoraError: a file that they were loaded from has changed since.
+    """
+    if not mesh.is_first:
+        return
+    parameters = objective.module.named_parameters()
+    parts = {"the frozen part of what is trained": {n: p for n, p in parameters if not p.requires_grad}}
+    parts |= {name: network.state_dict() for name, network in objective.frozen.items()}
+    now = {name: fingerprint(weights) for name, weights in parts.items() if weights}
+    if path.exists():
+        before = read_json(path)
+        if changed := sorted(name for name in now if before.get(name) != now[name]):
+            raise OpenSoraError(
+                f"{path.parent} holds a run that began with other weights of: {', '.join(changed)}; "
+                "give back the files it began with, or another --output"
+            )
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The training loop: prepare, loss, backward, clip, finite?, step, average, log, checkpoint.
 
-A run lives in one folder: `recipe.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `previews/`, `cache/` and, at
-the end, `model/`. Starting a run in a folder that holds checkpoints resumes it; because every draw depends on
-a batch's place in the run alone, the resumed run's weights equal an uninterrupted run's bit for bit on CPU.
+A run lives in one folder: `recipe.json`, `frozen.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `previews/`,
+`cache/` and, at the end, `model/`. Starting a run in a folder that holds checkpoints resumes it; because every draw
+depends on a batch's place in the run alone, the resumed run's weights equal an uninterrupted run's bit for bit on CPU.
 
 The same code runs in one process and in many: under `torchrun` each rank makes a `Trainer`, all of them take the same
 steps, each with batches of its own, and the first one writes and speaks.
@@ -28,7 +28,7 @@ from opensora.training.ema import EMA
 from opensora.training.metrics import Means, Metrics, Work, by_group, peak_memory_gb
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
 from opensora.training.parallel import Parallel, average_gradients, in_one_piece, wrap_blocks
-from opensora.training.record import record_recipe
+from opensora.training.record import record_frozen, record_recipe
 
 
 class Trainer:
@@ -41,8 +41,9 @@ class Trainer:
         on_step: called after every step with (step, steps, figures of this rank) to show progress.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimiser steps done, skipped ones included.
         batches: batches drawn, by all ranks; the place in the stream of data.
+        bad_steps, skipped_steps: with a non-finite gradient, in a row up to now and in all; they change no weight.
         notes: what was noticed while resuming, in sentences.
 
     Raises:
@@ -65,10 +66,12 @@ class Trainer:
         is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
         try:
             with self.mesh.first_rank_first():
+                record_frozen(self.objective, folder / "frozen.json", self.mesh)
                 self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
-                (folder / "recipe.json").unlink(missing_ok=True)
+                for name in ("recipe.json", "frozen.json"):
+                    (folder / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something else
                     folder.rmdir()
             raise
@@ -83,7 +86,7 @@ class Trainer:
         if self.critic is not None:
             self.critic.to(device)
             self.critic_optimizer = Optimizer(list(self.critic.named_parameters()), set(), loop.critic)
-        self.step = self.batches = self.bad_steps = 0
+        self.step = self.batches = self.bad_steps = self.skipped_steps = 0
         self.stop_requested = False
         self.notes: list[str] = []
         self.means, self.work = Means(), Work(loop.peak_tflops)
@@ -158,7 +161,7 @@ class Trainer:
             waited_s += time.perf_counter() - before
             self.parallel.reduce_next(k == loop.microbatches - 1)
             groups = objective.groups(batch)
-            with self.autocast(), self.work.counted(str(groups.get("bucket", [""])[0])):
+            with self.autocast(), self.work.counted(batch):
                 terms = self.parallel.losses(objective.loss, batch, draw)
             total(terms, loop.microbatches).backward()
             seen.append(({name: term.detach() for name, term in terms.items()}, groups))
@@ -203,6 +206,7 @@ class Trainer:
     def count_bad_step(self) -> None:
         """Notes a step whose gradient is not finite, and which therefore changes nothing."""
         self.bad_steps += 1
+        self.skipped_steps += 1
         if self.bad_steps >= self.loop.max_bad_steps:
             raise OpenSoraError(
                 f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
@@ -234,9 +238,12 @@ class Trainer:
         """What is logged: means since the last line over all ranks, and the state of things."""
         rate = learning_rate_factor(self.step - 1, self.loop.steps, self.loop.optimizer)
         figures = {**self.means.take(self.mesh), **self.work.take(self.mesh), "learning_rate_factor": rate}
-        figures["bad_steps"] = float(self.bad_steps)
+        figures |= {"bad_steps": float(self.bad_steps), "skipped_steps": float(self.skipped_steps)}
         figures["peak_memory_gb"] = max(self.mesh.gather(peak_memory_gb(self.device)))
-        return {**figures, **self.objective.figures()}
+        for of_rank in self.mesh.gather(self.objective.figures())[:: self.mesh.num_sequence_ranks]:
+            for name, value in of_rank.items():
+                figures[name] = figures.get(name, 0.0) + value
+        return figures
 
     @contextlib.contextmanager
     def recorder(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
@@ -247,6 +254,7 @@ class Trainer:
         finally:
             if metrics:
                 metrics.close()
+            self.objective.announce_none()
             self.checkpoints.join()
 
     def preview(self) -> dict[str, float]:
@@ -278,7 +286,12 @@ class Trainer:
     def checkpoint(self) -> None:
         """Begins to write what `resume` reads."""
         per_step = self.loop.microbatches * self.mesh.num_data_ranks
-        counters = {"bad_steps": self.bad_steps, "batches": self.batches, "batches_per_step": per_step}
+        counters = {
+            "bad_steps": self.bad_steps,
+            "skipped_steps": self.skipped_steps,
+            "batches": self.batches,
+            "batches_per_step": per_step,
+        }
         self.checkpoints.save(self.step, self.tensors(), counters)
 
     def resume(self) -> None:
@@ -293,7 +306,8 @@ class Trainer:
             self.critic_optimizer.prepare_state(critic)
         read_tensors(path, self.tensors(), self.mesh)
         counters = read_counters(path)
-        self.step, self.bad_steps, self.batches = (counters[name] for name in ("step", "bad_steps", "batches"))
+        self.step, self.batches = counters["step"], counters["batches"]
+        self.bad_steps, self.skipped_steps = counters["bad_steps"], counters["skipped_steps"]
         self.notes += [f"{damage}; going on from {path.name}" for damage in damages]
         before, now = counters["batches_per_step"], self.loop.microbatches * self.mesh.num_data_ranks
         if before != now:

@@ -125,6 +125,9 @@ class CutClips(Source):
     def announce(self, draws: Sequence[Draw]) -> None:
         self.source.announce(draws)
 
+    def announce_none(self) -> None:
+        self.source.announce_none()
+
     def figures(self) -> dict[str, float]:
         return self.source.figures()
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_regression import Regression, assert_equal_weights, final_weights, recipe
+from tiny_regression import Regression, RegressionConfig, assert_equal_weights, final_weights, recipe
 from torch import nn
 
 from opensora.distributed.checkpoint import read_names
 from opensora.errors import OpenSoraError
 from opensora.training.config import LoopConfig
 from opensora.training.ema import EMA
+from opensora.training.metrics import Work
 from opensora.training.optimizer import Optimizer, OptimizerConfig, learning_rate_factor
 from opensora.training.trainer import Trainer
 
@@ -75,6 +76,36 @@ def test_non_finite_step_is_skipped_and_training_goes_on(tmp_path: Path) -> None
     trainer = Trainer(recipe(poison_steps=(4, 5)), tmp_path)
     trainer.run()
     assert all(torch.isfinite(w).all() for w in final_weights(tmp_path).values())
+    assert trainer.skipped_steps == 2 and trainer.bad_steps == 0
+    assert [line["skipped_steps"] for line in lines(tmp_path)][-1] == 2
+    assert Trainer(recipe(poison_steps=(4, 5)), tmp_path).skipped_steps == 2
+
+
+def test_a_run_whose_frozen_weights_have_changed_is_refused(tmp_path: Path, monkeypatch) -> None:
+    Trainer(recipe(steps=3), tmp_path).run()
+    Trainer(recipe(steps=3), tmp_path)
+
+    def with_other_weights(config: RegressionConfig, device: str) -> Regression:
+        objective = Regression(config)
+        objective.network.given.weight.data += 1
+        return objective
+
+    monkeypatch.setattr(RegressionConfig, "build", with_other_weights)
+    with pytest.raises(OpenSoraError, match="began with other weights of: the frozen part"):
+        Trainer(recipe(steps=3), tmp_path)
+    Trainer(recipe(steps=3), tmp_path / "another")
+
+
+def test_work_is_counted_for_each_shape() -> None:
+    """Batches of one label may have many lengths."""
+    layer, work = nn.Linear(4, 4, bias=False), Work(peak_tflops=1.0)
+    done = []
+    for length in (3, 6, 3):
+        batch, before = torch.ones(length, 4), work.done
+        with work.counted(batch):
+            layer(batch)
+        done.append(work.done - before)
+    assert done[0] == done[2] > 0 and done[1] == 2 * done[0]
 
 
 def test_run_of_non_finite_steps_stops_with_advice(tmp_path: Path) -> None:
