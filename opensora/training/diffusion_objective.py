@@ -32,7 +32,7 @@ from opensora.settings import to_dict
 from opensora.training.adaptation import Architecture, NewPart, build_transformer, choose_trained
 from opensora.training.diffusions import IDDPM, Flow
 from opensora.training.export import copies, origin_of_latents, save_pipeline
-from opensora.training.lora import LoRAConfig, add_adapter, export_adapter
+from opensora.training.lora import LoRAConfig, add_adapter, export_adapter, without_adapter
 from opensora.training.objective import Objective
 from opensora.training.parts import META, Untrained, build_part
 from opensora.training.previews import HeldOutLosses, JudgedPrompts, Prompts
@@ -96,6 +96,8 @@ class DiffusionObjectiveConfig:
                 raise OpenSoraError("an adapter is trained beside a model: name it by objective.init_from")
             if isinstance(self.text, TrainedText):
                 raise OpenSoraError("an adapter changes the transformer alone; freeze the text encoder: objective.text")
+            if self.new_parts:
+                raise OpenSoraError("an adapter is trained beside whole weights; leave objective.new_parts out")
 
     def build(self, device: str) -> "DiffusionObjective":
         return DiffusionObjective(self, device)
@@ -233,6 +235,10 @@ class DiffusionObjective(Objective):
         if self.source is not None:
             self.source.announce(draws)
 
+    def announce_none(self) -> None:
+        if self.source is not None:
+            self.source.announce_none()
+
     def figures(self) -> dict[str, float]:
         return {} if self.source is None else self.source.figures()
 
@@ -240,8 +246,9 @@ class DiffusionObjective(Objective):
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         noisy = self.diffusion.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
-        return self.diffusion.losses(
-            self.predict(noisy, self.diffusion.timesteps(batch.t), batch),
+        prediction = self.predict(noisy, self.diffusion.timesteps(batch.t), batch)
+        terms = self.diffusion.losses(
+            prediction,
             clean=batch.latents,
             noisy=noisy,
             noise=batch.noise,
@@ -249,6 +256,12 @@ class DiffusionObjective(Objective):
             frame_mask=batch.frame_mask,
             weights=self.weights(batch),
         )
+        if isinstance(self.config.train, LoRAConfig) and self.config.train.preserve:
+            with torch.no_grad(), without_adapter(self.transformer):
+                before = self.predict(noisy, self.diffusion.timesteps(batch.t), batch)
+            change = (prediction - before)[:, : batch.latents.shape[1]].abs().flatten(1).mean(1)
+            terms["change"] = self.config.train.preserve * change
+        return terms
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""

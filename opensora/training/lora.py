@@ -4,7 +4,8 @@ A linear layer W learns W + alpha / r * B A, with A (r, in) drawn at random and 
 begins at the base. Only A and B are trained, averaged, kept in checkpoints and exported.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,16 @@ class LoRAConfig:
         targets: parts of the names of the linear layers that get an adapter, such as "attn.qkv" or "spatial_blocks";
             what a transformer lacks is left out.
         dropout: of the adapters' inputs.
+        preserve: weight of the mean absolute difference that the adapter makes to predictions. It is a threshold: what
+            the clips would have changed by less than half of it stays as it was (soft thresholding), so a look is
+            learnt where it is, and the rest stays. It takes a forward pass more.
     """
 
     rank: int = 16
     alpha: float | None = None
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
+    preserve: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,6 +56,8 @@ class LoRAConfig:
             raise OpenSoraError(f"alpha of LoRA is {self.alpha:g}; give a number above 0")
         if not 0 <= self.dropout < 1:
             raise OpenSoraError(f"dropout of LoRA is {self.dropout:g}; give a share from 0 to 1")
+        if not self.preserve >= 0:
+            raise OpenSoraError(f"preserve of LoRA is {self.preserve:g}; give 0 or more")
 
     def layers_of(self, transformer: nn.Module) -> list[str]:
         """Names of the linear layers that get an adapter.
@@ -89,6 +96,19 @@ def add_adapter(transformer: SpaceTimeTransformer, config: LoRAConfig) -> None:
         target_modules=layers,
     )
     transformer.add_adapter(options, _ADAPTER)
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: nn.Module) -> Iterator[None]:
+    """Within it the transformer computes what it did before `add_adapter`."""
+    layers: list[Any] = [module for module in transformer.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.set_scale(_ADAPTER, 0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 1)
 
 
 def adapter_layers(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from opensora.models.stdit3 import STDiT3
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion_objective import DiffusionObjectiveConfig
 from opensora.training.diffusions import Flow
-from opensora.training.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter
+from opensora.training.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.text import FrozenText, TrainedText
 from opensora.training.trainer import Trainer
@@ -193,9 +193,18 @@ def test_targets_choose_layers(version):
     assert {name.split(".")[0] for name in LoRAConfig(targets=(part,)).layers_of(model)} == {part}
     with pytest.raises(OpenSoraError, match=r"targets to_q name no linear layer of this STDiT.*it has .*attn\.qkv"):
         LoRAConfig(targets=("to_q",)).layers_of(model)
-    for options in ({"rank": 0}, {"alpha": -1.0}, {"dropout": 1.0}):
+    for options in ({"rank": 0}, {"alpha": -1.0}, {"dropout": 1.0}, {"preserve": -0.1}):
         with pytest.raises(OpenSoraError):
             LoRAConfig(**options)
+
+
+def test_the_base_can_be_asked_while_the_adapter_is_trained(trained, version):
+    base, _, model = trained
+    before = answer(model, version)
+    with without_adapter(model):
+        torch.testing.assert_close(answer(model, version), answer(loaded(base, version), version))
+    assert torch.equal(answer(model, version), before)
+    assert all(p.requires_grad for pair in adapter_layers(model).values() for p in pair)
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def pipeline_folder(tmp_path) -> Path:
     return tmp_path / "tiny"
 
 
-def recipe(base: Path, manifest: Path, **loop: Any) -> Recipe:
+def recipe(base: Path, manifest: Path, preserve: float = 0.0, **loop: Any) -> Recipe:
     """An adapter beside a tiny pipeline, on clips of a manifest."""
     objective = DiffusionObjectiveConfig(
         data=ManifestClips({"64x64": {"5": (1.0, 2)}}, manifest, batches_in_a_row=1, num_workers=0),
@@ -215,7 +224,7 @@ def recipe(base: Path, manifest: Path, **loop: Any) -> Recipe:
         autoencoder=str(base),
         text=FrozenText(str(base)),
         init_from=str(base),
-        train=LoRAConfig(rank=2),
+        train=LoRAConfig(rank=2, preserve=preserve),
     )
     optimizer = OptimizerConfig(matrices="adamw", lr=0.05, warmup_steps=0, decay=0.0)
     return Recipe("lora", objective, LoopConfig(**{"steps": 3, "optimizer": optimizer, "precision": "fp32"} | loop))
@@ -244,6 +253,18 @@ def test_a_run_leaves_an_adapter_and_small_checkpoints(pipeline_folder, tmp_path
         frames.append(pipeline(PROMPT, generator=seeded(1)).frames)
     assert torch.equal(frames[0], frames[1]) and not torch.allclose(frames[0], frames[2], atol=1e-3)
     torch.testing.assert_close(frames[2], frames[3])
+
+
+def test_what_is_preserved_changes_less(pipeline_folder, tmp_path):
+    """A threshold above all that the clips ask for leaves next to nothing of the adapter."""
+    manifest, changes = write_clips(tmp_path / "clips"), {}
+    for preserve in (0.0, 50.0):
+        run = Trainer(recipe(pipeline_folder, manifest, preserve, steps=12, log_every=12), tmp_path / str(preserve))
+        layers = read_adapter(run.run()).layers.values()
+        changes[preserve] = max(float((b @ a).norm()) for a, b in layers)
+    assert changes[50.0] < 0.5 * changes[0.0]
+    figures = json.loads((tmp_path / "50.0" / "metrics.jsonl").read_text())
+    assert figures["change"] > 0
 
 
 def test_a_stopped_run_goes_on(pipeline_folder, tmp_path):
@@ -283,3 +304,5 @@ def test_an_adapter_needs_a_base_and_frozen_text(tmp_path):
         family_config("1.2", manifest, train=LoRAConfig())
     with pytest.raises(OpenSoraError, match="freeze the text encoder"):
         family_config("1.2", manifest, train=LoRAConfig(), init_from="toybox", text=TrainedText())
+    with pytest.raises(OpenSoraError, match=r"leave objective\.new_parts out"):
+        family_config("1.2", manifest, train=LoRAConfig(), init_from="toybox", new_parts=("qk_norm",))
