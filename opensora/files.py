@@ -33,12 +33,13 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Within it no other process may own the folder. It is made if there is none, and removed if it stays empty.
+    """Within it no other process may own the folder. It is made if there is none, and then removed if it stays empty.
 
     Raises:
         OpenSoraError: another process owns it, or it cannot be written to.
     """
     check_writable(folder / ".lock")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
@@ -50,8 +51,9 @@ def owned(folder: Path) -> Iterator[None]:
     finally:
         (folder / ".lock").unlink(missing_ok=True)  # while it is held, so that no other process loses its own
         lock.release()
-        with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # one of them holds something
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -31,10 +31,10 @@ def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, error):
 
 
 def test_a_folder_has_one_owner_and_is_left_as_it_was(tmp_path):
-    with owned(tmp_path / "run"), pytest.raises(OpenSoraError, match="in use by another process"):
-        with owned(tmp_path / "run"):
+    with owned(tmp_path / "runs" / "run"), pytest.raises(OpenSoraError, match="in use by another process"):
+        with owned(tmp_path / "runs" / "run"):
             pass
-    assert not (tmp_path / "run").exists(), "it stayed empty"
+    assert not (tmp_path / "runs").exists(), "it stayed empty"
     with pytest.raises(ValueError), owned(tmp_path / "run"):
         (tmp_path / "run" / "kept").touch()
         raise ValueError
