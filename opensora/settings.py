@@ -192,6 +192,11 @@ def _build_from_text(annotation: Any, text: str, key: str) -> Any:
             return _build(annotation, candidate, key, "")
         except OpenSoraError:
             continue
+    if text[:1] in ("{", "[") and isinstance(value, str):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OpenSoraError(f"{key} is not valid JSON: {error.msg} at character {error.pos + 1} of {text}") from None
     # Say it about the reading that fits the field best: a list for a sequence, otherwise the plain value.
     is_sequence = typing.get_origin(annotation) in (list, tuple)
     return _build(annotation, candidates[-1] if is_sequence else value, key, "")

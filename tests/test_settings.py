@@ -142,6 +142,7 @@ def test_the_order_of_overrides_does_not_matter():
         ("training.optimizer.type=Adem", "expected one of Adam, Muon"),
         ("training.optimizer.betas=0.8", "has 1 entries, expected 2"),
         ("training.compile=2", "expected bool"),
+        ('training.optimizer={"type": "Muon",}', "is not valid JSON: "),
         ("training", "must look like key=value"),
         ("notes.b=two", "notes.b is 'two', expected int"),
         ("notes.b=2.5", "notes.b is 2.5, expected int"),

@@ -68,7 +68,7 @@ def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 8) -> Path:
         path = write_video(folder / f"{number}.mp4", video, 12)
         rows.append(ClipRow(path, plain_caption(spec), num_frames, 64, 64, 12.0))
     picture = write_video(folder / "picture.png", videos[0, :, :1], 1)
-    rows.append(ClipRow(picture, "a picture", 1, 64, 64, None))
+    rows.append(ClipRow(picture, "a small red ball", 1, 64, 64, None))
     manifest = folder / "clips.csv"
     write_manifest(manifest, rows)
     return manifest

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,9 +38,11 @@ class DataPrecompute:
     missing. Clips that cannot be read are left out and named.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
     """Name of the recipe."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")
+    ] = ()
     """Settings to change, as KEY=VALUE."""
     manifest: Annotated[Path | None, option("FILE", "the recipe's")] = None
     """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
@@ -53,7 +55,7 @@ class DataPrecompute:
     text_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Precision of the text states in the files."""
     text: bool = True
-    """Encode the captions, too; --no-text leaves them to training."""
+    """Encode the captions, too, or leave them to training."""
     windows_per_clip: int = 1
     """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
     seed: int = 0
@@ -62,8 +64,8 @@ class DataPrecompute:
     """How large a file may become, in MB."""
     workers: int = 4
     """Threads that read clips while others are encoded."""
-    device: str | None = None
-    """cpu, cuda or mps; an accelerator if there is one when left out."""
+    device: Annotated[str | None, option("DEVICE", "an accelerator if there is one")] = None
+    """cpu, cuda or mps."""
 
     def run(self) -> None:
         from opensora.distributed.mesh import launched
@@ -75,9 +77,8 @@ class DataPrecompute:
             raise OpenSoraError(f"--shard-mb is {self.shard_mb:g}; give more than 0")
         check_count("--workers", self.workers)
         check_writable(self.output / "cache.json")
-        overrides = [*self.overrides, *([f"objective.data.manifest={self.manifest}"] if self.manifest else [])]
-        recipe = apply_overrides(find_recipe(self.recipe), overrides)
-        config, clips = objective_on_clips(self.recipe, recipe.objective)
+        config = apply_overrides(find_recipe(self.recipe), self.overrides).objective
+        config, clips = objective_on_clips(self.recipe, config, self.manifest)
         with launched() as launch, speaking_once(launch):
             self.encode(config, clips, str(choose_device(self.device)), launch.rank, launch.num_ranks)
 
@@ -104,6 +105,7 @@ class DataPrecompute:
             outline = config.build(META).captions
             captions = Captions(config.text, config.init_from, outline.max_tokens, outline.clean, device, outline.dtype)
             encoder = captions.load()
+            captions.check_words(row.text for row in source.rows)
             text = TextMadeFrom(
                 encoder=fingerprint(encoder.state_dict()),
                 origin=describe_origin(config.text.origin),
@@ -153,11 +155,21 @@ class DataPrecompute:
             )
         index = precompute.finish(self.output, plan, made_from)
         if index is not None:
+            if index.num_latents == 0:
+                first = index.failed[0]
+                raise OpenSoraError(f"no clip could be read; the first one: {first.path}: {first.reason}")
             print("\n".join(summary(self.output, index, config)))
 
 
-def objective_on_clips(name: str, objective: Any) -> "tuple[DiffusionObjectiveConfig, ManifestClips]":
+def objective_on_clips(
+    name: str, objective: Any, manifest: Path | None
+) -> "tuple[DiffusionObjectiveConfig, ManifestClips]":
     """The objective of a recipe that trains a diffusion transformer on the clips of a manifest, and these clips.
+
+    Args:
+        name: of the recipe.
+        objective: of the recipe.
+        manifest: to take the place of the recipe's.
 
     Raises:
         OpenSoraError: it trains something else, or on something else.
@@ -172,9 +184,10 @@ def objective_on_clips(name: str, objective: Any) -> "tuple[DiffusionObjectiveCo
             f"recipe {name} trains on {type(objective.data).__name__}, not on the clips of a manifest; "
             "give objective.data.type=ManifestClips and its buckets, or another recipe"
         )
-    if objective.data.manifest is None:
+    clips = objective.data if manifest is None else replace(objective.data, manifest=manifest)
+    if clips.manifest is None:
         raise OpenSoraError("no manifest; name the table of your clips by --manifest FILE")
-    return objective, objective.data
+    return replace(objective, data=clips), clips
 
 
 def encode_with(captions: "Captions") -> "EncodeText":

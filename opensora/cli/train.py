@@ -12,6 +12,7 @@ import tyro
 
 from opensora.cli.devices import choose_device
 from opensora.cli.dry_run import DryRunOptions
+from opensora.cli.options import option
 from opensora.cli.parallel import speaking_once
 from opensora.errors import OpenSoraError
 from opensora.files import owned
@@ -28,16 +29,18 @@ class Train:
     Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--settings` lists them all.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
     """Name of the recipe."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")
+    ] = ()
     """Settings to change, as KEY=VALUE."""
-    output: Path | None = None
-    """Folder of the run; runs/RECIPE by default. What it holds is resumed."""
-    device: str | None = None
-    """cpu, cuda or mps; an accelerator if there is one when left out. With --dry-run also h100-80g and others."""
-    threads: int | None = None
-    """CPU threads; all cores by default. Bit-for-bit resumption needs the same number."""
+    output: Annotated[Path | None, option("FOLDER", "runs/RECIPE")] = None
+    """Folder of the run. What it holds is resumed."""
+    device: Annotated[str | None, option("DEVICE", "an accelerator if there is one")] = None
+    """cpu, cuda or mps. With --dry-run also h100-80g and others."""
+    threads: Annotated[int | None, option("N", "all cores")] = None
+    """CPU threads. Bit-for-bit resumption needs the same number."""
     plan: tyro.conf.OmitArgPrefixes[Annotated[DryRunOptions, tyro.conf.arg(name="plan")]] = field(
         default_factory=DryRunOptions
     )
@@ -120,10 +123,9 @@ class Progress:
         self.first_step, self.started = 0, time.monotonic()
 
     def start(self, trainer: "Trainer", folder: Path) -> None:
-        if trainer.step:
-            self.bar.console.print(f"resuming {folder} at step {trainer.step}")
-        for note in trainer.notes:
-            self.bar.console.print(note)
+        told = [f"resuming {folder} at step {trainer.step}"] if trainer.step else []
+        for line in (*told, *trainer.notes):  # as it is: paths may look like markup
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.bar.update(self.task, completed=trainer.step, total=trainer.loop.steps)
         self.first_step, self.started = trainer.step, time.monotonic()
 

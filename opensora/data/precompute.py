@@ -11,6 +11,7 @@ Letters: C latent channels, T latent frames, h, w latent cells, L text tokens, D
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,7 @@ def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
     """Makes the folder, or proves that what it holds is to become the same cache.
 
     Raises:
-        OpenSoraError: another cache is there; names what differs.
+        OpenSoraError: another cache, or a table of the user's, is there; names what differs.
     """
     path = folder / PLAN
     if path.exists():
@@ -146,7 +147,15 @@ def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
                 "or another --output"
             )
         return
-    write_manifest(folder / MANIFEST, rows)
+    table = folder / MANIFEST
+    mine = folder / f".{os.getpid()}{table.suffix}"
+    write_manifest(mine, rows)
+    try:
+        if table.exists() and table.read_bytes() != mine.read_bytes():
+            raise OpenSoraError(f"{folder} holds a {MANIFEST} that is not of a cache; choose another --output")
+        mine.replace(table)
+    finally:
+        mine.unlink(missing_ok=True)
     save_settings(made_from, path)
 
 
@@ -274,7 +283,7 @@ def _share(
     size: Callable[[Any], int],
     progress: Progress | None,
 ) -> Iterator[Any]:
-    """A rank's shards that are not there yet, or damaged."""
+    """A rank's shards that are not there yet, or damaged, or lack clips that could not be read the last time."""
     mine = shards[rank::num_ranks]
     done, total = 0, sum(map(size, mine))
     for shard in mine:
@@ -287,7 +296,7 @@ def _share(
 
 def _is_whole(path: Path) -> bool:
     try:
-        return path.exists() and bool(read_note(path))
+        return path.exists() and not read_note(path).get("failed")
     except OpenSoraError:
         return False
 

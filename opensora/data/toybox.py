@@ -86,6 +86,9 @@ class ToyboxLatents:
     batch_size: int = 48
 
     def __post_init__(self) -> None:
+        for name in ("num_clips", "num_clips_of_other_lengths", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OpenSoraError(f"{name} is {getattr(self, name)}; give 1 or more")
         total = sum(length.share for length in self.other_lengths)
         if total > 1 or any(length.share < 0 for length in self.other_lengths):
             raise OpenSoraError(f"other_lengths have shares that sum to {total:g}; expected shares from 0 to 1 in all")

@@ -64,7 +64,8 @@ class DiffusionObjectiveConfig:
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
         frozen_dtype: precision of networks that are used and not trained.
         preview: what is generated or measured to watch the training.
-        export_dtype: precision of the exported weights; checkpoints are always float32.
+        export_dtype: precision of the exported weights but for the autoencoder's, which stay as they were used;
+            checkpoints are always float32.
         defaults: how the exported pipeline samples, as keywords of `OpenSoraPipeline`.
     """
 
@@ -175,13 +176,18 @@ class DiffusionObjective(Objective):
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def set_up(self, cache: Path) -> None:
+        if isinstance(self.config.preview, HeldOutLosses):
+            self.config.preview.check()
         self.source = self.open_source(cache)
 
     def open_source(self, cache: Path) -> Source:
         """Where latents come from."""
         data = self.config.data
         if isinstance(data, ManifestClips):
-            return EncodedClips(data.open(), self.autoencoder, sample=self.config.sample_posterior)
+            clips = data.open()
+            if not isinstance(self.config.text, CachedText):
+                self.captions.check_words(row.text for row in clips.rows)
+            return EncodedClips(clips, self.autoencoder, sample=self.config.sample_posterior)
         if isinstance(data, CachedLatents):
             source = data.open(self.autoencoder, sample=self.config.sample_posterior)
             if isinstance(self.config.text, CachedText):
@@ -365,10 +371,11 @@ class DiffusionObjective(Objective):
             self.export_adapter(folder, self.config.train)
             return
         with_text_encoder = isinstance(self.config.text, TrainedText) or self.config.text.exported
-        networks = {"transformer": self.transformer, "autoencoder": self.autoencoder}
+        networks: dict[str, nn.Module] = {"transformer": self.transformer}
         if with_text_encoder:
             networks["text_encoder"] = self.captions.load()
         parts: dict[str, Any] = copies(networks, getattr(torch, self.config.export_dtype))
+        parts["autoencoder"] = self.autoencoder  # as the latents were made with it
         pipeline = self.pipeline(**parts, trained_on=origin_of_latents(parts["autoencoder"]))
         save_pipeline(pipeline, folder, with_text_encoder=with_text_encoder)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from opensora.data.buckets import BucketConfig
+from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
 from opensora.evaluation.held_out import manifest_portions
 from opensora.evaluation.judge import load_judge
@@ -88,6 +89,17 @@ class HeldOutLosses:
     num_clips: int = 40
     frame_interval: int = 1
     prompts: Prompts | None = None
+
+    def check(self) -> None:
+        """Before the first step.
+
+        Raises:
+            OpenSoraError: no such table, none of its clips has any of the sizes, or a file is missing.
+        """
+        source = ManifestClips(self.buckets, self.manifest, frame_interval=self.frame_interval, num_workers=0).open()
+        for row in source.rows:
+            if not row.path.exists():
+                raise OpenSoraError(f"{row.path} does not exist; leave it out of {self.manifest}")
 
     def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
         """The mean loss of every size, as `held_out/SIZE`."""

@@ -32,27 +32,36 @@ FREE_TO_CHANGE = (
 """Settings, and groups of settings, that do not decide the weights, or only with how many ranks there are."""
 
 
+FROZEN = "frozen.json"
+_MOST_CHANGES = 8
+
+
 def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
     """Writes the recipe beside the run, or holds it against the one that is there.
 
     Returns:
-        Whether there was none.
+        Whether the run is new. What is left of one that never wrote a checkpoint is taken away.
 
     Raises:
         OpenSoraError: a setting that decides the weights has changed.
     """
-    is_new = not path.exists()
-    if not is_new:
+    is_new = not any((path.parent / "checkpoints").glob("step-*"))  # nothing was learnt, so nothing to hold to
+    if not is_new and path.exists():
         before, now = flatten(read_json(path)), flatten(to_dict(recipe))
         changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE_TO_CHANGE))
         if changed:
-            values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed)
+            shown = ["name"] if "name" in changed else changed[:_MOST_CHANGES]
+            values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in shown)
+            values += f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
             raise OpenSoraError(
                 f"{path.parent} holds a run with other settings: {values}; use them, or another --output"
             )
     mesh.wait()
     if mesh.is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            (path.parent / FROZEN).unlink(missing_ok=True)
+            (path.parent / "cache" / "latent_space.json").unlink(missing_ok=True)  # measured with other settings
         save_settings(recipe, path)
     return is_new
 

@@ -6,6 +6,7 @@ and lies with the latents.
 Letters: B captions, L tokens, D width of the text.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from opensora.checkpoints.weights import fingerprint
 from opensora.data.cache import Cache
 from opensora.errors import OpenSoraError
 from opensora.models.text.cleaning import clean_text
+from opensora.models.text.encoders import check_words
 from opensora.toybox.captions import build_tokenizer
 from opensora.training.parts import META, Origin, Untrained, build_part, find_part, find_tokenizer
 
@@ -121,6 +123,10 @@ class Captions:
         if made is not None and made.origin != origin:
             found = fingerprint(build_part(origin, "text_encoder", T5EncoderModel, "cpu", self.dtype).state_dict())
         cache.check_text(found, self.max_tokens, self.clean)
+
+    def check_words(self, captions: Iterable[str]) -> None:
+        """Refuses captions with words that the tokenizer does not know, and would take for one another."""
+        check_words(self.tokenizer, [caption for caption in captions if caption.strip()])
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut."""

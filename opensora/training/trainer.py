@@ -28,7 +28,7 @@ from opensora.training.ema import EMA
 from opensora.training.metrics import Means, Metrics, Work, by_group, peak_memory_gb
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
 from opensora.training.parallel import Parallel, average_gradients, in_one_piece, wrap_blocks
-from opensora.training.record import record_frozen, record_recipe
+from opensora.training.record import FROZEN, record_frozen, record_recipe
 
 
 class Trainer:
@@ -66,11 +66,11 @@ class Trainer:
         is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
         try:
             with self.mesh.first_rank_first():
-                record_frozen(self.objective, folder / "frozen.json", self.mesh)
+                record_frozen(self.objective, folder / FROZEN, self.mesh)
                 self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
-                for name in ("recipe.json", "frozen.json"):
+                for name in ("recipe.json", FROZEN):
                     (folder / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something else
                     folder.rmdir()
@@ -112,13 +112,13 @@ class Trainer:
                     self.on_step(self.step, loop.steps, figures)
                 if self.due(loop.log_every) or self.step == loop.steps:
                     write(self.step, self.figures())
-                if self.due(loop.preview_every):
-                    write(self.step, self.preview())
                 stop, failed = self.mesh.any(self.stop_requested, self.checkpoints.error is not None)
                 if failed:
                     self.checkpoints.wait()
                 if self.due(loop.checkpoint_every) or self.step == loop.steps or stop:
                     self.checkpoint()
+                if self.due(loop.preview_every) and (figures := self.preview()):
+                    write(self.step, figures)
                 if stop:
                     self.checkpoints.wait()
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")

@@ -51,6 +51,44 @@ def test_the_settings_that_it_prints_train_on_the_cache(folder, monkeypatch, cap
     assert (folder / "run" / "model" / "model_index.json").exists()
 
 
+def test_a_table_of_the_user_is_not_written_over(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    mine = "path,text,num_frames,height,width,fps,source\n0.mp4,a clip,20,64,64,8,the web\n"
+    (folder / "manifest.csv").write_text(mine)
+    data = DATA.replace("clips.csv", "manifest.csv")
+    assert main(["data", "precompute", "v1_2_debug", data, "--output", ".", "--device", "cpu"]) == 2
+    assert "holds a manifest.csv that is not of a cache" in capsys.readouterr().err
+    assert (folder / "manifest.csv").read_text() == mine
+
+
+def test_clips_that_could_not_be_read_are_tried_again(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    args = ["data", "precompute", "v1_2_debug", DATA, "--output", "cache", "--device", "cpu"]
+    for name in folder.glob("*.mp4"):
+        name.rename(name.with_suffix(".away"))
+    assert main(args) == 2
+    assert "no clip could be read; the first one: " in capsys.readouterr().err
+    for name in folder.glob("*.away"):
+        name.rename(name.with_suffix(".mp4"))
+    assert main(args) == 0
+    assert Cache(folder / "cache").index.num_latents == NUM_CLIPS
+
+
+def test_a_recipe_that_has_no_clips_of_a_manifest_is_told(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["data", "precompute", "v1_2_debug", "--manifest", "clips.csv", "--output", "cache"]) == 2
+    assert "trains on ToyboxLatents, not on the clips of a manifest" in capsys.readouterr().err
+
+
+def test_words_that_the_model_does_not_know_are_told_before_the_work(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for command in (["train", "toybox_lora", "--output", "run", "objective.data.manifest=clips.csv"],
+                    ["data", "precompute", "toybox_lora", "--output", "cache", "--manifest", "clips.csv"]):  # fmt: skip
+        assert main(command) == 2
+        assert "this model does not know: number, 0, 1" in capsys.readouterr().err
+    assert not (folder / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.multi
 def test_killed_at_random_moments_and_shared_by_processes_it_is_the_same_cache(folder, monkeypatch):

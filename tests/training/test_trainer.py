@@ -96,6 +96,24 @@ def test_a_run_whose_frozen_weights_have_changed_is_refused(tmp_path: Path, monk
     Trainer(recipe(steps=3), tmp_path / "another")
 
 
+def test_a_run_that_never_wrote_a_checkpoint_binds_its_folder_to_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OpenSoraError, match="non-finite gradient"):
+        Trainer(recipe(poison_steps=tuple(range(12)), max_bad_steps=3, checkpoint_every=0), tmp_path).run()
+    Trainer(recipe(steps=3), tmp_path).run()
+    with pytest.raises(OpenSoraError, match=r"poison_steps=\[1\] \(was \[\]\); use them"):
+        Trainer(recipe(steps=3, poison_steps=(1,)), tmp_path)
+
+
+def test_a_preview_that_fails_costs_no_step(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object) -> dict[str, float]:
+        raise OpenSoraError("a held-out clip has gone")
+
+    monkeypatch.setattr(Regression, "preview", fail)
+    with pytest.raises(OpenSoraError, match="has gone"):
+        Trainer(recipe(preview_every=3), tmp_path).run()
+    assert Trainer(recipe(preview_every=3), tmp_path).step == 3
+
+
 def test_work_is_counted_for_each_shape() -> None:
     """Batches of one label may have many lengths."""
     layer, work = nn.Linear(4, 4, bias=False), Work(peak_tflops=1.0)

@@ -56,6 +56,9 @@ def encode_prompts(
     return states.to(device=device, dtype=dtype), text_mask.to(device=device, dtype=torch.bool)
 
 
+_MOST_WORDS = 20
+
+
 def check_words(tokenizer: Any, prompts: list[str]) -> None:
     """Refuses what a word-level tokenizer would drop or turn into its unknown token; others read any text.
 
@@ -73,7 +76,9 @@ def check_words(tokenizer: Any, prompts: list[str]) -> None:
             raise OpenSoraError(f"the prompt {_start_of(prompt)!r} holds no word; say what the video should show")
         unknown += [word for token, word in words if token == tokenizer.unk_token_id]
     if unknown:
-        raise OpenSoraError(f"this model does not know: {', '.join(dict.fromkeys(unknown))}")
+        words = list(dict.fromkeys(unknown))
+        more = f" and {len(words) - _MOST_WORDS} more words" if len(words) > _MOST_WORDS else ""
+        raise OpenSoraError(f"this model does not know: {', '.join(words[:_MOST_WORDS])}{more}")
 
 
 def null_prompts(null_text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
