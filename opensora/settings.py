@@ -196,7 +196,8 @@ def _build_from_text(annotation: Any, text: str, key: str) -> Any:
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
-            raise OpenSoraError(f"{key} is not valid JSON: {error.msg} at character {error.pos + 1} of {text}") from None
+            where = f"at character {error.pos + 1} of {text}"
+            raise OpenSoraError(f"{key} is not valid JSON: {error.msg} {where}") from None
     # Say it about the reading that fits the field best: a list for a sequence, otherwise the plain value.
     is_sequence = typing.get_origin(annotation) in (list, tuple)
     return _build(annotation, candidates[-1] if is_sequence else value, key, "")

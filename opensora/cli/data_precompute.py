@@ -10,7 +10,7 @@ import tyro
 
 from opensora.cli.devices import choose_device
 from opensora.cli.evaluate import check_count
-from opensora.cli.options import option
+from opensora.cli.options import FLAG, option
 from opensora.cli.parallel import speaking_once
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
@@ -54,8 +54,8 @@ class DataPrecompute:
     """Precision of the latents in the files."""
     text_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Precision of the text states in the files."""
-    text: bool = True
-    """Encode the captions, too, or leave them to training."""
+    text: Annotated[bool, FLAG] = True
+    """Leave the captions alone; training then encodes them at every step."""
     windows_per_clip: int = 1
     """Pieces taken of a clip that is longer than its size asks for, each from a random place."""
     seed: int = 0
