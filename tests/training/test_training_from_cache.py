@@ -87,6 +87,17 @@ def test_held_out_losses_are_logged_at_set_steps(manifest, tmp_path, capsys):
         assert row["held_out/64x64 17f 64x64"] > 0 and row["held_out/64x64 1f 64x64"] > 0
 
 
+def test_held_out_clips_that_are_not_there_are_told_before_the_first_step(manifest, tmp_path, capsys):
+    table = tmp_path / "held_out.csv"
+    write_manifest(table, [ClipRow(tmp_path / "gone.mp4", "gone", 18, 64, 64, 8.0)])
+    for path, message in ((table, "gone.mp4 does not exist; leave it out of"), (tmp_path / "no.csv", "does not exist")):
+        preview = json.dumps({"type": "HeldOutLosses", "manifest": str(path), "buckets": BUCKETS})
+        settings = [on_clips(manifest), f"objective.preview={preview}", "--output", str(tmp_path / "run")]
+        assert main(["train", "v1_2_debug", *settings, "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
