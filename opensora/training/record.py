@@ -1,5 +1,6 @@
-"""The settings of a run, and the weights it does not train, written beside it: a resumed run must be the same run."""
+"""What a run is bound to, written beside it: its settings, tables of clips, and weights that it does not train."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,13 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
     return is_new
 
 
-def record_frozen(objective: Objective, path: Path, mesh: Mesh) -> None:
-    """Writes hashes of all weights that a run uses and does not train, or holds them against those that are there.
+def record_frozen(recipe: Recipe, objective: Objective, path: Path, mesh: Mesh) -> None:
+    """Writes hashes of what a run uses and does not change, or holds them against those that are there.
+
+    These are the weights that are not trained, and the tables that its settings name.
 
     Raises:
-        OpenSoraError: a file that they were loaded from has changed since.
+        OpenSoraError: something has changed since.
     """
     if not mesh.is_first:
         return
@@ -78,11 +81,14 @@ def record_frozen(objective: Objective, path: Path, mesh: Mesh) -> None:
     parts = {"the frozen part of what is trained": {n: p for n, p in parameters if not p.requires_grad}}
     parts |= {name: network.state_dict() for name, network in objective.frozen.items()}
     now = {name: fingerprint(weights) for name, weights in parts.items() if weights}
+    for name, value in flatten(to_dict(recipe)).items():
+        if name.endswith(".manifest") and value and not name.startswith(FREE_TO_CHANGE) and Path(value).is_file():
+            now[name] = hashlib.sha256(Path(value).read_bytes()).hexdigest()
     if path.exists():
         before = read_json(path)
         if changed := sorted(name for name in now if before.get(name) != now[name]):
             raise OpenSoraError(
-                f"{path.parent} holds a run that began with other weights of: {', '.join(changed)}; "
+                f"{path.parent} holds a run that began with other contents of: {', '.join(changed)}; "
                 "give back the files it began with, or another --output"
             )
         return

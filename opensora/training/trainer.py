@@ -66,7 +66,7 @@ class Trainer:
         is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
         try:
             with self.mesh.first_rank_first():
-                record_frozen(self.objective, folder / FROZEN, self.mesh)
+                record_frozen(recipe, self.objective, folder / FROZEN, self.mesh)
                 self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it

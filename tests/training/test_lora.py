@@ -281,6 +281,14 @@ def test_a_stopped_run_goes_on(pipeline_folder, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_whose_table_has_changed_is_refused(pipeline_folder, tmp_path):
+    manifest = write_clips(tmp_path / "clips")
+    Trainer(recipe(pipeline_folder, manifest, steps=1), tmp_path / "run").run()
+    manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(OpenSoraError, match=r"other contents of: objective\.data\.manifest; give back"):
+        Trainer(recipe(pipeline_folder, manifest, steps=1), tmp_path / "run")
+
+
 @pytest.mark.parametrize("kind", FAMILY)
 def test_each_generation_trains_an_adapter(kind, tmp_path):
     """Through its own objective: published conditions, a frozen text encoder, bf16."""

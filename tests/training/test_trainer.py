@@ -91,7 +91,7 @@ def test_a_run_whose_frozen_weights_have_changed_is_refused(tmp_path: Path, monk
         return objective
 
     monkeypatch.setattr(RegressionConfig, "build", with_other_weights)
-    with pytest.raises(OpenSoraError, match="began with other weights of: the frozen part"):
+    with pytest.raises(OpenSoraError, match="began with other contents of: the frozen part"):
         Trainer(recipe(steps=3), tmp_path)
     Trainer(recipe(steps=3), tmp_path / "another")
 
