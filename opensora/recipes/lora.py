@@ -25,12 +25,12 @@ def toybox_lora() -> Recipe:
         autoencoder="toybox",
         text=FrozenText("toybox"),
         init_from="toybox",
-        train=LoRAConfig(rank=16, alpha=32, preserve=0.4),
+        train=LoRAConfig(rank=16, alpha=32, preserve=0.5),
         sample_posterior=False,  # the toybox was trained on means
         frozen_dtype="bfloat16",
     )
     optimizer = OptimizerConfig(matrices="adamw", lr=3e-3, warmup_steps=10, decay=0.7)
-    loop = LoopConfig(steps=560, ema_decay=0.98, log_every=10, checkpoint_every=50, optimizer=optimizer)
+    loop = LoopConfig(steps=320, ema_decay=0.98, log_every=10, checkpoint_every=50, optimizer=optimizer)
     return Recipe("toybox_lora", objective, loop)
 
 
