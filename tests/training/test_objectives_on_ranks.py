@@ -7,10 +7,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_objectives import diffusion_config, vae_config
+from tiny_objectives import diffusion_config, family_config, vae_config, write_clips
 
 from opensora.training.config import LoopConfig, ObjectiveConfig, Recipe
 from opensora.training.discriminator import DiscriminatorConfig
+from opensora.training.lora import LoRAConfig
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
 from opensora.training.vae_clips import Cut
@@ -56,6 +57,21 @@ def test_diffusion_on_two_ranks(tmp_path: Path, kind: str, ranks: dict) -> None:
     train(objective, tmp_path / "one", {"microbatches": 2})
     run_ranks(2, train, objective, tmp_path / "ranks", ranks)
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("ranks", [{"sharding": "full"}, {"sequence_parallel": 2, "microbatches": 2}], ids=str)
+def test_an_adapter_on_two_ranks(tmp_path: Path, ranks: dict) -> None:
+    """The network is asked twice a step, once without the adapter."""
+    manifest = write_clips(tmp_path / "clips")
+    base = family_config("1.2", manifest).build("cpu").transformer
+    torch.nn.init.normal_(base.final_layer.linear.weight, std=0.2)  # zeros would hide all other layers
+    base.save_pretrained(tmp_path / "base")
+    adapter = LoRAConfig(2, preserve=0.3)
+    objective = family_config("1.2", manifest, init_from=str(tmp_path / "base"), transformer=None, train=adapter)
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(2, train, objective, tmp_path / "ranks", ranks)
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
+    assert any(line.get("change", 0) > 0 for line in map(json.loads, (tmp_path / "ranks" / "metrics.jsonl").open()))
 
 
 @pytest.mark.parametrize("sharding", ["full", "none"])
