@@ -81,7 +81,7 @@ class ModelOptions:
             path, scale = parse_adapter(text)
             if path in given:
                 raise OpenSoraError(f"--adapter {path} is given twice")
-            given[path] = UsedAdapter(told_name(path), adapter_hash(path), 1.0 if scale is None else scale)
+            given[path] = UsedAdapter(path.resolve().name, adapter_hash(path), 1.0 if scale is None else scale)
             if record is not None and scale is None:  # then the record says how strong
                 scales = [used.scale for used in record.adapters if used.sha256 == given[path].sha256]
                 given[path] = dataclasses.replace(given[path], scale=scales[0] if scales else 1.0)
@@ -162,7 +162,7 @@ class ModelOptions:
         from opensora.checkpoints.published import BUNDLED, published_name
 
         name = self.name(record)
-        return name if name in BUNDLED else published_name(name) or told_name(Path(name))
+        return name if name in BUNDLED else published_name(name) or Path(name).expanduser().resolve().name
 
     def _asks_to_download(self, name: str) -> bool:
         """Whether a user at a terminal wants what is missing fetched; not asked where nothing is, or nobody is there.
@@ -232,9 +232,3 @@ class MachineOptions:
         """Raises `OpenSoraError` for an unknown dtype."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OpenSoraError(f"unknown dtype {self.dtype!r}{nearest_name(self.dtype, DTYPES)}")
-
-
-def told_name(path: Path) -> str:
-    """What a record calls a folder or file: its name; the run's, too, for `runs/NAME/model`, as every run has one."""
-    path = path.expanduser().resolve()
-    return "/".join(path.parts[-2:]) if path.name == "model" else path.name

@@ -9,7 +9,7 @@ import torch
 from tiny_pipeline import make_pipeline
 
 from opensora.checkpoints.adapters import ADAPTER_FILE
-from opensora.cli.loading import parse_adapter, told_name
+from opensora.cli.loading import parse_adapter
 from opensora.cli.main import main
 from opensora.cli.record import read_record
 from opensora.errors import OpenSoraError
@@ -120,9 +120,3 @@ def test_inspect_tells_what_an_adapter_is(model, capsys):
     assert told["origin"]["config"]["hidden_size"] == 48 and told["fits"] == []
     (file.parent.parent / "cut.safetensors").write_bytes(file.read_bytes()[:2000])
     assert main(["inspect", str(file.parent.parent / "cut.safetensors")]) == 2
-
-
-def test_a_run_is_told_by_its_name(tmp_path):
-    """Every run leaves a folder called model."""
-    assert told_name(tmp_path / "runs" / "sun" / "model") == "sun/model"
-    assert told_name(tmp_path / "tiny") == "tiny"
