@@ -60,6 +60,16 @@ def to_dict(settings: Any) -> Any:
     return settings
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects, such as `to_dict` makes, as one: {"loop.steps": 100, ...}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     """Builds `cls` from what `to_dict` made.
 
@@ -75,7 +85,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def save_settings(settings: Any, path: str | Path) -> None:
-    """Writes a dataclass as JSON; no half file is ever seen."""
+    """Writes a dataclass, or what `to_dict` makes, as JSON; no half file is ever seen."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -33,7 +33,7 @@ from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.transforms import random_window
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.settings import load_settings, save_settings, to_dict
+from opensora.settings import flatten, load_settings, save_settings, to_dict
 
 PLAN = "making.json"
 
@@ -139,7 +139,7 @@ def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
     """
     path = folder / PLAN
     if path.exists():
-        before, now = _flatten(to_dict(load_settings(MadeFrom, path))), _flatten(to_dict(made_from))
+        before, now = flatten(to_dict(load_settings(MadeFrom, path))), flatten(to_dict(made_from))
         changed = [f"{k} is {now.get(k)} (was {before.get(k)})" for k in before | now if before.get(k) != now.get(k)]
         if changed:
             raise OpenSoraError(
@@ -324,12 +324,3 @@ def _ahead(readers: ThreadPoolExecutor, load: Callable[[T], R], items: Sequence[
         if item is not None:
             waiting.append(readers.submit(load, item))
         yield waiting.pop(0).result()
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -1,15 +1,12 @@
 """What a run is bound to, written beside it: its settings, tables of clips, and weights that it does not train."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 from opensora.checkpoints.weights import fingerprint
 from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
-from opensora.files import replacing
-from opensora.settings import read_json, save_settings, to_dict
+from opensora.settings import flatten, read_json, save_settings, to_dict
 from opensora.training.config import Recipe
 from opensora.training.objective import Objective
 
@@ -92,15 +89,4 @@ def record_frozen(recipe: Recipe, objective: Objective, path: Path, mesh: Mesh) 
                 "give back the files it began with, or another --output"
             )
         return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(now, indent=2) + "\n")
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one: {"loop.steps": 100, ...}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+    save_settings(now, path)
