@@ -313,9 +313,9 @@ def test_options_that_do_not_exist(folder):
 def test_components_come_from_known_libraries_only(folder):
     change_json(folder / "model_index.json", scheduler=["subprocess", "Popen"])
     assert "come from opensora, diffusers and transformers only" in refusal(folder)
-    change_json(folder / "model_index.json", scheduler=["opensora.flow", "Nothing"])
+    change_json(folder / "model_index.json", scheduler=["opensora.diffusion.flow", "Nothing"])
     assert "which has none" in refusal(folder)
-    change_json(folder / "model_index.json", scheduler=["opensora.flow", "euler_step"])
+    change_json(folder / "model_index.json", scheduler=["opensora.diffusion.flow", "euler_step"])
     assert "which is no class" in refusal(folder)
     change_json(folder / "model_index.json", scheduler=None)
     assert "names no scheduler" in refusal(folder)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opensora import flow, gaussian
 from opensora.checkpoints.sources import model_hash
 from opensora.data.batch import LatentBatch
+from opensora.diffusion import flow, gaussian
+from opensora.diffusion.losses import training_losses
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
-from opensora.gaussian_losses import training_losses
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.text.cleaning import clean_text

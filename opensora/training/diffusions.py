@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opensora import flow, gaussian
 from opensora.data.batch import LatentBatch
-from opensora.gaussian_losses import mean_per_sample, speed_tables, training_losses, velocity_weights
+from opensora.diffusion import flow, gaussian
+from opensora.diffusion.losses import mean_per_sample, speed_tables, training_losses, velocity_weights
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
@@ -147,7 +147,7 @@ class IDDPM:
     Attributes:
         prediction_type: what is predicted besides the variance: "epsilon" the noise, "sample" the clean latents.
         steps: how steps are drawn: "uniform", or "speed" for those of SpeeD, with its weights.
-        velocity_weights: weigh squared errors as those of the velocity, see `gaussian_losses.velocity_weights`.
+        velocity_weights: weigh squared errors as those of the velocity, see `losses.velocity_weights`.
         float32_tables: see `IDDPMScheduler`.
         sampler: how an exported pipeline samples.
     """

@@ -11,8 +11,8 @@ from diffusers.guiders import AdaptiveProjectedGuidance, BaseGuidance, Classifie
 from tiny_pipeline import make_pipeline, seeded
 from torch import Tensor
 
-from opensora import gaussian
 from opensora.conditioning import GivenFrames
+from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler

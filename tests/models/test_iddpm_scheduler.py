@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 
-from opensora import flow
+from opensora.diffusion import flow
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 

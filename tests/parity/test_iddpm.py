@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
+from opensora.diffusion.losses import mean_per_sample, speed_tables, training_losses
 from opensora.errors import OpenSoraError
-from opensora.gaussian_losses import mean_per_sample, speed_tables, training_losses
 from opensora.models.guidance import ChannelGuidance, default_guider
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from opensora import flow
+from opensora.diffusion import flow
 from opensora.models.guidance import ChannelGuidance, default_guider
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 

@@ -32,7 +32,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 from opensora.models.schedulers.iddpm import IDDPMScheduler

@@ -1,7 +1,7 @@
 """The discrete-time sampler of Open-Sora 1.0 and 1.1, as a diffusers scheduler: ancestral (IDDPM) or DDIM steps.
 
-A thin class over :mod:`opensora.gaussian`. Sampling walks a respaced schedule from noise to data; ``timesteps`` holds
-the steps of the original schedule, which the network sees.
+A thin class over :mod:`opensora.diffusion.gaussian`. Sampling walks a respaced schedule from noise to data;
+``timesteps`` holds the steps of the original schedule, which the network sees.
 
 Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
 to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until that fraction of the steps is left, is
@@ -24,7 +24,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
 
@@ -112,7 +112,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: 100 or ``"100"``, ``"ddim50"``, ``"10,15,20"``; see
-                :func:`opensora.gaussian.respaced_timesteps`. ``None`` takes every training step.
+                :func:`opensora.diffusion.gaussian.respaced_timesteps`. ``None`` takes every training step.
             device: where ``timesteps`` goes; ``None`` is the CPU.
 
         Raises:

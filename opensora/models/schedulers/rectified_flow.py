@@ -1,8 +1,8 @@
 """The rectified-flow sampler of Open-Sora 1.2 and later: Euler steps from noise to data, as a diffusers scheduler.
 
-A thin class over :mod:`opensora.flow`. There, time runs over [0, 1]; here it is the timestep the networks were trained
-on, 0..``num_train_timesteps``, with ``num_train_timesteps`` = pure noise. Sampling visits (1 - i/n) of the way for
-i = 0..n-1, time-shifted if the model was trained so, and the last step goes to 0.
+A thin class over :mod:`opensora.diffusion.flow`. There, time runs over [0, 1]; here it is the timestep the networks
+were trained on, 0..``num_train_timesteps``, with ``num_train_timesteps`` = pure noise. Sampling visits (1 - i/n) of the
+way for i = 0..n-1, time-shifted if the model was trained so, and the last step goes to 0.
 
 Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
 to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until time falls to that fraction, is noised
@@ -22,7 +22,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from opensora import flow
+from opensora.diffusion import flow
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 

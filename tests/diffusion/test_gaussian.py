@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 
 SHAPE = (3, 2, 4, 2, 2)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opensora import gaussian
-from opensora.errors import OpenSoraError
-from opensora.gaussian_losses import (
+from opensora.diffusion import gaussian
+from opensora.diffusion.losses import (
     DiffusionLosses,
     discretized_log_likelihood,
     mean_per_sample,
@@ -19,6 +18,7 @@ from opensora.gaussian_losses import (
     variational_bound,
     velocity_weights,
 )
+from opensora.errors import OpenSoraError
 
 TABLES = gaussian.make_tables(gaussian.linear_betas(100))
 SHAPE = (3, 2, 4, 2, 2)

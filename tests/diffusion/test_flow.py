@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensora import flow
+from opensora.diffusion import flow
 from opensora.errors import OpenSoraError
 
 RATIOS = st.floats(0.01, 100)

@@ -4,7 +4,8 @@ A network with learned variance is trained on both: the squared error teaches th
 The bound sees the prediction detached, or its noisy gradient would drown the squared error's (Nichol and Dhariwal 2021,
 https://arxiv.org/abs/2102.09672, section 3.1). It is in bits per latent value.
 
-Letters as in :mod:`opensora.gaussian`: x clean latents (B, C, T, H, W), x_t noisy ones, e noise, t step (B,), N steps.
+Letters as in :mod:`opensora.diffusion.gaussian`: x clean latents (B, C, T, H, W), x_t noisy ones, e noise, t step (B,),
+N steps.
 """
 
 import math
@@ -13,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opensora import gaussian
+from opensora.diffusion import gaussian
+from opensora.diffusion.gaussian import GaussianTables, LossType, PredictionType, Reverse, VarianceType
 from opensora.errors import OpenSoraError
-from opensora.gaussian import GaussianTables, LossType, PredictionType, Reverse, VarianceType
 
 LN2 = math.log(2.0)
 
@@ -60,7 +61,7 @@ def training_losses(
         noise: e, same shape.
         t: steps, (B,) int64 in [0, N).
         prediction_type: what the first C channels are compared with: ``noise`` or ``clean``.
-        variance_type: see :func:`opensora.gaussian.p_distribution`.
+        variance_type: see :func:`opensora.diffusion.gaussian.p_distribution`.
         loss_type: ``mse``: squared error, plus the bound where the variance is learned. ``rescaled_mse``: the bound
             times N / 1000, so that it weighs the same in a short schedule. ``kl``: the bound alone, prediction
             included. ``rescaled_kl``: times N, an estimate of the whole sum over steps.
