@@ -13,12 +13,12 @@ from opensora.media.write import write_video
 from opensora.recipes.debug import debug_objective
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import render, sample_specs
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import IDDPM, Flow
-from opensora.training.previews import JudgedPrompts
-from opensora.training.text import TrainedText
-from opensora.training.vae_clips import ToyboxVideos
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.diffusion.noise import IDDPM, Flow
+from opensora.training.diffusion.previews import JudgedPrompts
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import TrainedText
+from opensora.training.vae.clips import ToyboxVideos
+from opensora.training.vae.task import VAEObjectiveConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
 AUTOENCODER: dict[str, Any] = {

@@ -9,8 +9,8 @@ from torch import nn
 
 from opensora.distributed.seeding import Draw
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
+from opensora.training.task import Objective
 
 
 class Block(nn.Module):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from opensora.data.cache import Index
     from opensora.data.clips import ManifestClips
     from opensora.data.precompute import EncodeText
-    from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-    from opensora.training.text import Captions
+    from opensora.training.diffusion.task import DiffusionObjectiveConfig
+    from opensora.training.diffusion.text import Captions
 
 _MOST_FAILED = 20
 
@@ -92,8 +92,8 @@ class DataPrecompute:
         from opensora.data import precompute
         from opensora.data.cache import LatentsMadeFrom, MadeFrom, TextMadeFrom
         from opensora.models.autoencoders.video import VideoAutoencoder
+        from opensora.training.diffusion.text import Captions, TrainedText
         from opensora.training.parts import META, build_part
-        from opensora.training.text import Captions, TrainedText
 
         source = clips.open()
         # The autoencoder is the smaller one and waits on the CPU while text is encoded.
@@ -175,7 +175,7 @@ def objective_on_clips(
         OpenSoraError: it trains something else, or on something else.
     """
     from opensora.data.clips import ManifestClips
-    from opensora.training.diffusion_objective import DiffusionObjectiveConfig
+    from opensora.training.diffusion.task import DiffusionObjectiveConfig
 
     if not isinstance(objective, DiffusionObjectiveConfig):
         raise OpenSoraError(f"recipe {name} trains no diffusion transformer, so it has no use for a cache of latents")

@@ -13,11 +13,11 @@ from typing import Any
 from opensora.checkpoints.published import PUBLISHED
 from opensora.data.toybox import OtherLength, ToyboxClips, ToyboxLatents
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import IDDPM, Flow
+from opensora.training.diffusion.noise import IDDPM, Flow
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.parts import Untrained
-from opensora.training.text import FrozenText
 
 _TRANSFORMER = {"hidden_size": 48, "depth": 2, "num_heads": 2, "caption_channels": 32, "model_max_length": 120}
 _TEXT_ENCODER = {

@@ -8,11 +8,11 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.published import published_objective
 from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import Flow
-from opensora.training.lora import LoRAConfig
+from opensora.training.diffusion.lora import LoRAConfig
+from opensora.training.diffusion.noise import Flow
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.text import FrozenText
 
 _MODEL = "opensora-1.2"
 

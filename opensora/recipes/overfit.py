@@ -10,9 +10,9 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_objective
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusions import Flow
+from opensora.training.diffusion.noise import Flow
+from opensora.training.diffusion.text import CachedText, FrozenText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.text import CachedText, FrozenText
 
 AUTOENCODER = RUNS / "vae_small_stage3" / "model"
 

@@ -6,10 +6,10 @@ from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import IDDPM, Flow
+from opensora.training.diffusion.noise import IDDPM, Flow
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.text import FrozenText
 
 
 def model_of(run: str) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 from opensora.data.toybox import OtherLength, ToyboxLatents
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import IDDPM, Flow
+from opensora.training.diffusion.noise import IDDPM, Flow
+from opensora.training.diffusion.previews import JudgedPrompts
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import TrainedText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.previews import JudgedPrompts
-from opensora.training.text import TrainedText
 
 TRANSFORMER = {
     "in_channels": 4,

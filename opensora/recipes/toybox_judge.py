@@ -15,8 +15,8 @@ from opensora.distributed.seeding import Draw
 from opensora.evaluation.judge import Judge
 from opensora.toybox.world import World, render, sample_specs
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
+from opensora.training.task import Objective
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae_clips import ToyboxVideos
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.vae.clips import ToyboxVideos
+from opensora.training.vae.task import VAEObjectiveConfig
 
 RUNS = Path("runs")
 

@@ -10,7 +10,7 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_objective, debug_recipe
 from opensora.recipes.published import model_of, published_loop, published_objective
 from opensora.training.config import Recipe
-from opensora.training.diffusions import IDDPM
+from opensora.training.diffusion.noise import IDDPM
 
 PIXART = "pretrained_models/PixArt-XL-2-512x512.pth"
 _256, _512 = "opensora-1.0-hq-16x256x256", "opensora-1.0-hq-16x512x512"

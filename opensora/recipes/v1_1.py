@@ -10,7 +10,7 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_objective, debug_recipe
 from opensora.recipes.published import model_of, published_loop, published_objective
 from opensora.training.config import Recipe
-from opensora.training.diffusions import IDDPM
+from opensora.training.diffusion.noise import IDDPM
 
 PIXART = "pretrained_models/PixArt-XL-2-1024-MS.pth"
 _STAGE2, _STAGE3 = "opensora-1.1-stage2", "opensora-1.1-stage3"

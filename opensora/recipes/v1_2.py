@@ -14,7 +14,7 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_objective, debug_recipe
 from opensora.recipes.published import model_of, published_loop, published_objective
 from opensora.training.config import Recipe
-from opensora.training.diffusions import Flow
+from opensora.training.diffusion.noise import Flow
 
 PIXART = "pretrained_models/PixArt-Sigma-XL-2-2K-MS.pth"
 _MODEL = "opensora-1.2"

@@ -9,8 +9,8 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae_clips import Cut
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.vae.clips import Cut
+from opensora.training.vae.task import VAEObjectiveConfig
 
 AUTOENCODER = {
     "spatial": {"block_out_channels": [96, 160], "layers_per_block": 1, "norm_num_groups": 16, "latent_channels": 4},

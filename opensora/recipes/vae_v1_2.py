@@ -16,10 +16,10 @@ from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.discriminator import DiscriminatorConfig
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae_clips import Cut, ToyboxVideos
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.vae.clips import Cut, ToyboxVideos
+from opensora.training.vae.discriminator import DiscriminatorConfig
+from opensora.training.vae.task import VAEObjectiveConfig
 
 SDXL_AUTOENCODER = "pretrained_models/pixart_sigma_sdxlvae_T5_diffusers/vae"
 AUTOENCODER: dict[str, Any] = {

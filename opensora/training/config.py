@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from opensora.errors import OpenSoraError
-from opensora.training.objective import Objective
 from opensora.training.optimizer import OptimizerConfig
+from opensora.training.task import Objective
 
 
 def critic_optimizer() -> OptimizerConfig:

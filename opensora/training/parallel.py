@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from opensora.distributed.mesh import Mesh
 from opensora.distributed.shards import whole
-from opensora.training.objective import Objective
+from opensora.training.task import Objective
 
 aten = torch.ops.aten
 KEPT_RESULTS = {

@@ -18,8 +18,8 @@ from opensora.planning.frozen import FrozenNetworks
 from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
 from opensora.planning.tracing import weight_bytes
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Objective
 from opensora.training.parallel import wrap_blocks
+from opensora.training.task import Objective
 
 TRACED_SHAPES = 2  # of the largest batches, whose worst decides
 

@@ -8,7 +8,7 @@ from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
 from opensora.settings import flatten, read_json, save_settings, to_dict
 from opensora.training.config import Recipe
-from opensora.training.objective import Objective
+from opensora.training.task import Objective
 
 FREE_TO_CHANGE = (
     "loop.log_every",

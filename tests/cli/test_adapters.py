@@ -14,7 +14,7 @@ from opensora.cli.main import main
 from opensora.cli.record import read_record
 from opensora.errors import OpenSoraError
 from opensora.media.read import read_video
-from opensora.training.lora import LoRAConfig, add_adapter, export_adapter
+from opensora.training.diffusion.lora import LoRAConfig, add_adapter, export_adapter
 
 PROMPT = "a small red ball rolls left"
 

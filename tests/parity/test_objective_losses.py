@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from opensora.distributed.seeding import Draw
 from opensora.recipes.debug import debug_objective
-from opensora.training.diffusion_objective import Batch, DiffusionObjective
-from opensora.training.diffusions import IDDPM, Flow, GaussianDiffusion
+from opensora.training.diffusion.noise import IDDPM, Flow, GaussianDiffusion
+from opensora.training.diffusion.task import Batch, DiffusionObjective
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 

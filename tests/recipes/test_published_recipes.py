@@ -13,7 +13,7 @@ from opensora.distributed.seeding import Draw
 from opensora.errors import OpenSoraError
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
-from opensora.training.diffusion_objective import DiffusionObjective, DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionObjective, DiffusionObjectiveConfig
 
 FAMILY = [make.__name__ for make in RECIPES if make.__name__.startswith("v1_")]
 STAGES = [name for name in FAMILY if not name.endswith(("_debug", "_lora"))]

@@ -11,7 +11,7 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
 from opensora.training.trainer import Trainer
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.vae.task import VAEObjectiveConfig
 
 NAMES = [make.__name__ for make in RECIPES if "vae" in make.__name__]
 PUBLISHED = ["vae_v1_2_stage1", "vae_v1_2_stage2", "vae_v1_2_stage3"]

@@ -27,7 +27,7 @@ from opensora.settings import load_settings, save_settings
 from opensora.training.parts import META, find_part, outline
 
 if TYPE_CHECKING:
-    from opensora.training.vae_objective import VAEObjectiveConfig
+    from opensora.training.vae.task import VAEObjectiveConfig
 
 
 def build_autoencoder(config: "VAEObjectiveConfig", device: str) -> tuple[VideoAutoencoder, bool]:

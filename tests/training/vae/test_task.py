@@ -20,10 +20,10 @@ from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.discriminator import DiscriminatorConfig
 from opensora.training.trainer import Trainer
-from opensora.training.vae_clips import Cut, CutClips, ToyboxVideos, crop_at_random
-from opensora.training.vae_objective import VAEObjectiveConfig
+from opensora.training.vae.clips import Cut, CutClips, ToyboxVideos, crop_at_random
+from opensora.training.vae.discriminator import DiscriminatorConfig
+from opensora.training.vae.task import VAEObjectiveConfig
 
 CRITIC = DiscriminatorConfig(dim=8, depth=1)
 

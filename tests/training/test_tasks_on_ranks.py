@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny_objectives import diffusion_config, family_config, vae_config, write_clips
 
 from opensora.training.config import LoopConfig, ObjectiveConfig, Recipe
-from opensora.training.discriminator import DiscriminatorConfig
-from opensora.training.lora import LoRAConfig
+from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
-from opensora.training.vae_clips import Cut
+from opensora.training.vae.clips import Cut
+from opensora.training.vae.discriminator import DiscriminatorConfig
 
 pytestmark = pytest.mark.multi
 

@@ -22,12 +22,11 @@ from opensora.models.autoencoders.folded import CausalMixer
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.temporal import ResBlock
 from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
-from opensora.training.discriminator import PatchDiscriminator
-from opensora.training.objective import Objective
-from opensora.training.perceptual import build_perceptual
-from opensora.training.vae_clips import Cut, CutClips, pick_frames, random_frames
-from opensora.training.vae_latent_space import build_autoencoder, measure_scaling_factor
-from opensora.training.vae_losses import (
+from opensora.training.task import Objective
+from opensora.training.vae.clips import Cut, CutClips, pick_frames, random_frames
+from opensora.training.vae.discriminator import PatchDiscriminator
+from opensora.training.vae.latent_space import build_autoencoder, measure_scaling_factor
+from opensora.training.vae.losses import (
     adaptive_weight,
     adversarial_loss,
     bilinear_reconstruction,
@@ -37,9 +36,10 @@ from opensora.training.vae_losses import (
     per_clip,
     reconstruction_loss,
 )
+from opensora.training.vae.perceptual import build_perceptual
 
 if TYPE_CHECKING:
-    from opensora.training.vae_objective import VAEObjectiveConfig
+    from opensora.training.vae.task import VAEObjectiveConfig
 
 TEMPORAL_BLOCKS = (ResBlock, CausalMixer)
 SHIFT_AND_SCALE = "; shift and scale measured on "

@@ -20,11 +20,11 @@ from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjectiveConfig
-from opensora.training.diffusions import Flow
-from opensora.training.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
+from opensora.training.diffusion.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
+from opensora.training.diffusion.noise import Flow
+from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.text import FrozenText, TrainedText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.text import FrozenText, TrainedText
 from opensora.training.trainer import Trainer
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

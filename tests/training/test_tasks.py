@@ -20,8 +20,8 @@ from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes.toybox_judge import JudgeObjectiveConfig
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.objective import Objective
-from opensora.training.text import TrainedText
+from opensora.training.diffusion.text import TrainedText
+from opensora.training.task import Objective
 from opensora.training.trainer import Trainer
 
 KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge", *FAMILY]

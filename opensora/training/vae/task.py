@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
-from opensora.training.discriminator import DiscriminatorConfig
-from opensora.training.perceptual import PerceptualNetwork
-from opensora.training.vae_clips import Cut, ToyboxVideos
-from opensora.training.vae_losses import Reduction
-from opensora.training.vae_stages import FramesObjective, LatentsObjective, PixelsObjective, VAEObjective
+from opensora.training.vae.clips import Cut, ToyboxVideos
+from opensora.training.vae.discriminator import DiscriminatorConfig
+from opensora.training.vae.losses import Reduction
+from opensora.training.vae.perceptual import PerceptualNetwork
+from opensora.training.vae.stages import FramesObjective, LatentsObjective, PixelsObjective, VAEObjective
 
 
 @dataclass(frozen=True)

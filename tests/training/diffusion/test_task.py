@@ -21,11 +21,11 @@ from opensora.errors import OpenSoraError
 from opensora.media.read import read_video
 from opensora.models.text.cleaning import clean_text
 from opensora.training.config import LoopConfig, Recipe
-from opensora.training.diffusion_objective import DiffusionObjective
-from opensora.training.diffusions import Flow
+from opensora.training.diffusion.noise import Flow
+from opensora.training.diffusion.previews import Prompts
+from opensora.training.diffusion.task import DiffusionObjective
+from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.previews import Prompts
-from opensora.training.text import FrozenText
 from opensora.training.trainer import Trainer
 
 LOOP = LoopConfig(

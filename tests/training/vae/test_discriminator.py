@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from opensora.errors import OpenSoraError
-from opensora.training import perceptual
-from opensora.training.discriminator import DiscriminatorConfig, PatchDiscriminator
-from opensora.training.perceptual import EfficientNetFeatures, PerceptualDistance, build_perceptual
-from opensora.training.vae_losses import critic_hinge_loss
+from opensora.training.vae import perceptual
+from opensora.training.vae.discriminator import DiscriminatorConfig, PatchDiscriminator
+from opensora.training.vae.losses import critic_hinge_loss
+from opensora.training.vae.perceptual import EfficientNetFeatures, PerceptualDistance, build_perceptual
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 17])

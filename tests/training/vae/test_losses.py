@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opensora.models.autoencoders.posterior import Posterior
-from opensora.training.vae_losses import (
+from opensora.training.vae.losses import (
     adaptive_weight,
     adversarial_loss,
     bilinear_reconstruction,

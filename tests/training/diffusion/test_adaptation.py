@@ -14,7 +14,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
-from opensora.training.adaptation import build_transformer, choose_trained, start_from
+from opensora.training.diffusion.adaptation import build_transformer, choose_trained, start_from
 
 IMAGE = {"fps": 120.0, "height": 512.0, "width": 512.0}
 

@@ -57,7 +57,7 @@ class Diffusion(ABC):
         frame_mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss terms, each (B,), over the frames that are generated; see `training.objective` for their names.
+        """Loss terms, each (B,), over the frames that are generated; see `training.task` for their names.
 
         Args:
             prediction: float32, (B, C or 2 C, T, h, w).

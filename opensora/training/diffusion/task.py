@@ -29,14 +29,14 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit2 import STDiT2
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import to_dict
-from opensora.training.adaptation import Architecture, NewPart, build_transformer, choose_trained
-from opensora.training.diffusions import IDDPM, Flow
-from opensora.training.export import copies, origin_of_latents, save_pipeline
-from opensora.training.lora import LoRAConfig, add_adapter, export_adapter, without_adapter
-from opensora.training.objective import Objective
+from opensora.training.diffusion.adaptation import Architecture, NewPart, build_transformer, choose_trained
+from opensora.training.diffusion.export import copies, origin_of_latents, save_pipeline
+from opensora.training.diffusion.lora import LoRAConfig, add_adapter, export_adapter, without_adapter
+from opensora.training.diffusion.noise import IDDPM, Flow
+from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
+from opensora.training.diffusion.text import CachedText, Captions, FrozenText, TrainedText
 from opensora.training.parts import META, Untrained, build_part
-from opensora.training.previews import HeldOutLosses, JudgedPrompts, Prompts
-from opensora.training.text import CachedText, Captions, FrozenText, TrainedText
+from opensora.training.task import Objective
 
 TIME_BINS = 10
 
