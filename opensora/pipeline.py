@@ -37,7 +37,7 @@ from opensora.models.guidance import (
     default_guider,
     merge_cfg_channel_alias,
 )
-from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.portable_config import PortablePipelineMixin
 from opensora.models.schedulers import SAMPLERS
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
@@ -66,7 +66,7 @@ class OpenSoraPipelineOutput(BaseOutput):
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
+class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
     """Text to video with a diffusion transformer of the Open-Sora family.
 
     Attributes:
@@ -95,7 +95,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
             it is told `fps`.
         nominal_size: (height, width) that the transformer is told by default, where it is not the size that is made.
         image_fps: frames per second that the transformer is told for a single frame; None for `fps`.
-        aspect_ratio_order: how aspect ratios of this model are written.
+        aspect_ratio_order: how aspect ratios of this model are written, "width:height" or "height:width".
         clip_frames: frames of the clip that durations count in ("2x", "4s", see `geometry.named_num_frames`); None
             where seconds are seconds.
         clip_s: how many seconds such a clip is said to last.
@@ -126,7 +126,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         tokenizer: Any,
         guidance_scale: float = 7.0,
         num_inference_steps: int = 30,
-        cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
+        cfg_channels: int | Sequence[int] | str | NotGiven | None = NOT_GIVEN,  # diffusers fails on a Literal
         height: int = 240,
         width: int = 424,
         num_frames: int = 51,
@@ -135,7 +135,7 @@ class OpenSoraPipeline(PortableConfigMixin, DiffusionPipeline):
         frame_interval: int = 1,
         nominal_size: Sequence[int] | None = None,
         image_fps: int | float | None = IMAGE_FPS,
-        aspect_ratio_order: Literal["width:height", "height:width"] = "width:height",
+        aspect_ratio_order: str = "width:height",
         clip_frames: int | None = None,
         clip_s: int = 2,
         clean_prompts: bool = False,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
+from diffusers.utils import dynamic_modules_utils
 from exploit import Exploit
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_pipeline, make_transformer, seeded
@@ -83,8 +85,9 @@ def test_a_saved_pipeline_makes_the_same_frames(saved, kind):
     assert first.settings == second.settings
 
 
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
 @pytest.mark.parametrize("accelerate", [True, False])
-def test_from_pretrained_reads_the_same_folder(saved, monkeypatch, accelerate):
+def test_from_pretrained_reads_the_same_folder(saved, monkeypatch, accelerate, kind):
     if accelerate:
         pytest.importorskip("accelerate")
     else:  # what diffusers knows where it is not installed
@@ -92,9 +95,29 @@ def test_from_pretrained_reads_the_same_folder(saved, monkeypatch, accelerate):
         monkeypatch.setattr(pipeline_utils, "is_accelerate_available", lambda: False)
         monkeypatch.setattr(modeling_utils, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
         monkeypatch.setattr(pipeline_utils, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
-    ours = quiet(load_pipeline(saved["flow"]))
-    theirs = quiet(OpenSoraPipeline.from_pretrained(saved["flow"]))
+    ours = quiet(load_pipeline(saved[kind]))
+    theirs = quiet(OpenSoraPipeline.from_pretrained(saved[kind]))
+    assert theirs.config.cfg_channels == ours.config.cfg_channels
     assert torch.equal(ours(PROMPT, generator=seeded(1)).frames, theirs(PROMPT, generator=seeded(1)).frames)
+
+
+@pytest.mark.parametrize("kind", ["flow", "iddpm"])
+def test_diffusers_opens_a_saved_folder_by_itself(saved, tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(saved[kind])
+    pipe = DiffusionPipeline.from_pretrained(saved[kind], trust_remote_code=True)
+    assert type(pipe) is OpenSoraPipeline
+    assert "cannot get type annotation" not in caplog.text
+    assert pipe.config.cfg_channels == load_pipeline(saved[kind]).config.cfg_channels
+
+
+def test_a_folder_saved_before_it_held_a_module(folder):
+    (folder / "pipeline.py").unlink()
+    change_json(folder / "model_index.json", _class_name="OpenSoraPipeline")
+    assert isinstance(load_pipeline(folder), OpenSoraPipeline)
+    assert isinstance(OpenSoraPipeline.from_pretrained(folder), OpenSoraPipeline)
 
 
 def test_weights_of_another_precision_are_run_in_float32(saved, tmp_path):

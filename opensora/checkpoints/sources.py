@@ -166,10 +166,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         OpenSoraError: unreadable, or the index of another pipeline.
     """
     index = read_object(folder / PIPELINE_INDEX)
-    if index.get("_class_name") != PIPELINE_CLASS:
-        raise OpenSoraError(
-            f"{folder / PIPELINE_INDEX} describes a {index.get('_class_name')}; expected an {PIPELINE_CLASS}"
-        )
+    named = index.get("_class_name")
+    class_name = named[-1] if isinstance(named, list) and named else named  # [module in the folder, class], or a class
+    if class_name != PIPELINE_CLASS:
+        raise OpenSoraError(f"{folder / PIPELINE_INDEX} describes a {class_name}; expected an {PIPELINE_CLASS}")
     return index
 
 

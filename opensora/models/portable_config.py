@@ -1,8 +1,12 @@
 """Configurations that can be handed on: what is saved of a model says nothing about the machine it was saved on."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
+
+_MODULE = "pipeline"  # of a saved folder
 
 
 class PortableConfigMixin(ConfigMixin):
@@ -13,3 +17,36 @@ class PortableConfigMixin(ConfigMixin):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class PortablePipelineMixin(PortableConfigMixin):
+    """Folders of a pipeline that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens as well.
+
+    diffusers looks for a class of its own by the name in `model_index.json`, or for one in a module of the folder. The
+    module written there does nothing but import the class, which has to be installed.
+    """
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """As diffusers, and the module."""
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc] # of DiffusionPipeline
+        cls = type(self)
+        code = (
+            '"""Lets `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` open this folder."""\n\n'
+            f'from {cls.__module__} import {cls.__name__}\n\n__all__ = ["{cls.__name__}"]\n'
+        )
+        Path(save_directory, f"{_MODULE}.py").write_text(code, encoding="utf-8")
+
+    def to_json_string(self) -> str:
+        """The saved configuration, with the module that holds the class."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = [_MODULE, config["_class_name"]]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """As diffusers, but without the module: the class is known here, so no code of the folder is run."""
+        loaded = super().load_config(*args, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.get("_class_name") == [_MODULE, cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return loaded
