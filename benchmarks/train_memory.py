@@ -121,7 +121,7 @@ def train(row: Row) -> None:
         trainer = Trainer(row.recipe(), Path(folder))
         objective = trainer.objective
         (shape,) = objective.shapes()
-        objective.prepare = lambda draw: objective.imagine(shape)  # type: ignore[method-assign]
+        objective.prepare = lambda draw: objective.meta_batch(shape)  # type: ignore[method-assign]
         for _ in range(2):
             if not math.isfinite(trainer.train_step()["grad_norm"]):
                 sys.exit(f"{row}: the gradient is not finite, so nothing was updated")

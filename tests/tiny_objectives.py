@@ -15,10 +15,10 @@ from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import render, sample_specs
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import TrainedText
 from opensora.training.vae.clips import ToyboxVideos
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
 AUTOENCODER: dict[str, Any] = {
@@ -31,7 +31,7 @@ TEXT_ENCODER = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_head
 DEFAULTS = {"num_inference_steps": 2}
 
 
-def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObjectiveConfig:
+def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionTaskConfig:
     """ "flow" or "iddpm", on the latents of an autoencoder saved in `folder`."""
     autoencoder = folder / "autoencoder"
     if not autoencoder.exists():
@@ -48,7 +48,7 @@ def diffusion_config(kind: str, folder: Path, **changes: Any) -> DiffusionObject
         "export_dtype": "float32",
         "defaults": DEFAULTS,
     }
-    return DiffusionObjectiveConfig(**options | changes)
+    return DiffusionTaskConfig(**options | changes)
 
 
 FAMILY = {
@@ -74,7 +74,7 @@ def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 8) -> Path:
     return manifest
 
 
-def family_config(version: str, manifest: Path | None, **changes: Any) -> DiffusionObjectiveConfig:
+def family_config(version: str, manifest: Path | None, **changes: Any) -> DiffusionTaskConfig:
     """A generation of the family with tiny networks of its classes, on clips of a manifest."""
     model, diffusion = FAMILY[version]
     buckets = {"64x64": {"5": (1.0, 2), "1": (1.0, 2)}}
@@ -83,7 +83,7 @@ def family_config(version: str, manifest: Path | None, **changes: Any) -> Diffus
     return dataclasses.replace(debug_objective(model, diffusion, transformer, data=data), **changes)
 
 
-def vae_config(stage: str, **changes: Any) -> VAEObjectiveConfig:
+def vae_config(stage: str, **changes: Any) -> VAETaskConfig:
     """One stage of autoencoder training, from scratch."""
     options: dict[str, Any] = {"stage": stage, "data": ToyboxVideos(CLIPS, batch_size=2), "autoencoder": AUTOENCODER}
-    return VAEObjectiveConfig(**options | {"num_clips": 4, "frames_per_clip": 2} | changes)
+    return VAETaskConfig(**options | {"num_clips": 4, "frames_per_clip": 2} | changes)

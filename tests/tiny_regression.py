@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 
 class Block(nn.Module):
@@ -46,27 +46,27 @@ class Network(nn.Module):
         return self.conv(hidden)
 
 
-class Regression(Objective):
+class Regression(TrainingTask):
     not_matrices = {"network.stem.weight"}
 
     def __init__(self, config: "RegressionConfig") -> None:
         self.network = Network(config.dropout)
         self.module = nn.ModuleDict({"network": self.network})  # never called itself, as those of real objectives
         self.config = config
-        self.announced: list[Draw] = []
-        self.prepared: list[Draw] = []
+        self.prefetched: list[BatchKey] = []
+        self.prepared: list[BatchKey] = []
         if config.critic:
             self.critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
 
-    def prepare(self, draw: Draw) -> torch.Tensor:
-        self.prepared.append(draw)
-        x = torch.randn(8, 6, generator=draw.generator("x"))
-        return x * float("nan") if draw.step in self.config.poison_steps else x
+    def prepare(self, key: BatchKey) -> torch.Tensor:
+        self.prepared.append(key)
+        x = torch.randn(8, 6, generator=key.generator("x"))
+        return x * float("nan") if key.step in self.config.poison_steps else x
 
-    def announce(self, draws) -> None:
-        self.announced += draws
+    def prefetch(self, keys) -> None:
+        self.prefetched += keys
 
-    def loss(self, batch, draw):
+    def loss(self, batch, key):
         prediction = self.network(batch)
         terms = {"mse": (prediction - batch).square().mean(dim=1), "_norm": batch.norm(dim=1)}
         if self.critic is not None:
@@ -75,7 +75,7 @@ class Regression(Objective):
             self.critic.requires_grad_(True)
         return terms
 
-    def critic_loss(self, batch, draw):
+    def critic_loss(self, batch, key):
         assert self.critic is not None
         with torch.no_grad():
             made = self.network(batch)

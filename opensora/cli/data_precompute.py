@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opensora.data.cache import Index
     from opensora.data.clips import ManifestClips
     from opensora.data.precompute import EncodeText
-    from opensora.training.diffusion.task import DiffusionObjectiveConfig
+    from opensora.training.diffusion.task import DiffusionTaskConfig
     from opensora.training.diffusion.text import Captions
 
 _MOST_FAILED = 20
@@ -83,7 +83,7 @@ class DataPrecompute:
             self.encode(config, clips, str(choose_device(self.device)), launch.rank, launch.num_ranks)
 
     def encode(
-        self, config: "DiffusionObjectiveConfig", clips: "ManifestClips", device: str, rank: int, num_ranks: int
+        self, config: "DiffusionTaskConfig", clips: "ManifestClips", device: str, rank: int, num_ranks: int
     ) -> None:
         """This process's share."""
         import torch
@@ -161,9 +161,7 @@ class DataPrecompute:
             print("\n".join(summary(self.output, index, config)))
 
 
-def objective_on_clips(
-    name: str, objective: Any, manifest: Path | None
-) -> "tuple[DiffusionObjectiveConfig, ManifestClips]":
+def objective_on_clips(name: str, objective: Any, manifest: Path | None) -> "tuple[DiffusionTaskConfig, ManifestClips]":
     """The objective of a recipe that trains a diffusion transformer on the clips of a manifest, and these clips.
 
     Args:
@@ -175,9 +173,9 @@ def objective_on_clips(
         OpenSoraError: it trains something else, or on something else.
     """
     from opensora.data.clips import ManifestClips
-    from opensora.training.diffusion.task import DiffusionObjectiveConfig
+    from opensora.training.diffusion.task import DiffusionTaskConfig
 
-    if not isinstance(objective, DiffusionObjectiveConfig):
+    if not isinstance(objective, DiffusionTaskConfig):
         raise OpenSoraError(f"recipe {name} trains no diffusion transformer, so it has no use for a cache of latents")
     if not isinstance(objective.data, ManifestClips):
         raise OpenSoraError(
@@ -205,7 +203,7 @@ def describe_origin(origin: Any) -> str:
     return origin if isinstance(origin, str) else f"untrained, seed {origin.seed}"
 
 
-def summary(folder: Path, index: "Index", config: "DiffusionObjectiveConfig") -> list[str]:
+def summary(folder: Path, index: "Index", config: "DiffusionTaskConfig") -> list[str]:
     """What was made, and the settings of the recipe that train on it."""
     size = sum((folder / shard).stat().st_size for shard in (*index.latents, *index.text))
     lines = [f"{folder}: {index.num_latents} clips, {index.num_captions} captions, {size / 1e9:.3g} GB"]

@@ -1,7 +1,7 @@
 """What the parts of training hand each other: clips as they come off the disk, and latents as networks take them.
 
-A source is asked for the batch of a place in the run (`Draw`) and answers from nothing else, so that a resumed run sees
-what an uninterrupted one would have seen. All clips of a batch have one size and one length.
+A source is asked for the batch of a place in the run (`BatchKey`) and answers from nothing else, so that a resumed run
+sees what an uninterrupted one would have seen. All clips of a batch have one size and one length.
 
 Letters: B clips, C channels, T frames, H, W pixels, h, w latent cells, L text tokens, D width of the text.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class Source(ABC):
     """Where batches come from."""
 
     @abstractmethod
-    def batch(self, draw: Draw) -> Any:
+    def batch(self, key: BatchKey) -> Any:
         """The batch of this place in the run."""
 
     @abstractmethod
     def shapes(self) -> list[BatchShape]:
         """Every size that batches may have; the shares sum to 1."""
 
-    def announce(self, draws: Sequence[Draw]) -> None:  # noqa: B027
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:  # noqa: B027
         """Batches that will be asked for next, in this order: reading them may begin."""
 
-    def announce_none(self) -> None:  # noqa: B027
+    def cancel_prefetch(self) -> None:  # noqa: B027
         """Nothing more will be asked for: what was announced need not be read."""
 
     def figures(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.cache import MANIFEST, Cache, bucket_key
 from opensora.data.clips import ManifestClips, ManifestSource
 from opensora.data.sampler import SampledBatch
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -120,13 +120,13 @@ class CachedSource(ManifestSource):
         clips: list[tuple[Tensor, Tensor | None, float]],
         numbers: list[int],
         bucket: Bucket,
-        draw: Draw,
+        key: BatchKey,
     ) -> LatentBatch:
         captions = [self.rows[number].text for number in numbers]
         latents = torch.stack([mean for mean, _, _ in clips])
         if self.sample:
             logvar = torch.stack([logvar for _, logvar, _ in clips if logvar is not None])
-            latents = Posterior(latents, logvar).sample(draw.generator("posterior"))
+            latents = Posterior(latents, logvar).sample(key.generator("posterior"))
         states, mask = self.cache.text(captions) if self.cache.index.text else (None, None)
         return LatentBatch(
             latents=latents,
@@ -140,9 +140,9 @@ class CachedSource(ManifestSource):
             text_mask=mask,
         )
 
-    def _candidates(self, draw: Draw, slot: int, sampled: SampledBatch) -> Iterator[int]:
+    def _candidates(self, key: BatchKey, slot: int, sampled: SampledBatch) -> Iterator[int]:
         """As for the clips themselves, without those that would be cut to a size that the cache does not have."""
         bucket = self.buckets.buckets[sampled.bucket]
-        for number in super()._candidates(draw, slot, sampled):
+        for number in super()._candidates(key, slot, sampled):
             if self.cache.windows(number, bucket) or (number, bucket_key(bucket)) in self._failed:
                 yield number

@@ -1,9 +1,9 @@
 """Clips of a manifest as training data: read, cut to a window of frames, and brought to their bucket's size.
 
-What a place of the run gets is drawn from that place alone (`Draw`): which clips from the sampler, and of each clip a
-window of frames. A clip that cannot be read is replaced by another of its bucket, drawn likewise, so that a resumed run
-meets the same replacement. Every broken clip is named once, with the reason, and when too many of those met so far are
-broken the run stops.
+What a place of the run gets is drawn from that place alone (`BatchKey`): which clips from the sampler, and of each
+clip a window of frames. A clip that cannot be read is replaced by another of its bucket, drawn likewise, so that a
+resumed run meets the same replacement. Every broken clip is named once, with the reason, and when too many of those met
+so far are broken the run stops.
 
 Letters: B clips, T frames, H, W pixels.
 """
@@ -26,7 +26,7 @@ from opensora.conditioning import IMAGE_FPS
 from opensora.data.batch import BatchShape, ClipBatch, Source
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.sampler import BucketSampler, SampledBatch
-from opensora.distributed.seeding import Draw, derive_seed
+from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.manifest import SCORES, ClipRow, read_manifest
 from opensora.media.frames import is_picture, read_frames, read_picture
@@ -104,7 +104,7 @@ class ManifestSource(Source):
         self._met: set[int] = set()
         self._lock = threading.RLock()
         self._samplers: dict[int, BucketSampler] = {}
-        self._announced: dict[Draw, list[Future]] = {}
+        self._prefetched: dict[BatchKey, list[Future]] = {}
         self._readers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
         if config.manifest is not None:
             self._read_manifest(config.manifest)
@@ -130,35 +130,35 @@ class ManifestSource(Source):
         """
 
     @abstractmethod
-    def collate(self, clips: list[Any], numbers: list[int], bucket: Bucket, draw: Draw) -> Any:
+    def collate(self, clips: list[Any], numbers: list[int], bucket: Bucket, key: BatchKey) -> Any:
         """A batch of what `read` returned, and of which clips."""
 
-    def batch(self, draw: Draw) -> Any:
+    def batch(self, key: BatchKey) -> Any:
         """The clips of a place in the run.
 
         Raises:
             OpenSoraError: there is no manifest, too many clips are broken, or none of a bucket can be read.
         """
         self._check_manifest()
-        if (reads := self._announced.pop(draw, None)) is not None:
+        if (reads := self._prefetched.pop(key, None)) is not None:
             clips = [read.result() for read in reads]
         else:
-            clips = [self._read(draw, slot) for slot in range(len(self._sampled(draw).rows))]
+            clips = [self._read(key, slot) for slot in range(len(self._sampled(key).rows))]
         self._check_share()
-        bucket = self.buckets.buckets[self._sampled(draw).bucket]
-        return self.collate([clip for clip, _ in clips], [number for _, number in clips], bucket, draw)
+        bucket = self.buckets.buckets[self._sampled(key).bucket]
+        return self.collate([clip for clip, _ in clips], [number for _, number in clips], bucket, key)
 
-    def announce(self, draws: Sequence[Draw]) -> None:
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
         if self._readers is None or self.config.manifest is None:
             return
-        for draw in draws:
-            if draw not in self._announced:
-                slots = range(len(self._sampled(draw).rows))
-                self._announced[draw] = [self._readers.submit(self._read, draw, slot) for slot in slots]
+        for key in keys:
+            if key not in self._prefetched:
+                slots = range(len(self._sampled(key).rows))
+                self._prefetched[key] = [self._readers.submit(self._read, key, slot) for slot in slots]
 
-    def announce_none(self) -> None:
-        while self._announced:
-            for read in self._announced.popitem()[1]:
+    def cancel_prefetch(self) -> None:
+        while self._prefetched:
+            for read in self._prefetched.popitem()[1]:
                 read.cancel()
 
     def shapes(self) -> list[BatchShape]:
@@ -195,33 +195,33 @@ class ManifestSource(Source):
                 "no manifest: name the table of your clips; opensora data manifest makes one of a folder"
             )
 
-    def _sampled(self, draw: Draw) -> SampledBatch:
+    def _sampled(self, key: BatchKey) -> SampledBatch:
         with self._lock:
-            return self.sampler(draw.seed).batch(draw.position)
+            return self.sampler(key.seed).batch(key.position)
 
-    def _read(self, draw: Draw, slot: int) -> tuple[Any, int]:
+    def _read(self, key: BatchKey, slot: int) -> tuple[Any, int]:
         """A clip of a batch, or its replacement, and the number of its row."""
-        sampled = self._sampled(draw)
+        sampled = self._sampled(key)
         bucket = self.buckets.buckets[sampled.bucket]
-        for attempt, number in enumerate(self._candidates(draw, slot, sampled)):
+        for attempt, number in enumerate(self._candidates(key, slot, sampled)):
             with self._lock:
                 self._met.add(number)
                 if number in self.broken:
                     continue
             try:
-                rng = random.Random(derive_seed(draw.seed, "window", draw.position, slot, attempt))
+                rng = random.Random(derive_seed(key.seed, "window", key.position, slot, attempt))
                 return self.read(number, bucket, rng), number
             except OpenSoraError as error:
                 self._note_broken(number, str(error))
         last = f"{self.rows[number].path}: {self.broken[number]}"
         raise OpenSoraError(f"no clip for {bucket.label} can be read; the last one tried: {last}")
 
-    def _candidates(self, draw: Draw, slot: int, sampled: SampledBatch) -> Iterator[int]:
+    def _candidates(self, key: BatchKey, slot: int, sampled: SampledBatch) -> Iterator[int]:
         """The clip itself, then others of its bucket, then any that are long enough for it."""
         yield int(sampled.rows[slot])
-        rng = random.Random(derive_seed(draw.seed, "replacement", draw.position, slot))
+        rng = random.Random(derive_seed(key.seed, "replacement", key.position, slot))
         with self._lock:
-            sampler = self.sampler(draw.seed)
+            sampler = self.sampler(key.seed)
             same = sampler.epoch(sampled.epoch).clips_of(sampled.bucket)
         num_frames = self.buckets.buckets[sampled.bucket].num_frames
         needed = 1 if num_frames == 1 else num_frames * self.config.frame_interval + 1
@@ -252,7 +252,7 @@ class ClipSource(ManifestSource):
     def read(self, number: int, bucket: Bucket, rng: random.Random) -> Tensor:
         return read_clip(self.rows[number], bucket, self.config.frame_interval, rng)
 
-    def collate(self, clips: list[Tensor], numbers: list[int], bucket: Bucket, draw: Draw) -> ClipBatch:
+    def collate(self, clips: list[Tensor], numbers: list[int], bucket: Bucket, key: BatchKey) -> ClipBatch:
         rows = [self.rows[number] for number in numbers]
         return ClipBatch(
             video=torch.stack(clips),

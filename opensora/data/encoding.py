@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora.data.batch import BatchShape, ClipBatch, LatentBatch, Source
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.models.autoencoders.video import VideoAutoencoder
 
 
@@ -27,18 +27,18 @@ class EncodedClips(Source):
     def __init__(self, clips: Source, autoencoder: VideoAutoencoder, *, sample: bool) -> None:
         self.clips, self.autoencoder, self.sample = clips, autoencoder, sample
 
-    def batch(self, draw: Draw) -> LatentBatch:
-        generator = draw.generator("posterior") if self.sample else None
-        return encode_clips(self.clips.batch(draw), self.autoencoder, generator)
+    def batch(self, key: BatchKey) -> LatentBatch:
+        generator = key.generator("posterior") if self.sample else None
+        return encode_clips(self.clips.batch(key), self.autoencoder, generator)
 
     def shapes(self) -> list[BatchShape]:
         return self.clips.shapes()
 
-    def announce(self, draws: Sequence[Draw]) -> None:
-        self.clips.announce(draws)
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
+        self.clips.prefetch(keys)
 
-    def announce_none(self) -> None:
-        self.clips.announce_none()
+    def cancel_prefetch(self) -> None:
+        self.clips.cancel_prefetch()
 
     def figures(self) -> dict[str, float]:
         return self.clips.figures()

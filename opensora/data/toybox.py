@@ -15,7 +15,7 @@ from torch import Tensor
 from opensora.checkpoints.weights import fingerprint
 from opensora.conditioning import IMAGE_FPS
 from opensora.data.batch import BatchShape, LatentBatch, Source
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -129,12 +129,12 @@ class ToyboxSource(Source):
     def shapes(self) -> list[BatchShape]:
         return self.config.shapes()
 
-    def batch(self, draw: Draw) -> LatentBatch:
-        rng = random.Random(draw.generator("frames").initial_seed())
+    def batch(self, key: BatchKey) -> LatentBatch:
+        rng = random.Random(key.generator("frames").initial_seed())
         shapes = self.shapes()
         (which,) = rng.choices(range(len(shapes)), [shape.share for shape in shapes])
         shape, size = shapes[which], self.config.batch_size
-        latents, object_mask, captions = self.latents[which].sample(size, draw.generator("clips"))
+        latents, object_mask, captions = self.latents[which].sample(size, key.generator("clips"))
         return LatentBatch(
             latents=latents,
             captions=captions,

@@ -23,7 +23,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draw:
+class BatchKey:
     """One batch's place in a run: the only source of its randomness.
 
     Attributes:

@@ -39,8 +39,8 @@ class FrozenNetworks:
         self._alike: list[tuple[list[nn.Module], dict[Any, Any]]]
         self._alike = [(parts, {}) for network in networks for parts in _alike(network)]
 
-    def trace(self, rehearse: Callable[[], Any]) -> Preparation:
-        """What `rehearse`, which calls some of the networks, takes and computes."""
+    def trace(self, workload: Callable[[], Any]) -> Preparation:
+        """What `workload`, which calls some of the networks, takes and computes."""
         memory = LiveMemory()
         with ExitStack() as stack:
             for parts, needed in self._alike:
@@ -49,7 +49,7 @@ class FrozenNetworks:
             stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
             stack.enter_context(memory)
             stack.enter_context(torch.no_grad())
-            rehearse()
+            workload()
         return Preparation(memory.peak_bytes, memory.flops)
 
 

@@ -14,7 +14,7 @@ from opensora.checkpoints.published import PUBLISHED
 from opensora.data.toybox import OtherLength, ToyboxClips, ToyboxLatents
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.parts import Untrained
@@ -36,14 +36,14 @@ _TEMPORAL = {"filters": 8, "num_groups": 4, "num_res_blocks": 1, "channel_multip
 
 def debug_objective(
     model: str, diffusion: Flow | IDDPM, transformer: dict[str, Any] | None = None, **options: Any
-) -> DiffusionObjectiveConfig:
+) -> DiffusionTaskConfig:
     """A published model's training with tiny networks of its classes.
 
     Args:
         model: its name.
         diffusion: the corruption.
         transformer: keywords besides its sizes.
-        options: more of `DiffusionObjectiveConfig`.
+        options: more of `DiffusionTaskConfig`.
     """
     released = PUBLISHED[model]
     clips = ToyboxClips(num_frames=17, height=64, width=64)
@@ -59,10 +59,10 @@ def debug_objective(
         "transformer": {**released.transformer.config, **_TRANSFORMER, **(transformer or {})},
         "defaults": {**defaults, "num_inference_steps": 4},
     }
-    return DiffusionObjectiveConfig(**common | options)
+    return DiffusionTaskConfig(**common | options)
 
 
-def debug_recipe(name: str, objective: DiffusionObjectiveConfig) -> Recipe:
+def debug_recipe(name: str, objective: DiffusionTaskConfig) -> Recipe:
     """Twenty steps, checkpoints on the way."""
     optimizer = OptimizerConfig(matrices="adamw", lr=1e-3, warmup_steps=5, decay=0.0)
     loop = LoopConfig(steps=20, precision="fp32", log_every=5, checkpoint_every=10, optimizer=optimizer)

@@ -10,7 +10,7 @@ from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.diffusion.noise import Flow
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 
@@ -19,7 +19,7 @@ _MODEL = "opensora-1.2"
 
 def toybox_lora() -> Recipe:
     """An adapter of the bundled model, on clips of 18 frames or more; minutes on one CPU core."""
-    objective = DiffusionObjectiveConfig(
+    objective = DiffusionTaskConfig(
         data=ManifestClips({"64x64": {"17": (1.0, 10)}}, batches_in_a_row=1, num_workers=1),
         diffusion=Flow(loc=0.7),
         autoencoder="toybox",

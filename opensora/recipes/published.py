@@ -7,7 +7,7 @@ from opensora.data.clips import ManifestClips
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 
@@ -24,7 +24,7 @@ def published_objective(
     *,
     transformer: dict[str, Any] | None = None,
     **options: Any,
-) -> DiffusionObjectiveConfig:
+) -> DiffusionTaskConfig:
     """Training of a published model's transformer on clips, with its autoencoder and T5 as they were released.
 
     Args:
@@ -32,10 +32,10 @@ def published_objective(
         data: the clips.
         diffusion: the corruption.
         transformer: keywords that differ from the published ones.
-        options: more of `DiffusionObjectiveConfig`.
+        options: more of `DiffusionTaskConfig`.
     """
     released = PUBLISHED[model]
-    return DiffusionObjectiveConfig(
+    return DiffusionTaskConfig(
         data=data,
         diffusion=diffusion,
         autoencoder=model,

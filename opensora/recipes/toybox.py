@@ -10,7 +10,7 @@ from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import TrainedText
 from opensora.training.optimizer import OptimizerConfig
 
@@ -47,7 +47,7 @@ FRAME_MASKS = {"image_head": 0.12, "head": 0.2, "tail": 0.12, "image_tail": 0.04
 CLEAN_LATENTS = IDDPM(prediction_type="sample", velocity_weights=True, sampler="ddim")
 
 
-def _objective(**options: Any) -> DiffusionObjectiveConfig:
+def _objective(**options: Any) -> DiffusionTaskConfig:
     """What the runs have in common; `init_from` is the folder of the run before."""
     common: dict[str, Any] = {
         "data": ToyboxLatents(),
@@ -56,7 +56,7 @@ def _objective(**options: Any) -> DiffusionObjectiveConfig:
         "object_weight": 5.0,
         "preview": JudgedPrompts(),
     }
-    return DiffusionObjectiveConfig(**common | options)
+    return DiffusionTaskConfig(**common | options)
 
 
 def _model(run: str) -> str:

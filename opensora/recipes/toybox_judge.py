@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.evaluation.judge import Judge
 from opensora.toybox.world import World, render, sample_specs
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ def spoil(video: Tensor, generator: torch.Generator) -> Tensor:
     return worse.addcmul_(torch.randn(video.shape, generator=generator), uniform(-0.05, 0.1).clamp(0))
 
 
-class JudgeObjective(Objective):
+class JudgeTask(TrainingTask):
     """Cross-entropy of every attribute of procedural clips."""
 
     not_matrices = {
         f"{tower}.{layer}.weight" for tower in ("frame_tower", "motion_tower") for layer in ("head", "convolutions.0")
     }
 
-    def __init__(self, config: "JudgeObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "JudgeTaskConfig", device: str) -> None:
         self.config, self.device = config, device
         self.module = self.judge = Judge(dim=config.dim)
         torch.nn.Module.to(self.judge, device)
 
-    def prepare(self, draw: Draw) -> JudgeBatch:
-        generator = draw.generator("clips")
+    def prepare(self, key: BatchKey) -> JudgeBatch:
+        generator = key.generator("clips")
         seed = int(torch.randint(2**62, (), generator=generator))
         specs = sample_specs(self.config.batch_size, seed, self.config.world)
         size, count = self.judge.config["size"], self.judge.config["motion_frames"]
@@ -86,7 +86,7 @@ class JudgeObjective(Objective):
             video.to(self.device), frames.to(self.device), {k: v.to(self.device) for k, v in columns.items()}
         )
 
-    def loss(self, batch: JudgeBatch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, batch: JudgeBatch, key: BatchKey) -> dict[str, Tensor]:
         logits = self.judge.read_frames(batch.frames)
         losses = {}
         for name, values in logits.items():
@@ -105,7 +105,7 @@ class JudgeObjective(Objective):
 
 
 @dataclass(frozen=True)
-class JudgeObjectiveConfig:
+class JudgeTaskConfig:
     """What the judge is and what it is trained on.
 
     Attributes:
@@ -118,8 +118,8 @@ class JudgeObjectiveConfig:
     batch_size: int = 48
     dim: int = 32
 
-    def build(self, device: str) -> JudgeObjective:
-        return JudgeObjective(self, device)
+    def build(self, device: str) -> JudgeTask:
+        return JudgeTask(self, device)
 
 
 def toybox_judge() -> Recipe:
@@ -127,6 +127,6 @@ def toybox_judge() -> Recipe:
     optimizer = OptimizerConfig(muon_lr=0.02, lr=2e-3, betas=(0.9, 0.99), warmup_steps=20, decay=0.5)
     return Recipe(
         name="toybox_judge",
-        objective=JudgeObjectiveConfig(),
+        objective=JudgeTaskConfig(),
         loop=LoopConfig(steps=1200, ema_decay=0.99, optimizer=optimizer),
     )

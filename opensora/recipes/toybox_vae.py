@@ -8,7 +8,7 @@ from pathlib import Path
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.vae.clips import ToyboxVideos
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 RUNS = Path("runs")
 
@@ -39,7 +39,7 @@ AUTOENCODER = {
 
 def toybox_vae_frames() -> Recipe:
     """Stage 1 of the autoencoder: single frames."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="frames",
         data=ToyboxVideos(batch_size=8),
         autoencoder=AUTOENCODER,
@@ -55,7 +55,7 @@ def toybox_vae_frames() -> Recipe:
 
 def toybox_vae_latents() -> Recipe:
     """Stage 2 of the autoencoder: time, on the latents of stage 1."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="latents",
         data=ToyboxVideos(batch_size=16),
         init_from=str(RUNS / "toybox_vae_frames" / "model"),
@@ -72,7 +72,7 @@ def toybox_vae_latents() -> Recipe:
 
 def toybox_vae_pixels() -> Recipe:
     """Stage 3 of the autoencoder: time and the spatial decoder together, on pixels."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="pixels",
         data=ToyboxVideos(batch_size=8),
         init_from=str(RUNS / "toybox_vae_latents" / "model"),

@@ -10,7 +10,7 @@ from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.vae.clips import Cut
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 AUTOENCODER = {
     "spatial": {"block_out_channels": [96, 160], "layers_per_block": 1, "norm_num_groups": 16, "latent_channels": 4},
@@ -31,7 +31,7 @@ def clips(num_frames: int, batch_size: int) -> ManifestClips:
 
 def vae_small_frames() -> Recipe:
     """The 2D autoencoder, on single frames."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="frames",
         data=clips(2, 16),
         cut=Cut(crop=CROP),
@@ -55,7 +55,7 @@ def vae_small_stage2() -> Recipe:
 
 
 def _latents(name: str, before: str, steps: int, identity_weight: float) -> Recipe:
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="latents",
         data=clips(17, 4),
         cut=Cut(image_share=0.2, crop=CROP),
@@ -73,7 +73,7 @@ def _latents(name: str, before: str, steps: int, identity_weight: float) -> Reci
 
 def vae_small_stage3() -> Recipe:
     """Time and the 2D decoder together, on pixels, at random lengths of up to two chunks."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="pixels",
         data=clips(34, 2),
         cut=Cut(random_lengths=True, crop=CROP),

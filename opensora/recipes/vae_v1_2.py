@@ -19,7 +19,7 @@ from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.vae.clips import Cut, ToyboxVideos
 from opensora.training.vae.discriminator import DiscriminatorConfig
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 SDXL_AUTOENCODER = "pretrained_models/pixart_sigma_sdxlvae_T5_diffusers/vae"
 AUTOENCODER: dict[str, Any] = {
@@ -29,7 +29,7 @@ PIXELS = "256x256"
 
 
 def _stage(name: str, steps: int, frames: int, **options: Any) -> Recipe:
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         data=ManifestClips({PIXELS: {str(frames): (1.0, 1)}}, text_required=False),
         autoencoder=AUTOENCODER,
         sample_frames=True,
@@ -94,7 +94,7 @@ def vae_v1_2_stage3() -> Recipe:
 
 def vae_debug() -> Recipe:
     """Stage 3 at a size at which it runs in seconds, from random weights, against a critic."""
-    objective = VAEObjectiveConfig(
+    objective = VAETaskConfig(
         stage="pixels",
         data=ToyboxVideos(ToyboxClips(num_frames=20, height=32, width=32), batch_size=2),
         cut=Cut(image_share=0.2, random_lengths=True),

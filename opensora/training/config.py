@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 
 from opensora.errors import OpenSoraError
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 
 def critic_optimizer() -> OptimizerConfig:
@@ -80,10 +80,10 @@ class LoopConfig:
             raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
 
 
-class ObjectiveConfig(Protocol):
+class TaskConfig(Protocol):
     """A dataclass that describes an objective and builds it."""
 
-    def build(self, device: str) -> Objective: ...
+    def build(self, device: str) -> TrainingTask: ...
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,5 @@ class Recipe:
     """
 
     name: str
-    objective: ObjectiveConfig
+    objective: TaskConfig
     loop: LoopConfig

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from opensora.distributed.mesh import Mesh
 from opensora.distributed.shards import whole
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 aten = torch.ops.aten
 KEPT_RESULTS = {
@@ -79,7 +79,7 @@ class Root(nn.Module):
 OWN_ATTRIBUTES = "_attributes_before_sharding"  # of a sharded module: the names of all others that it had
 
 
-def shard(objective: Objective, mesh: Mesh, precision: Literal["fp32", "bf16"]) -> Root:
+def shard(objective: TrainingTask, mesh: Mesh, precision: Literal["fp32", "bf16"]) -> Root:
     """Gives each rank its share of the module's weights.
 
     Weights, gradients' sums and optimiser state stay float32; with "bf16" they are gathered in bfloat16, which halves
@@ -111,7 +111,7 @@ class Parallel:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: TrainingTask,
         mesh: Mesh,
         sharding: Literal["full", "none"],
         precision: Literal["fp32", "bf16"],

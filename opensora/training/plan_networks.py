@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.data.batch import BatchShape
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.planning.autocast import ImaginedAutocast
@@ -19,7 +19,7 @@ from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
 from opensora.planning.tracing import weight_bytes
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.parallel import wrap_blocks
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 TRACED_SHAPES = 2  # of the largest batches, whose worst decides
 
@@ -43,7 +43,7 @@ class PlannedNetworks:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.objective: Objective = recipe.objective.build("meta")
+        self.objective: TrainingTask = recipe.objective.build("meta")
         self.shapes = self.objective.shapes()
         if not self.shapes:
             raise OpenSoraError(f"{recipe.name} does not say which batches it has, so there is nothing to plan")
@@ -126,17 +126,17 @@ class PlannedNetworks:
         key = (shape.num_frames, shape.height, shape.width)
         if key not in self._frozen_flops:
             with _undivided(self.frozen.values()):
-                rehearsed = self.objective.rehearse(replace(shape, batch_size=1)).values()
-                self._frozen_flops[key] = sum(self._frozen.trace(rehearse).flops for rehearse in rehearsed)
+                workloads = self.objective.frozen_workloads(replace(shape, batch_size=1)).values()
+                self._frozen_flops[key] = sum(self._frozen.trace(workload).flops for workload in workloads)
         return shape.batch_size * self._frozen_flops[key]
 
     def preparation_bytes(self, shape: BatchShape) -> int:
         """The most that any frozen network takes while it prepares a batch."""
-        rehearsed = self.objective.rehearse(shape).values()
-        return max((self._frozen.trace(rehearse).activation_bytes for rehearse in rehearsed), default=0)
+        workloads = self.objective.frozen_workloads(shape).values()
+        return max((self._frozen.trace(workload).activation_bytes for workload in workloads), default=0)
 
     def _loss(self, shape: BatchShape) -> Tensor:
-        terms = self.objective.loss(self.objective.imagine(shape), Draw(0, 0))
+        terms = self.objective.loss(self.objective.meta_batch(shape), BatchKey(0, 0))
         return torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum()
 
 

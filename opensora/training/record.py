@@ -8,7 +8,7 @@ from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
 from opensora.settings import flatten, read_json, save_settings, to_dict
 from opensora.training.config import Recipe
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 FREE_TO_CHANGE = (
     "loop.log_every",
@@ -64,7 +64,7 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
     return is_new
 
 
-def record_frozen(recipe: Recipe, objective: Objective, path: Path, mesh: Mesh) -> None:
+def record_frozen(recipe: Recipe, objective: TrainingTask, path: Path, mesh: Mesh) -> None:
     """Writes hashes of what a run uses and does not change, or holds them against those that are there.
 
     These are the weights that are not trained, and the tables that its settings name.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from opensora.data.batch import BatchShape
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 
 
-class Objective(ABC):
+class TrainingTask(ABC):
     """What is trained, on what, towards what.
 
     Attributes:
@@ -33,17 +33,17 @@ class Objective(ABC):
     critic: nn.Module | None = None
 
     @abstractmethod
-    def prepare(self, draw: Draw) -> Any:
+    def prepare(self, key: BatchKey) -> Any:
         """A batch, on the device, that depends on `draw` alone."""
 
     @abstractmethod
-    def loss(self, batch: Any, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, batch: Any, key: BatchKey) -> dict[str, Tensor]:
         """Loss terms, each (B,), already weighted; the trainer minimises the mean of their sum.
 
         Terms whose name starts with "_" are reported and not minimised.
         """
 
-    def critic_loss(self, batch: Any, draw: Draw) -> dict[str, Tensor]:
+    def critic_loss(self, batch: Any, key: BatchKey) -> dict[str, Tensor]:
         """Like `loss`, for the critic, after the module's own step on the same batch."""
         raise NotImplementedError
 
@@ -51,10 +51,10 @@ class Objective(ABC):
         """What each of the B samples belongs to, for figures group by group: {"bucket": [...], "t": [...]}."""
         return {}
 
-    def announce(self, draws: Sequence[Draw]) -> None:  # noqa: B027
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:  # noqa: B027
         """Batches that will be prepared next, in this order: reading them may begin."""
 
-    def announce_none(self) -> None:  # noqa: B027
+    def cancel_prefetch(self) -> None:  # noqa: B027
         """Nothing more will be prepared: what was announced need not be read."""
 
     def figures(self) -> dict[str, float]:
@@ -94,11 +94,11 @@ class Objective(ABC):
         """Every size that batches may have, for plans."""
         return []
 
-    def imagine(self, shape: BatchShape) -> Any:
+    def meta_batch(self, shape: BatchShape) -> Any:
         """A batch of that size without any content, on the module's device, for plans."""
         raise NotImplementedError
 
-    def rehearse(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
+    def frozen_workloads(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
         """What each frozen network does to prepare a batch of that size, on no content, by its name; for plans."""
         return {}
 

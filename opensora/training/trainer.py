@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opensora.distributed.checkpoint import Checkpoints, newest_checkpoint, read_counters, read_names, read_tensors
 from opensora.distributed.mesh import build_mesh
-from opensora.distributed.seeding import Draw, derive_seed
+from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.files import use_default_permissions
 from opensora.training.config import Recipe
@@ -143,7 +143,7 @@ class Trainer:
         self.work.seconds += step_s
         return {**terms, "grad_norm": grad_norm, "step_s": step_s, "bad_steps": float(self.bad_steps)}
 
-    def accumulate_gradients(self) -> tuple[dict[str, float], list[tuple[Any, Draw]]]:
+    def accumulate_gradients(self) -> tuple[dict[str, float], list[tuple[Any, BatchKey]]]:
         """Forward and backward of every microbatch.
 
         Returns:
@@ -153,33 +153,33 @@ class Trainer:
         self.module.zero_grad(set_to_none=True)
         seen, batches, waited_s = [], [], 0.0
         for k in range(loop.microbatches):
-            draw = self.draw(k)
-            torch.manual_seed(derive_seed(loop.seed, "layers", draw.position))  # dropout and its like
+            key = self.key(k)
+            torch.manual_seed(derive_seed(loop.seed, "layers", key.position))  # dropout and its like
             before = time.perf_counter()
-            objective.announce(self.next_draws(k))
-            batch = objective.prepare(draw)
+            objective.prefetch(self.next_keys(k))
+            batch = objective.prepare(key)
             waited_s += time.perf_counter() - before
             self.parallel.reduce_next(k == loop.microbatches - 1)
             groups = objective.groups(batch)
             with self.autocast(), self.work.counted(batch):
-                terms = self.parallel.losses(objective.loss, batch, draw)
+                terms = self.parallel.losses(objective.loss, batch, key)
             total(terms, loop.microbatches).backward()
             seen.append(({name: term.detach() for name, term in terms.items()}, groups))
             if self.critic is not None:
-                batches.append((batch, draw))
+                batches.append((batch, key))
         self.parallel.average_gradients(self.parameters)
         return {**self.read_terms(seen), "data_s": waited_s}, batches
 
-    def train_critic(self, batches: list[tuple[Any, Draw]]) -> dict[str, float]:
+    def train_critic(self, batches: list[tuple[Any, BatchKey]]) -> dict[str, float]:
         """One step of the critic on the batches that the module has just learnt from; returns its mean loss."""
         if self.critic is None or self.critic_optimizer is None:
             return {}
         self.critic.zero_grad(set_to_none=True)
         seen = []
-        for batch, draw in batches:
-            torch.manual_seed(derive_seed(self.loop.seed, "critic", draw.position))
+        for batch, key in batches:
+            torch.manual_seed(derive_seed(self.loop.seed, "critic", key.position))
             with self.autocast():
-                terms = self.parallel.losses(self.objective.critic_loss, batch, draw)
+                terms = self.parallel.losses(self.objective.critic_loss, batch, key)
             loss = total(terms, len(batches))
             loss.backward()
             seen.append(loss.detach())
@@ -190,15 +190,15 @@ class Trainer:
             self.critic_optimizer.step(learning_rate_factor(self.step, self.loop.steps, self.loop.critic))
         return {"critic_loss": float(sum(seen)), "critic_grad_norm": grad_norm}
 
-    def draw(self, ahead: int) -> Draw:
+    def key(self, ahead: int) -> BatchKey:
         """The place in the run of this rank's batch that comes `ahead` batches after the step's first."""
         position = self.batches + self.mesh.num_data_ranks * ahead + self.mesh.data_rank
-        return Draw(self.loop.seed, position, self.step + ahead // self.loop.microbatches)
+        return BatchKey(self.loop.seed, position, self.step + ahead // self.loop.microbatches)
 
-    def next_draws(self, ahead: int) -> list[Draw]:
+    def next_keys(self, ahead: int) -> list[BatchKey]:
         """From that batch on, as many as data are told of ahead of time."""
-        draws = (self.draw(k) for k in range(ahead, ahead + 1 + self.loop.prefetch))
-        return [draw for draw in draws if draw.step < self.loop.steps]
+        keys = (self.key(k) for k in range(ahead, ahead + 1 + self.loop.prefetch))
+        return [key for key in keys if key.step < self.loop.steps]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.loop.precision == "bf16")
@@ -254,7 +254,7 @@ class Trainer:
         finally:
             if metrics:
                 metrics.close()
-            self.objective.announce_none()
+            self.objective.cancel_prefetch()
             self.checkpoints.join()
 
     def preview(self) -> dict[str, float]:

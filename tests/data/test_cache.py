@@ -18,7 +18,7 @@ from opensora.data.cached import CachedLatents
 from opensora.data.clips import ClipSource, ManifestClips, read_clip
 from opensora.data.encoding import EncodedClips
 from opensora.data.shards import ShardReader, read_note, write_shard
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
@@ -190,9 +190,9 @@ def test_batches_from_a_cache_are_those_from_the_clips(sample: bool, manifest, a
     assert cached.shapes() == clips.shapes()
     seen = set()
     for position in range(12):  # with the damaged clip's replacements
-        draw = Draw(3, position)
-        cached.announce([draw])
-        wanted, found = clips.batch(draw), cached.batch(draw)
+        key = BatchKey(3, position)
+        cached.prefetch([key])
+        wanted, found = clips.batch(key), cached.batch(key)
         assert found.captions == wanted.captions and found.label == wanted.label
         assert found.num_frames == wanted.num_frames
         torch.testing.assert_close(found.latents, wanted.latents)
@@ -210,13 +210,13 @@ def test_several_windows_of_a_long_clip_are_drawn_from(autoencoder, tmp_path):
     firsts = {c["first_frame"] for name in index.latents for c in read_note(tmp_path / "cache" / name)["clips"]}
     assert index.num_latents == 6 and len(firsts) > 3 and max(firsts) < 35
     cached = CachedLatents(tmp_path / "cache", num_workers=0).open(autoencoder, sample=False)
-    drawn = {cached.batch(Draw(0, position)).latents[0].sum().item() for position in range(20)}
+    drawn = {cached.batch(BatchKey(0, position)).latents[0].sum().item() for position in range(20)}
     assert len(drawn) > 3
 
 
 def test_means_alone_are_refused_where_training_draws(manifest, autoencoder, tmp_path):
     Making(manifest, autoencoder, contents="mean").run(tmp_path / "cache")
-    CachedLatents(tmp_path / "cache").open(autoencoder, sample=False).batch(Draw(0, 0))
+    CachedLatents(tmp_path / "cache").open(autoencoder, sample=False).batch(BatchKey(0, 0))
     with pytest.raises(OpenSoraError, match=r"means alone.*--contents posterior.*sample_posterior=false"):
         CachedLatents(tmp_path / "cache").open(autoencoder, sample=True)
 
@@ -265,7 +265,7 @@ def test_another_text_encoder_or_length_is_refused(manifest, autoencoder, tmp_pa
 def test_other_chances_and_batch_sizes_need_no_new_cache_but_other_sizes_do(manifest, autoencoder, tmp_path):
     Making(manifest, autoencoder).run(tmp_path / "cache")
     config = CachedLatents(tmp_path / "cache", {"16x24": {"5": (0.5, 3)}})
-    assert config.open(autoencoder, sample=False).batch(Draw(0, 0)).latents.shape[0] == 3
+    assert config.open(autoencoder, sample=False).batch(BatchKey(0, 0)).latents.shape[0] == 3
     with pytest.raises(OpenSoraError, match=r"no clips of 16x16 5f at 16x16; make it again with these buckets"):
         CachedLatents(tmp_path / "cache", {"16x16": {"5": (1.0, 2)}}).open(autoencoder, sample=False)
 

@@ -14,7 +14,7 @@ from opensora.conditioning import IMAGE_FPS
 from opensora.data import clips as clips_module
 from opensora.data.buckets import Bucket
 from opensora.data.clips import ManifestClips, read_clip
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.frames import read_frames
@@ -28,15 +28,15 @@ def broken(tmp_path_factory):
     return make_broken_clips(tmp_path_factory.mktemp("broken") / "clips", num_good=12)
 
 
-def draws(count: int, seed: int = 0) -> list[Draw]:
-    return [Draw(seed, position) for position in range(count)]
+def keys(count: int, seed: int = 0) -> list[BatchKey]:
+    return [BatchKey(seed, position) for position in range(count)]
 
 
 def test_batches_in_spite_of_everything(broken, caplog):
     """All that can be used comes, what cannot be read is named once with its reason, and nothing stops."""
     source = ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=1).open()
     with caplog.at_level(logging.WARNING):
-        batches = [source.batch(draw) for draw in draws(3 * len(source.sampler(0).epoch(0).batch_bucket))]
+        batches = [source.batch(key) for key in keys(3 * len(source.sampler(0).epoch(0).batch_bucket))]
     captions = {caption for batch in batches for caption in batch.captions}
     assert captions == {f'what "{name}" shows,\nin two lines' for name in broken.usable}
     for batch in batches:
@@ -54,15 +54,15 @@ def test_a_batch_depends_on_its_place_alone(broken):
     """Replacements included: announced or not, in any order, with any number of threads."""
     config = ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=2)
     first = config.open()
-    first.announce(draws(4))
-    first.announce(draws(12))  # as a trainer does: again, and further
-    expected = [first.batch(draw) for draw in draws(12)]
+    first.prefetch(keys(4))
+    first.prefetch(keys(12))  # as a trainer does: again, and further
+    expected = [first.batch(key) for key in keys(12)]
     again = replace(config, num_workers=0).open()
     for position in (11, 3, 7, 0, 5):
-        batch = again.batch(Draw(0, position, step=99))
+        batch = again.batch(BatchKey(0, position, step=99))
         assert torch.equal(batch.video, expected[position].video)
         assert batch.captions == expected[position].captions
-    other = config.open().batch(Draw(1, 0))
+    other = config.open().batch(BatchKey(1, 0))
     assert not torch.equal(other.video, expected[0].video)
 
 
@@ -105,7 +105,7 @@ def test_rates_that_networks_are_told(broken):
             {"48x64": {"1": (1.0, 2), "5": (1.0, 2)}}, broken.manifest, frame_interval=2, told_fps=told
         )
         source = config.open()
-        rates[told] = {(b.label, rate) for b in map(source.batch, draws(16)) for rate in b.fps.tolist()}
+        rates[told] = {(b.label, rate) for b in map(source.batch, keys(16)) for rate in b.fps.tolist()}
     assert rates["taken"] == {("48x64 5f", 4.0), ("48x64 1f", IMAGE_FPS)}
     assert rates["file"] == {("48x64 5f", 8.0), ("48x64 1f", IMAGE_FPS)}
 
@@ -123,11 +123,11 @@ def many_missing(tmp_path):
 def test_too_many_broken_clips_stop_the_run(many_missing):
     source = ManifestClips(BUCKETS, many_missing, max_broken_share=0.5).open()
     with pytest.raises(OpenSoraError, match=r"of 1\d\d clips are broken.*max_broken_share 0.5.*missing \d+.mp4: ") as e:
-        for draw in draws(200):
-            source.batch(draw)
+        for key in keys(200):
+            source.batch(key)
     assert "\n" not in str(e.value)
     patient = ManifestClips(BUCKETS, many_missing, max_broken_share=1.0, num_workers=0).open()
-    assert all(len(patient.batch(draw).video) == 2 for draw in draws(30))
+    assert all(len(patient.batch(key).video) == 2 for key in keys(30))
 
 
 def test_a_bucket_of_broken_clips_alone(tmp_path):
@@ -137,11 +137,11 @@ def test_a_bucket_of_broken_clips_alone(tmp_path):
     bad = ClipRow(tmp_path / "b.mp4", "bad", NUM_FRAMES, 96, 128, 8.0)
     config = ManifestClips(BUCKETS | {"96x128": {"9": (1.0, 1)}}, tmp_path / "clips.csv", batches_in_a_row=1)
     write_manifest(tmp_path / "clips.csv", [good, bad])
-    batches = [config.open().batch(draw) for draw in draws(2)]
+    batches = [config.open().batch(key) for key in keys(2)]
     assert {b.label: b.captions for b in batches} == {"48x64 9f": ["good", "good"], "96x128 9f": ["good"]}
     write_manifest(tmp_path / "clips.csv", [bad])
     with pytest.raises(OpenSoraError, match=r"no clip for 96x128 9f can be read.*b.mp4: the file does not exist"):
-        config.open().batch(Draw(0, 0))
+        config.open().batch(BatchKey(0, 0))
 
 
 def test_a_manifest_that_is_wrong_about_its_clips(tmp_path):
@@ -169,9 +169,9 @@ def test_shapes(broken):
     assert [s.share for s in shapes] == [10 / 12, 2 / 12]
     unread = ManifestClips(BUCKETS).open()
     assert [s.share for s in unread.shapes()] == [0.5, 0.5]
-    unread.announce(draws(2))
+    unread.prefetch(keys(2))
     with pytest.raises(OpenSoraError, match="no manifest"):
-        unread.batch(Draw(0, 0))
+        unread.batch(BatchKey(0, 0))
 
 
 def test_what_cannot_be_trained_on_is_refused_at_once(broken, tmp_path):
@@ -204,11 +204,11 @@ def test_reading_begins_when_announced(broken, monkeypatch):
     real = clips_module.read_clip
     monkeypatch.setattr(clips_module, "read_clip", lambda *args: read.append(1) or real(*args))
     source = ManifestClips(BUCKETS, broken.manifest, num_workers=2).open()
-    source.announce(draws(2))
-    for reads in source._announced.values():
+    source.prefetch(keys(2))
+    for reads in source._prefetched.values():
         for one in reads:
             one.result()
     before = len(read)
     assert before >= 4
-    source.batch(Draw(0, 0))
+    source.batch(BatchKey(0, 0))
     assert len(read) == before

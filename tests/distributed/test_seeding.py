@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora.distributed.seeding import Draw, derive_seed, generator
+from opensora.distributed.seeding import BatchKey, derive_seed, generator
 
 KEYS = st.lists(st.integers(0, 2**40) | st.sampled_from(["", "0", "clips", "noise"]), max_size=5).map(tuple)
 
@@ -44,7 +44,7 @@ def test_generators_are_fresh_and_leave_the_global_state_alone():
 @pytest.mark.parametrize("change", [{"seed": 1}, {"position": 1}])
 def test_a_draw_depends_on_the_seed_and_the_position(change):
     def drawn(**place: int) -> torch.Tensor:
-        return torch.randn(8, generator=Draw(**({"seed": 0, "position": 0, "step": 7} | place)).generator("noise"))
+        return torch.randn(8, generator=BatchKey(**({"seed": 0, "position": 0, "step": 7} | place)).generator("noise"))
 
     assert not torch.equal(drawn(), drawn(**change))
     assert torch.equal(drawn(), drawn(step=3))  # so that ranks and microbatches may be exchanged
@@ -52,5 +52,5 @@ def test_a_draw_depends_on_the_seed_and_the_position(change):
 
 def test_positions_and_purposes_never_draw_alike():
     places = itertools.product(range(24), ("clips", "noise", "t"))
-    seeds = [Draw(0, position).generator(use).initial_seed() for position, use in places]
+    seeds = [BatchKey(0, position).generator(use).initial_seed() for position, use in places]
     assert len(set(seeds)) == len(seeds)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.toybox import real_accuracy
-from opensora.recipes.toybox_judge import JudgeObjectiveConfig, spoil, toybox_judge
+from opensora.recipes.toybox_judge import JudgeTaskConfig, spoil, toybox_judge
 from opensora.toybox.world import ATTRIBUTES, World, render, sample_specs
 
 
@@ -58,12 +58,12 @@ def test_saved_and_loaded_it_reads_the_same(small_judge: Judge, tmp_path):
 
 
 def test_training_batches_depend_on_the_draw_alone_and_losses_are_per_clip():
-    objective = JudgeObjectiveConfig(batch_size=4, dim=8).build("cpu")
-    first, again, other = (objective.prepare(Draw(0, step)) for step in (3, 3, 4))
+    objective = JudgeTaskConfig(batch_size=4, dim=8).build("cpu")
+    first, again, other = (objective.prepare(BatchKey(0, step)) for step in (3, 3, 4))
     assert torch.equal(first.video, again.video)
     assert torch.equal(first.frames, again.frames)
     assert not torch.equal(first.video, other.video)
-    losses = objective.loss(first, Draw(0, 3))
+    losses = objective.loss(first, BatchKey(0, 3))
     assert {name: loss.shape for name, loss in losses.items()} == dict.fromkeys(ATTRIBUTES, (4,))
     assert set(objective.not_matrices) <= {name for name, _ in objective.module.named_parameters()}
 

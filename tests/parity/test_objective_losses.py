@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.recipes.debug import debug_objective
 from opensora.training.diffusion.noise import IDDPM, Flow, GaussianDiffusion
-from opensora.training.diffusion.task import Batch, DiffusionObjective
+from opensora.training.diffusion.task import Batch, DiffusionTask
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -35,14 +35,14 @@ class Toy:
         return SimpleNamespace(sample=self.a * noisy[:, channels] + self.b * t / 1000 + self.d * words)
 
 
-def objective_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[DiffusionObjective, Toy]:
+def objective_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[DiffusionTask, Toy]:
     objective = debug_objective(model, diffusion).build("cpu")
     toy = Toy(fixture)
     objective.transformer = toy  # type: ignore[assignment]
     return objective, toy
 
 
-def losses(objective: DiffusionObjective, fixture: Any, mask: Tensor | None) -> dict[str, Tensor]:
+def losses(objective: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[str, Tensor]:
     clean = fixture["in.x_start"]
     size = torch.full((len(clean),), 32.0)
     batch = Batch(
@@ -59,7 +59,7 @@ def losses(objective: DiffusionObjective, fixture: Any, mask: Tensor | None) -> 
         num_frames=clean.shape[2],
         label="fixture",
     )
-    return objective.loss(batch, Draw(0, 0))
+    return objective.loss(batch, BatchKey(0, 0))
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:

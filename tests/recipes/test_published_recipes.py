@@ -9,11 +9,11 @@ import pytest
 
 from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
-from opensora.training.diffusion.task import DiffusionObjective, DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTask, DiffusionTaskConfig
 
 FAMILY = [make.__name__ for make in RECIPES if make.__name__.startswith("v1_")]
 STAGES = [name for name in FAMILY if not name.endswith(("_debug", "_lora"))]
@@ -29,9 +29,9 @@ KEYS = {
 
 
 @functools.cache
-def outline(name: str) -> DiffusionObjective:
+def outline(name: str) -> DiffusionTask:
     objective = find_recipe(name).objective
-    assert isinstance(objective, DiffusionObjectiveConfig)
+    assert isinstance(objective, DiffusionTaskConfig)
     return objective.build("meta")
 
 
@@ -64,7 +64,7 @@ def test_every_size_can_be_imagined(name: str) -> None:
     shapes = objective.shapes()
     assert sum(shape.share for shape in shapes) == pytest.approx(1)
     for shape in shapes:
-        batch = objective.imagine(shape)
+        batch = objective.meta_batch(shape)
         cells = (shape.height // 8, shape.width // 8)
         assert batch.latents.shape == (
             shape.batch_size, 4, objective.autoencoder.latent_frames(shape.num_frames), *cells
@@ -76,7 +76,7 @@ def test_every_size_can_be_imagined(name: str) -> None:
 def test_a_step_can_be_imagined(name: str) -> None:
     objective = outline(name)
     shape = min(objective.shapes(), key=lambda shape: shape.batch_size * shape.num_frames * shape.height)
-    terms = objective.loss(objective.imagine(shape), Draw(0, 0))
+    terms = objective.loss(objective.meta_batch(shape), BatchKey(0, 0))
     assert all(term.shape == (shape.batch_size,) and term.is_meta for term in terms.values())
 
 
@@ -84,10 +84,10 @@ def test_a_step_can_be_imagined(name: str) -> None:
 def test_recipes_are_data(name: str) -> None:
     recipe = find_recipe(name)
     objective = recipe.objective
-    assert isinstance(objective, DiffusionObjectiveConfig)
+    assert isinstance(objective, DiffusionTaskConfig)
     assert recipe.name == name
     written = json.loads(json.dumps(to_dict(objective)))
-    assert to_dict(from_dict(DiffusionObjectiveConfig, written)) == written
+    assert to_dict(from_dict(DiffusionTaskConfig, written)) == written
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -96,7 +96,7 @@ def test_clips_have_to_be_named(name: str) -> None:
         find_recipe(name).objective.build("cpu")
     assert "\n" not in str(error.value)
     named = apply_overrides(find_recipe(name), ["objective.data.manifest=clips.csv"]).objective
-    assert isinstance(named, DiffusionObjectiveConfig) and isinstance(named.data, ManifestClips)
+    assert isinstance(named, DiffusionTaskConfig) and isinstance(named.data, ManifestClips)
     assert str(named.data.manifest) == "clips.csv"
 
 
@@ -128,11 +128,11 @@ def test_what_each_generation_was_trained_with() -> None:
 def test_the_chain_of_stages_is_whole(name: str) -> None:
     """A stage starts from the one before or from a released image model, and names what that one lacks."""
     objective = find_recipe(name).objective
-    assert isinstance(objective, DiffusionObjectiveConfig) and objective.init_from is not None
+    assert isinstance(objective, DiffusionTaskConfig) and objective.init_from is not None
     parts = objective.init_from.split("/")
     if parts[0] == "runs":
         before = find_recipe(parts[1]).objective
-        assert isinstance(before, DiffusionObjectiveConfig) and before.transformer and objective.transformer
+        assert isinstance(before, DiffusionTaskConfig) and before.transformer and objective.transformer
         gains_norms = objective.transformer.get("qk_norm") and not before.transformer.get("qk_norm")
         assert ("qk_norm" in objective.new_parts) == bool(gains_norms)
         assert before.architecture == objective.architecture

@@ -11,15 +11,15 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
 from opensora.training.trainer import Trainer
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 NAMES = [make.__name__ for make in RECIPES if "vae" in make.__name__]
 PUBLISHED = ["vae_v1_2_stage1", "vae_v1_2_stage2", "vae_v1_2_stage3"]
 
 
-def config(name: str) -> VAEObjectiveConfig:
+def config(name: str) -> VAETaskConfig:
     objective = find_recipe(name).objective
-    assert isinstance(objective, VAEObjectiveConfig)
+    assert isinstance(objective, VAETaskConfig)
     return objective
 
 
@@ -55,7 +55,7 @@ def test_what_each_stage_was_trained_with() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_survives_its_file_and_is_planned_without_any_other(name: str) -> None:
     written = json.loads(json.dumps(to_dict(find_recipe(name).objective)))
-    objective = from_dict(VAEObjectiveConfig, written).build("meta")
+    objective = from_dict(VAETaskConfig, written).build("meta")
     assert all(parameter.is_meta for parameter in objective.module.parameters())
     assert sum(shape.share for shape in objective.shapes()) == pytest.approx(1)
 
@@ -66,11 +66,11 @@ def test_a_user_names_clips_and_what_to_compare_pictures_with() -> None:
         ["objective.data.manifest=clips.csv", "objective.perceptual=efficientnet", "objective.discriminator={}"],
     )
     objective = named.objective
-    assert isinstance(objective, VAEObjectiveConfig) and isinstance(objective.data, ManifestClips)
+    assert isinstance(objective, VAETaskConfig) and isinstance(objective.data, ManifestClips)
     assert objective.data.manifest == Path("clips.csv") and objective.discriminator is not None
     with pytest.raises(OpenSoraError, match=r"pixart_sigma.* is missing; put a spatial autoencoder"):
         small = {"spatial": {"block_out_channels": [8], "norm_num_groups": 4}, "temporal": {"type": "folded", "dim": 8}}
-        VAEObjectiveConfig("latents", autoencoder=small, spatial_from="pixart_sigma").build("cpu")
+        VAETaskConfig("latents", autoencoder=small, spatial_from="pixart_sigma").build("cpu")
 
 
 def test_the_debug_recipe_runs(tmp_path: Path) -> None:

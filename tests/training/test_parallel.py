@@ -108,7 +108,7 @@ def previewed(recipe: Recipe, folder: Path) -> tuple[list[tuple[int, int]], list
     trainer = Trainer(recipe, folder)
     trainer.run()
     objective = trainer.objective
-    assert list(dict.fromkeys(objective.announced)) == objective.prepared  # all announced, once each, in order
+    assert list(dict.fromkeys(objective.prefetched)) == objective.prepared  # all prefetched, once each, in order
     return [(d.step, d.position) for d in objective.prepared], [type(b).__name__ for b in objective.blocks()]
 
 

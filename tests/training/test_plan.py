@@ -94,9 +94,9 @@ def test_slow_links_decide_the_time_of_a_step_that_computes_little(plan):
 def test_frozen_work_of_a_batch_is_told_from_one_clip():
     networks = TrainingPlan(on_clips(20), H100).networks
     for shape in networks.shapes:
-        rehearsed = networks.objective.rehearse(shape)
-        assert set(rehearsed) == {"autoencoder", "text_encoder"}
-        flops = sum(networks._frozen.trace(rehearse).flops for rehearse in rehearsed.values())
+        workloads = networks.objective.frozen_workloads(shape)
+        assert set(workloads) == {"autoencoder", "text_encoder"}
+        flops = sum(networks._frozen.trace(workload).flops for workload in workloads.values())
         assert networks.frozen_flops(shape) == pytest.approx(flops, rel=1e-6)
 
 

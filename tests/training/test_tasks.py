@@ -15,13 +15,13 @@ import opensora
 from opensora.checkpoints.weights import fingerprint
 from opensora.data import toybox
 from opensora.data.toybox import CaptionedLatents, OtherLength, ToyboxLatents
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.recipes.toybox_judge import JudgeObjectiveConfig
+from opensora.recipes.toybox_judge import JudgeTaskConfig
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.text import TrainedText
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 from opensora.training.trainer import Trainer
 
 KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge", *FAMILY]
@@ -37,12 +37,12 @@ def make_config(kind: str, folder: Path) -> Any:
         data = ToyboxLatents(CLIPS, 6, other_lengths=lengths, num_clips_of_other_lengths=4, batch_size=3)
         return diffusion_config(kind.split()[0], folder, data=data, frame_masks={"head": 0.9})
     if kind == "judge":
-        return JudgeObjectiveConfig(batch_size=2, dim=8)
+        return JudgeTaskConfig(batch_size=2, dim=8)
     return vae_config(kind)
 
 
 @pytest.fixture(params=KINDS)
-def objective(request, tmp_path) -> Objective:
+def objective(request, tmp_path) -> TrainingTask:
     made = make_config(request.param, tmp_path).build("cpu")
     made.set_up(tmp_path / "cache")
     return made
@@ -65,19 +65,19 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_a_batch_depends_on_its_draw_alone(objective):
-    first = objective.prepare(Draw(0, 5))
+    first = objective.prepare(BatchKey(0, 5))
     assert tensors(first)
-    objective.prepare(Draw(0, 6))
+    objective.prepare(BatchKey(0, 6))
     torch.rand(3)
-    assert same(first, objective.prepare(Draw(0, 5)))
-    for other in (Draw(1, 5), Draw(0, 6)):
+    assert same(first, objective.prepare(BatchKey(0, 5)))
+    for other in (BatchKey(1, 5), BatchKey(0, 6)):
         assert not same(first, objective.prepare(other))
 
 
 def test_the_loss_is_one_finite_number_a_sample_and_repeats(objective):
-    draw = Draw(0, 0)
-    batch = objective.prepare(draw)
-    first, second = objective.loss(batch, draw), objective.loss(batch, draw)
+    key = BatchKey(0, 0)
+    batch = objective.prepare(key)
+    first, second = objective.loss(batch, key), objective.loss(batch, key)
     size = len(tensors(batch)[0])
     for name, term in first.items():
         assert term.shape == (size,) and torch.isfinite(term).all(), name
@@ -91,8 +91,8 @@ def test_every_trainable_weight_is_reached(objective):
         for parameter in objective.module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     for step in range(3):  # whether a caption is dropped, and with it the null text's gradient, is a matter of luck
-        draw = Draw(0, step)
-        terms = objective.loss(objective.prepare(draw), draw)
+        key = BatchKey(0, step)
+        terms = objective.loss(objective.prepare(key), key)
         torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum().backward()
     for name, parameter in objective.module.named_parameters():
         if parameter.requires_grad:
@@ -209,8 +209,8 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
     """What the network says of a given frame costs nothing, and it sees such a frame clean."""
     objective = diffusion_config(kind, tmp_path, frame_masks={"head": 1.0}).build("cpu")
     objective.set_up(tmp_path / "cache")
-    draw = Draw(0, 0)
-    batch = objective.prepare(draw)
+    key = BatchKey(0, 0)
+    batch = objective.prepare(key)
     given = ~batch.frame_mask
     assert given.any(dim=1).all() and batch.frame_mask.any(dim=1).all()
     seen: list[Tensor] = []
@@ -227,7 +227,7 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
     losses = []
     for error in (0.0, 100.0):
         objective.predict = predicting(error)
-        losses.append(objective.loss(batch, draw))
+        losses.append(objective.loss(batch, key))
     for name, loss in losses[0].items():
         torch.testing.assert_close(loss, losses[1][name])
     apart = (seen[0] - batch.latents).abs().amax(dim=(1, 3, 4))
@@ -239,7 +239,7 @@ def test_lengths_come_in_their_shares(tmp_path):
     data = ToyboxLatents(CLIPS, 6, other_lengths=lengths, num_clips_of_other_lengths=2, batch_size=3)
     objective = diffusion_config("flow", tmp_path, data=data).build("cpu")
     objective.set_up(tmp_path / "cache")
-    batches = [objective.prepare(Draw(0, step)) for step in range(60)]
+    batches = [objective.prepare(BatchKey(0, step)) for step in range(60)]
     lengths = [batch.latents.shape[2] for batch in batches]
     # An image, 5 and 14 frames, four to a latent frame.
     assert set(lengths) == {1, 2, 4} and 8 < lengths.count(1) < 30

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_objectives import diffusion_config, family_config, vae_config, write_clips
 
-from opensora.training.config import LoopConfig, ObjectiveConfig, Recipe
+from opensora.training.config import LoopConfig, Recipe, TaskConfig
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
@@ -19,7 +19,7 @@ from opensora.training.vae.discriminator import DiscriminatorConfig
 pytestmark = pytest.mark.multi
 
 
-def train(objective: ObjectiveConfig, folder: Path, loop: dict) -> None:
+def train(objective: TaskConfig, folder: Path, loop: dict) -> None:
     torch.set_num_threads(1)
     settings = {"steps": 3, "precision": "fp32", "preview_every": 2, "log_every": 1, "checkpoint_every": 2}
     optimizer = OptimizerConfig(matrices="adamw", lr=1e-2, eps=1e-4, warmup_steps=1)  # for Muon see test_parallel.py

@@ -192,8 +192,8 @@ def test_data_are_told_of_batches_ahead_of_time_but_not_beyond_the_end(tmp_path:
     trainer = Trainer(recipe(steps=3, prefetch=3), tmp_path)
     trainer.run()
     objective = trainer.objective
-    assert [draw.position for draw in objective.announced[:4]] == [0, 1, 2, 3]
-    assert list(dict.fromkeys(objective.announced)) == objective.prepared
+    assert [key.position for key in objective.prefetched[:4]] == [0, 1, 2, 3]
+    assert list(dict.fromkeys(objective.prefetched)) == objective.prepared
     assert [(draw.position, draw.step) for draw in objective.prepared] == [(k, k // 2) for k in range(6)]
 
 

@@ -23,7 +23,7 @@ from opensora.data.clips import ManifestClips
 from opensora.data.encoding import EncodedClips, whole_cells
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit2 import STDiT2
@@ -36,13 +36,13 @@ from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
 from opensora.training.diffusion.text import CachedText, Captions, FrozenText, TrainedText
 from opensora.training.parts import META, Untrained, build_part
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 
 TIME_BINS = 10
 
 
 @dataclass(frozen=True)
-class DiffusionObjectiveConfig:
+class DiffusionTaskConfig:
     """Which transformer learns to undo which corruption of which clips.
 
     Attributes:
@@ -100,8 +100,8 @@ class DiffusionObjectiveConfig:
             if self.new_parts:
                 raise OpenSoraError("an adapter is trained beside whole weights; leave objective.new_parts out")
 
-    def build(self, device: str) -> "DiffusionObjective":
-        return DiffusionObjective(self, device)
+    def build(self, device: str) -> "DiffusionTask":
+        return DiffusionTask(self, device)
 
 
 @dataclass
@@ -137,10 +137,10 @@ class Batch:
     object_mask: Tensor | None = None
 
 
-class DiffusionObjective(Objective):
-    """See `DiffusionObjectiveConfig`."""
+class DiffusionTask(TrainingTask):
+    """See `DiffusionTaskConfig`."""
 
-    def __init__(self, config: DiffusionObjectiveConfig, device: str) -> None:
+    def __init__(self, config: DiffusionTaskConfig, device: str) -> None:
         self.config, self.device = config, device
         if device != META and isinstance(config.data, ManifestClips) and config.data.manifest is None:
             raise OpenSoraError(
@@ -195,22 +195,22 @@ class DiffusionObjective(Objective):
             return source
         return data.open(self.autoencoder, cache, self.device)
 
-    def prepare(self, draw: Draw) -> Batch:
+    def prepare(self, key: BatchKey) -> Batch:
         assert self.source is not None, "set_up first"
         config, device = self.config, self.device
-        clips: LatentBatch = self.source.batch(draw)
+        clips: LatentBatch = self.source.batch(key)
         size, num_frames = len(clips.latents), clips.latents.shape[2]
         frame_mask = None
         if config.frame_masks and num_frames > 1:
-            rng = random.Random(draw.generator("strategies").initial_seed())
-            frame_mask = draw_frame_masks(config.frame_masks, size, num_frames, rng, draw.generator("given")).to(device)
-        noise = torch.randn(clips.latents.shape, generator=draw.generator("noise"))
-        drop_text = torch.rand(size, generator=draw.generator("drop")) < config.drop_text
+            rng = random.Random(key.generator("strategies").initial_seed())
+            frame_mask = draw_frame_masks(config.frame_masks, size, num_frames, rng, key.generator("given")).to(device)
+        noise = torch.randn(clips.latents.shape, generator=key.generator("noise"))
+        drop_text = torch.rand(size, generator=key.generator("drop")) < config.drop_text
         text, text_mask = self.text(clips)
         return Batch(
             latents=clips.latents.to(device),
             noise=noise.to(device),
-            t=self.diffusion.draw_times(clips, draw.generator("t")).to(device),
+            t=self.diffusion.draw_times(clips, key.generator("t")).to(device),
             text=text,
             text_mask=text_mask,
             drop_text=drop_text.to(device),
@@ -237,20 +237,20 @@ class DiffusionObjective(Objective):
         with torch.no_grad():
             return self.captions.encode(tokens, mask), mask
 
-    def announce(self, draws: Sequence[Draw]) -> None:
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
         if self.source is not None:
-            self.source.announce(draws)
+            self.source.prefetch(keys)
 
-    def announce_none(self) -> None:
+    def cancel_prefetch(self) -> None:
         if self.source is not None:
-            self.source.announce_none()
+            self.source.cancel_prefetch()
 
     def figures(self) -> dict[str, float]:
         return {} if self.source is None else self.source.figures()
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, key: BatchKey) -> dict[str, Tensor]:
         noisy = self.diffusion.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
         prediction = self.predict(noisy, self.diffusion.timesteps(batch.t), batch)
         terms = self.diffusion.losses(
@@ -318,7 +318,7 @@ class DiffusionObjective(Objective):
         data = self.config.data
         return data.open().shapes() if isinstance(data, ManifestClips) else data.shapes()
 
-    def imagine(self, shape: BatchShape) -> Batch:
+    def meta_batch(self, shape: BatchShape) -> Batch:
         device = next(self.transformer.parameters()).device
         size, factor = shape.batch_size, self.autoencoder.spatial_factor
         frames = self.autoencoder.latent_frames(shape.num_frames)
@@ -346,7 +346,7 @@ class DiffusionObjective(Objective):
             label=shape.label,
         )
 
-    def rehearse(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
+    def frozen_workloads(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
         device = next(self.transformer.parameters()).device
         networks: dict[str, Callable[[], Any]] = {}
         if isinstance(self.config.data, ManifestClips):  # other data were encoded before the first step

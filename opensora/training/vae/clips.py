@@ -10,7 +10,7 @@ from torch import Tensor
 from opensora.data.batch import BatchShape, ClipBatch, Source
 from opensora.data.encoding import whole_cells
 from opensora.data.toybox import ToyboxClips
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 
 
@@ -37,9 +37,9 @@ class RenderedClips(Source):
         self.config = config
         self.split: Literal["train", "held_out"] = split
 
-    def batch(self, draw: Draw) -> ClipBatch:
+    def batch(self, key: BatchKey) -> ClipBatch:
         clips, size = self.config.clips, self.config.batch_size
-        video, mask = clips.render(size, draw.generator("clips"), split=self.split)
+        video, mask = clips.render(size, key.generator("clips"), split=self.split)
         fps = torch.full((size,), float(clips.fps))
         return ClipBatch(video, [""] * size, fps, f"{clips.num_frames}f", object_mask=mask)
 
@@ -98,13 +98,13 @@ class CutClips(Source):
     def __init__(self, source: Source, cut: Cut, spatial_factor: int) -> None:
         self.source, self.cut, self.spatial_factor = source, cut, spatial_factor
 
-    def batch(self, draw: Draw) -> ClipBatch:
-        clips: ClipBatch = self.source.batch(draw)
-        num_frames = self.cut.num_frames(clips.video.shape[2], draw.generator("length"))
+    def batch(self, key: BatchKey) -> ClipBatch:
+        clips: ClipBatch = self.source.batch(key)
+        num_frames = self.cut.num_frames(clips.video.shape[2], key.generator("length"))
         tensors = [clips.video] if clips.object_mask is None else [clips.video, clips.object_mask]
         tensors = [whole_cells(tensor[:, :, :num_frames], self.spatial_factor) for tensor in tensors]
         if self.cut.crop is not None:
-            tensors = crop_at_random(tensors, self.cut.crop, self.spatial_factor, draw.generator("crop"))
+            tensors = crop_at_random(tensors, self.cut.crop, self.spatial_factor, key.generator("crop"))
         mask = tensors[1] if len(tensors) == 2 else None
         return replace(clips, video=tensors[0], object_mask=mask)
 
@@ -122,11 +122,11 @@ class CutClips(Source):
         """Pixels of `side` that fill latent cells."""
         return side - side % self.spatial_factor
 
-    def announce(self, draws: Sequence[Draw]) -> None:
-        self.source.announce(draws)
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
+        self.source.prefetch(keys)
 
-    def announce_none(self) -> None:
-        self.source.announce_none()
+    def cancel_prefetch(self) -> None:
+        self.source.cancel_prefetch()
 
     def figures(self) -> dict[str, float]:
         return self.source.figures()
@@ -147,9 +147,9 @@ def crop_at_random(tensors: list[Tensor], edge: int, multiple: int, generator: t
     return cropped
 
 
-def random_frames(video: Tensor, count: int, draw: Draw) -> tuple[Tensor, Tensor]:
+def random_frames(video: Tensor, count: int, key: BatchKey) -> tuple[Tensor, Tensor]:
     """Numbers of clips (B, 1) and of `count` frames of each, or of all there are, (B, F), without repetition."""
-    scores = torch.rand(video.shape[0], video.shape[2], generator=draw.generator("frames"))
+    scores = torch.rand(video.shape[0], video.shape[2], generator=key.generator("frames"))
     frames = scores.argsort(dim=1)[:, :count].to(video.device)
     return torch.arange(len(video), device=video.device)[:, None], frames
 

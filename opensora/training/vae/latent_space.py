@@ -27,10 +27,10 @@ from opensora.settings import load_settings, save_settings
 from opensora.training.parts import META, find_part, outline
 
 if TYPE_CHECKING:
-    from opensora.training.vae.task import VAEObjectiveConfig
+    from opensora.training.vae.task import VAETaskConfig
 
 
-def build_autoencoder(config: "VAEObjectiveConfig", device: str) -> tuple[VideoAutoencoder, bool]:
+def build_autoencoder(config: "VAETaskConfig", device: str) -> tuple[VideoAutoencoder, bool]:
     """The autoencoder of a run's first step, and whether its scaling factor is known.
 
     On the meta device nothing is read that is not there: `config.autoencoder` then says what there will be.
@@ -64,7 +64,7 @@ def _is_missing(origin: str) -> bool:
     return False
 
 
-def _go_on(config: "VAEObjectiveConfig", origin: str, device: str) -> VideoAutoencoder:
+def _go_on(config: "VAETaskConfig", origin: str, device: str) -> VideoAutoencoder:
     """The autoencoder of a stage before, or a released one, with its own scaling factor."""
     if _is_missing(origin):
         raise OpenSoraError(

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from opensora.data.batch import BatchShape, ClipBatch, Source
 from opensora.data.clips import ManifestClips
-from opensora.distributed.seeding import Draw, derive_seed
+from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.folded import CausalMixer
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.temporal import ResBlock
 from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
-from opensora.training.task import Objective
+from opensora.training.task import TrainingTask
 from opensora.training.vae.clips import Cut, CutClips, pick_frames, random_frames
 from opensora.training.vae.discriminator import PatchDiscriminator
 from opensora.training.vae.latent_space import build_autoencoder, measure_scaling_factor
@@ -39,7 +39,7 @@ from opensora.training.vae.losses import (
 from opensora.training.vae.perceptual import build_perceptual
 
 if TYPE_CHECKING:
-    from opensora.training.vae.task import VAEObjectiveConfig
+    from opensora.training.vae.task import VAETaskConfig
 
 TEMPORAL_BLOCKS = (ResBlock, CausalMixer)
 SHIFT_AND_SCALE = "; shift and scale measured on "
@@ -53,10 +53,10 @@ class FrameLatents:
     object_mask: Tensor | None
 
 
-class VAEObjective(Objective):
+class VAETask(TrainingTask):
     """What the stages share: the autoencoder, its data, its measurement and its export."""
 
-    def __init__(self, config: "VAEObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "VAETaskConfig", device: str) -> None:
         self.config, self.device = config, device
         self.autoencoder, self.factor_is_known = build_autoencoder(config, device)
         self.autoencoder.micro_batch_size = config.micro_batch_size
@@ -68,18 +68,18 @@ class VAEObjective(Objective):
     def source(self) -> Source:
         return CutClips(self.config.data.open(), self.config.cut, self.autoencoder.spatial_factor)
 
-    def prepare(self, draw: Draw) -> Any:
-        return self.on_device(self.source.batch(draw))
+    def prepare(self, key: BatchKey) -> Any:
+        return self.on_device(self.source.batch(key))
 
     def on_device(self, clips: ClipBatch) -> ClipBatch:
         mask = None if clips.object_mask is None else clips.object_mask.to(self.device)
         return replace(clips, video=clips.video.to(self.device), object_mask=mask)
 
-    def announce(self, draws: Sequence[Draw]) -> None:
-        self.source.announce(draws)
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
+        self.source.prefetch(keys)
 
-    def announce_none(self) -> None:
-        self.source.announce_none()
+    def cancel_prefetch(self) -> None:
+        self.source.cancel_prefetch()
 
     def figures(self) -> dict[str, float]:
         return self.source.figures()
@@ -91,7 +91,7 @@ class VAEObjective(Objective):
     def shapes(self) -> list[BatchShape]:
         return self.source.shapes()
 
-    def imagine(self, shape: BatchShape) -> Any:
+    def meta_batch(self, shape: BatchShape) -> Any:
         size = (shape.batch_size, 3, shape.num_frames, shape.height, shape.width)
         fps = torch.full((shape.batch_size,), 24.0)
         return ClipBatch(torch.zeros(size, device=self.device), [""] * shape.batch_size, fps, shape.label)
@@ -124,10 +124,10 @@ class VAEObjective(Objective):
     def kl_loss(self, posterior: Posterior) -> Tensor:
         return self.config.kl_weight * kl_loss(posterior, self.config.reduction)
 
-    def frame_latents(self, video: Tensor, draw: Draw) -> Tensor:
+    def frame_latents(self, video: Tensor, key: BatchKey) -> Tensor:
         """Frame latents (B, C, T, h, w) before the scaling factor."""
         posterior = self.autoencoder.encode_frames(video)
-        return drawn(posterior, draw, "frame posterior") if self.config.sample_frames else posterior.mode()
+        return drawn(posterior, key, "frame posterior") if self.config.sample_frames else posterior.mode()
 
     # ---- before the first step, at previews and at the end
 
@@ -141,7 +141,7 @@ class VAEObjective(Objective):
         whole = CutClips(self.config.data.open(), Cut(crop=self.config.cut.crop), self.autoencoder.spatial_factor)
         seen, position = 0, 0
         while seen < self.config.num_clips:
-            clips = self.on_device(whole.batch(Draw(derive_seed("measure"), position)))
+            clips = self.on_device(whole.batch(BatchKey(derive_seed("measure"), position)))
             yield clips
             seen, position = seen + len(clips.video), position + 1
 
@@ -160,7 +160,7 @@ class VAEObjective(Objective):
             return {}
         sums: dict[str, list[Tensor]] = {"psnr": [], "bilinear_psnr": [], "object_psnr": []}
         for position in range(self.config.preview_batches):
-            clips = self.on_device(source.batch(Draw(derive_seed("preview"), position)))
+            clips = self.on_device(source.batch(BatchKey(derive_seed("preview"), position)))
             made = self.reconstruct(clips.video)
             sums["psnr"].append(frame_psnr(made, clips.video).flatten())
             bilinear = bilinear_reconstruction(clips.video, self.autoencoder.spatial_factor)
@@ -191,10 +191,10 @@ class VAEObjective(Objective):
         self.autoencoder.save_pretrained(folder)
 
 
-class LatentsObjective(VAEObjective):
+class LatentsTask(VAETask):
     """The temporal autoencoder on scaled frame latents."""
 
-    def __init__(self, config: "VAEObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "VAETaskConfig", device: str) -> None:
         super().__init__(config, device)
         self.autoencoder.spatial_vae.requires_grad_(False)
         require_temporal(self.autoencoder)
@@ -211,27 +211,27 @@ class LatentsObjective(VAEObjective):
             torch.cat([latents.latents for latents in encoded]), torch.cat(masks) if masks else None
         )
 
-    def announce(self, draws: Sequence[Draw]) -> None:
+    def prefetch(self, keys: Sequence[BatchKey]) -> None:
         if not self.config.cache_latents:  # else nobody would ask for what is read
-            super().announce(draws)
+            super().prefetch(keys)
 
-    def prepare(self, draw: Draw) -> ClipBatch | FrameLatents:
+    def prepare(self, key: BatchKey) -> ClipBatch | FrameLatents:
         """Clips to be encoded, or what of the cached latents this step learns from."""
         if not self.config.cache_latents:
-            return super().prepare(draw)
+            return super().prepare(key)
         count, _, num_frames = self.cached.latents.shape[:3]
-        rows = torch.randint(count, (self.shapes()[0].batch_size,), generator=draw.generator("clips"))
-        kept = self.config.cut.num_frames(num_frames, draw.generator("length"))
+        rows = torch.randint(count, (self.shapes()[0].batch_size,), generator=key.generator("clips"))
+        kept = self.config.cut.num_frames(num_frames, key.generator("length"))
         mask = self.cached.object_mask
         return FrameLatents(self.cached.latents[rows, :, :kept], None if mask is None else mask[rows, :, :kept])
 
     @torch.no_grad()
-    def encode(self, clips: ClipBatch, draw: Draw | None = None) -> FrameLatents:
+    def encode(self, clips: ClipBatch, key: BatchKey | None = None) -> FrameLatents:
         """Clips as frame latents; without a draw, always the posterior's mean."""
-        if draw is None:
+        if key is None:
             latents = self.autoencoder.encode_frames(clips.video).mode()
         else:
-            latents = self.frame_latents(clips.video, draw)
+            latents = self.frame_latents(clips.video, key)
         mask, factor = clips.object_mask, self.autoencoder.spatial_factor
         mask = None if mask is None else F.max_pool3d(mask, (1, factor, factor))
         return FrameLatents(self.autoencoder.latent_space.scale_frames(latents), mask)
@@ -241,11 +241,11 @@ class LatentsObjective(VAEObjective):
             return super().groups(batch)
         return {"frames": [str(batch.latents.shape[2])] * len(batch.latents)}
 
-    def loss(self, batch: ClipBatch | FrameLatents, draw: Draw) -> dict[str, Tensor]:
-        batch = self.encode(batch, draw) if isinstance(batch, ClipBatch) else batch
+    def loss(self, batch: ClipBatch | FrameLatents, key: BatchKey) -> dict[str, Tensor]:
+        batch = self.encode(batch, key) if isinstance(batch, ClipBatch) else batch
         target, space, num_frames = batch.latents, self.autoencoder.latent_space, batch.latents.shape[2]
         posterior = self.autoencoder.encode_time(space.unscale_frames(target))
-        latents = drawn(posterior, draw, "posterior")
+        latents = drawn(posterior, key, "posterior")
         decoded = space.scale_frames(self.autoencoder.decode_time(latents, num_frames))
         terms = {
             "reconstruction": self.reconstruction_loss(decoded, target, batch.object_mask),
@@ -269,10 +269,10 @@ class Decoded:
     posterior: Posterior
 
 
-class PictureObjective(VAEObjective):
+class PictureTask(VAETask):
     """What the stages that decode to pixels share: how pictures are compared."""
 
-    def __init__(self, config: "VAEObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "VAETaskConfig", device: str) -> None:
         super().__init__(config, device)
         self.perceptual = None
         if config.perceptual_weight:
@@ -283,11 +283,11 @@ class PictureObjective(VAEObjective):
                 self.critic = PatchDiscriminator(config.discriminator.dim, config.discriminator.depth)
 
     @abstractmethod
-    def decoded(self, batch: ClipBatch, draw: Draw) -> Decoded:
+    def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
         """A batch, encoded and decoded."""
 
-    def loss(self, batch: ClipBatch, draw: Draw) -> dict[str, Tensor]:
-        config, made = self.config, self.decoded(batch, draw)
+    def loss(self, batch: ClipBatch, key: BatchKey) -> dict[str, Tensor]:
+        config, made = self.config, self.decoded(batch, key)
         terms = {"reconstruction": self.reconstruction_loss(made.pictures, made.target, made.object_mask)}
         if self.perceptual is not None:
             distance = self.perceptual(made.pictures, made.target)
@@ -296,13 +296,13 @@ class PictureObjective(VAEObjective):
             terms["perceptual"] = config.perceptual_weight * values * distance
         compared = torch.stack(list(terms.values())).sum(dim=0)
         if config.discriminator is not None:
-            terms["adversarial"] = self.adversarial_loss(made.pictures, compared, draw)
+            terms["adversarial"] = self.adversarial_loss(made.pictures, compared, key)
         return {**terms, "kl": self.kl_loss(made.posterior)}
 
-    def adversarial_loss(self, pictures: Tensor, compared: Tensor, draw: Draw) -> Tensor:
+    def adversarial_loss(self, pictures: Tensor, compared: Tensor, key: BatchKey) -> Tensor:
         """What the critic says, weighted to pull at the last layer as hard as the comparison does; (B,)."""
         assert self.critic is not None and self.config.discriminator is not None
-        if draw.step < self.config.discriminator.start:
+        if key.step < self.config.discriminator.start:
             return pictures.new_zeros(len(pictures))
         self.critic.requires_grad_(False)  # it learns from `critic_loss` alone
         deceived = adversarial_loss(self.critic(pictures))
@@ -312,39 +312,39 @@ class PictureObjective(VAEObjective):
             self.config.discriminator.weight * adaptive_weight(compared.mean(), deceived.mean(), last_layer) * deceived
         )
 
-    def critic_loss(self, batch: ClipBatch, draw: Draw) -> dict[str, Tensor]:
+    def critic_loss(self, batch: ClipBatch, key: BatchKey) -> dict[str, Tensor]:
         """Real clips against those that the autoencoder now makes of them."""
         assert self.critic is not None and self.config.discriminator is not None
-        if draw.step < self.config.discriminator.start:  # nothing is learnt yet, and all gradients are 0
+        if key.step < self.config.discriminator.start:  # nothing is learnt yet, and all gradients are 0
             nothing = sum((parameter.sum() * 0 for parameter in self.critic.parameters()), torch.tensor(0.0))
             return {"critic": nothing.expand(len(batch.video))}
         with torch.no_grad():
-            made = self.decoded(batch, draw)
+            made = self.decoded(batch, key)
         return {"critic": critic_hinge_loss(self.critic(made.target), self.critic(made.pictures))}
 
 
-class FramesObjective(PictureObjective):
+class FramesTask(PictureTask):
     """The spatial autoencoder on single frames."""
 
-    def __init__(self, config: "VAEObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "VAETaskConfig", device: str) -> None:
         super().__init__(config, device)
         if self.autoencoder.temporal_vae is not None:
             self.autoencoder.temporal_vae.requires_grad_(False)
         names = [n for n, _ in self.module.named_parameters()]
         self.not_matrices = {n for n in names if "conv_in" in n or "conv_out" in n or "quant_conv" in n}
 
-    def prepare(self, draw: Draw) -> ClipBatch:
+    def prepare(self, key: BatchKey) -> ClipBatch:
         """Clips of which only the frames that are trained on are left."""
-        clips = super().prepare(draw)
+        clips = super().prepare(key)
         if self.config.frames_per_clip is None:
             return clips
-        rows, frames = random_frames(clips.video, self.config.frames_per_clip, draw)
+        rows, frames = random_frames(clips.video, self.config.frames_per_clip, key)
         mask = None if clips.object_mask is None else pick_frames(clips.object_mask, rows, frames)
         return replace(clips, video=pick_frames(clips.video, rows, frames), object_mask=mask)
 
-    def decoded(self, batch: ClipBatch, draw: Draw) -> Decoded:
+    def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
         posterior = self.autoencoder.encode_frames(batch.video)
-        pictures = self.autoencoder.decode_frames(drawn(posterior, draw, "posterior"))
+        pictures = self.autoencoder.decode_frames(drawn(posterior, key, "posterior"))
         return Decoded(pictures, batch.video, batch.object_mask, posterior)
 
     def reconstruct(self, video: Tensor) -> Tensor:
@@ -357,10 +357,10 @@ class FramesObjective(PictureObjective):
         self.autoencoder.save_pretrained(folder)
 
 
-class PixelsObjective(PictureObjective):
+class PixelsTask(PictureTask):
     """The temporal autoencoder and the spatial one, on pixels."""
 
-    def __init__(self, config: "VAEObjectiveConfig", device: str) -> None:
+    def __init__(self, config: "VAETaskConfig", device: str) -> None:
         super().__init__(config, device)
         spatial = self.autoencoder.spatial_vae.module
         if not config.train_encoder:
@@ -371,14 +371,14 @@ class PixelsObjective(PictureObjective):
         spatial_names = {n for n, _ in self.module.named_parameters() if n.startswith("spatial_vae.")}
         self.not_matrices = spatial_names | temporal_boundary_layers(self.module)
 
-    def decoded(self, batch: ClipBatch, draw: Draw) -> Decoded:
+    def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
         video, mask, autoencoder = batch.video, batch.object_mask, self.autoencoder
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
-            frame_latents = self.frame_latents(video, draw)
+            frame_latents = self.frame_latents(video, key)
         posterior = autoencoder.encode_time(frame_latents)
-        frame_latents = autoencoder.decode_time(drawn(posterior, draw, "posterior"), video.shape[2])
+        frame_latents = autoencoder.decode_time(drawn(posterior, key, "posterior"), video.shape[2])
         if self.config.frames_per_clip is not None:
-            rows, frames = random_frames(video, self.config.frames_per_clip, draw)
+            rows, frames = random_frames(video, self.config.frames_per_clip, key)
             frame_latents, video = pick_frames(frame_latents, rows, frames), pick_frames(video, rows, frames)
             mask = None if mask is None else pick_frames(mask, rows, frames)
         return Decoded(autoencoder.decode_frames(frame_latents), video, mask, posterior)
@@ -398,6 +398,6 @@ def temporal_boundary_layers(module: nn.Module) -> set[str]:
     return {n for n in names if any(end in n for end in ends)}
 
 
-def drawn(posterior: Posterior, draw: Draw, purpose: str) -> Tensor:
+def drawn(posterior: Posterior, key: BatchKey, purpose: str) -> Tensor:
     """Latents drawn from a posterior; the noise is drawn on the CPU, so that it is the same on every device."""
-    return posterior.sample(noise=torch.randn(posterior.mean.shape, generator=draw.generator(purpose)))
+    return posterior.sample(noise=torch.randn(posterior.mean.shape, generator=key.generator(purpose)))

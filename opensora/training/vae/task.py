@@ -23,11 +23,11 @@ from opensora.training.vae.clips import Cut, ToyboxVideos
 from opensora.training.vae.discriminator import DiscriminatorConfig
 from opensora.training.vae.losses import Reduction
 from opensora.training.vae.perceptual import PerceptualNetwork
-from opensora.training.vae.stages import FramesObjective, LatentsObjective, PixelsObjective, VAEObjective
+from opensora.training.vae.stages import FramesTask, LatentsTask, PixelsTask, VAETask
 
 
 @dataclass(frozen=True)
-class VAEObjectiveConfig:
+class VAETaskConfig:
     """One stage of autoencoder training.
 
     Attributes:
@@ -94,6 +94,6 @@ class VAEObjectiveConfig:
         if self.discriminator is not None and self.stage == "pixels" and self.frames_per_clip is not None:
             raise OpenSoraError("objective.discriminator looks at whole clips; set objective.frames_per_clip=none")
 
-    def build(self, device: str) -> "VAEObjective":
-        stages = {"frames": FramesObjective, "latents": LatentsObjective, "pixels": PixelsObjective}
+    def build(self, device: str) -> "VAETask":
+        stages = {"frames": FramesTask, "latents": LatentsTask, "pixels": PixelsTask}
         return stages[self.stage](self, device)

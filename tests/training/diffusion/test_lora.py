@@ -22,7 +22,7 @@ from opensora.models.stdit3 import STDiT3
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
 from opensora.training.diffusion.noise import Flow
-from opensora.training.diffusion.task import DiffusionObjectiveConfig
+from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText, TrainedText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
@@ -218,7 +218,7 @@ def pipeline_folder(tmp_path) -> Path:
 
 def recipe(base: Path, manifest: Path, preserve: float = 0.0, **loop: Any) -> Recipe:
     """An adapter beside a tiny pipeline, on clips of a manifest."""
-    objective = DiffusionObjectiveConfig(
+    objective = DiffusionTaskConfig(
         data=ManifestClips({"64x64": {"5": (1.0, 2)}}, manifest, batches_in_a_row=1, num_workers=0),
         diffusion=Flow(),
         autoencoder=str(base),

@@ -16,14 +16,14 @@ import opensora
 from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import encode_clips
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.media.read import read_video
 from opensora.models.text.cleaning import clean_text
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.noise import Flow
 from opensora.training.diffusion.previews import Prompts
-from opensora.training.diffusion.task import DiffusionObjective
+from opensora.training.diffusion.task import DiffusionTask
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
@@ -38,16 +38,16 @@ def manifest(tmp_path_factory) -> Path:
     return write_clips(tmp_path_factory.mktemp("clips"))
 
 
-def opened(version: str, manifest: Path, folder: Path, **changes: Any) -> DiffusionObjective:
+def opened(version: str, manifest: Path, folder: Path, **changes: Any) -> DiffusionTask:
     torch.manual_seed(0)
     objective = family_config(version, manifest, **changes).build("cpu")
     objective.set_up(folder)
     return objective
 
 
-def video_batch(objective: DiffusionObjective) -> Any:
+def video_batch(objective: DiffusionTask) -> Any:
     """The first batch that is no image."""
-    batches = (objective.prepare(Draw(0, position)) for position in range(20))
+    batches = (objective.prepare(BatchKey(0, position)) for position in range(20))
     return next(batch for batch in batches if batch.num_frames > 1)
 
 
@@ -61,7 +61,7 @@ def test_two_steps_on_mp4_files_make_a_model(version: str, manifest: Path, tmp_p
     config = family_config(version, manifest, frame_masks={"head": 0.5}, preview=prompts, export_dtype="float32")
     trainer = Trainer(Recipe("tiny", config, LOOP), tmp_path)
     before = {name: weight.clone() for name, weight in trainer.module.state_dict().items()}
-    assert isinstance(trainer.objective, DiffusionObjective)
+    assert isinstance(trainer.objective, DiffusionTask)
     frozen = {n: w.clone() for part in trainer.objective.frozen.values() for n, w in part.state_dict().items()}
     model = trainer.run()
     changed = [name for name, weight in trainer.module.state_dict().items() if not torch.equal(weight, before[name])]
@@ -93,7 +93,7 @@ def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_
     for network in objective.frozen.values():
         assert not network.training
         assert not any(parameter.requires_grad or id(parameter) in inside for parameter in network.parameters())
-    batch = objective.prepare(Draw(0, 0))
+    batch = objective.prepare(BatchKey(0, 0))
     assert not batch.latents.requires_grad and not batch.text.requires_grad
 
 
@@ -105,18 +105,18 @@ def test_latents_are_drawn_from_the_posterior_or_are_its_mean(manifest: Path, tm
     assert isinstance(means.config.data, ManifestClips)
     clips = means.config.data.open()
     for k in range(3):
-        draw = Draw(0, k)
-        mean = encode_clips(clips.batch(draw), means.autoencoder)
-        assert torch.equal(means.prepare(draw).latents, mean.latents)
-        sampled = drawn.prepare(draw).latents
-        assert torch.equal(sampled, drawn.prepare(draw).latents), "the same place draws the same"
+        key = BatchKey(0, k)
+        mean = encode_clips(clips.batch(key), means.autoencoder)
+        assert torch.equal(means.prepare(key).latents, mean.latents)
+        sampled = drawn.prepare(key).latents
+        assert torch.equal(sampled, drawn.prepare(key).latents), "the same place draws the same"
         assert not torch.equal(sampled, mean.latents)
 
 
 def test_networks_are_told_the_size_before_encoding(manifest: Path, tmp_path: Path) -> None:
     """Columns that fill no latent cell are cut before encoding, but the size told is that of the clip."""
     data = ManifestClips({"52x60": {"5": (1.0, 2)}}, manifest, num_workers=0)
-    batch = opened("1.2", manifest, tmp_path, data=data).prepare(Draw(0, 0))
+    batch = opened("1.2", manifest, tmp_path, data=data).prepare(BatchKey(0, 0))
     assert batch.latents.shape[-2:] == (6, 7)
     assert batch.height.tolist() == [52.0] * 2 and batch.width.tolist() == [60.0] * 2
 
@@ -145,7 +145,7 @@ def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path)
         data = ManifestClips({"64x64": {"5": (1.0, 2)}}, table, scores=scores, num_workers=0)
         source = opened("1.2", manifest, tmp_path, data=data).source
         assert source is not None
-        return source.batch(Draw(0, 0)).captions
+        return source.batch(BatchKey(0, 0)).captions
 
     for plain, told in zip(captions(False), captions(True), strict=True):
         assert told == f"{plain} aesthetic score: 5.2. camera motion: pan left."
@@ -166,9 +166,9 @@ def test_a_dropped_caption_is_the_null_text(manifest: Path, tmp_path: Path) -> N
             for parameter in objective.transformer.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
             batch = video_batch(objective)
-            first = objective.loss(batch, Draw(0, 0))["velocity"]
+            first = objective.loss(batch, BatchKey(0, 0))["velocity"]
             batch.text = batch.text.flip(1) + 1
-            assert torch.allclose(first, objective.loss(batch, Draw(0, 0))["velocity"]) == same
+            assert torch.allclose(first, objective.loss(batch, BatchKey(0, 0))["velocity"]) == same
 
 
 def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
@@ -178,16 +178,16 @@ def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
     transformer = {**family_config("1.2", manifest).transformer, "caption_channels": 16, "model_max_length": 24}
     text = FrozenText((tmp_path / "model").as_posix())
     objective = opened("1.2", manifest, tmp_path, text=text, transformer=transformer)
-    batch = objective.prepare(Draw(0, 0))
+    batch = objective.prepare(BatchKey(0, 0))
     assert batch.text.shape[2] == 16 and torch.isfinite(batch.text).all()
     assert "text_encoder" in objective.frozen
-    assert torch.isfinite(objective.loss(batch, Draw(0, 0))["velocity"]).all()
+    assert torch.isfinite(objective.loss(batch, BatchKey(0, 0))["velocity"]).all()
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------------
 
 
-def seen_by(objective: DiffusionObjective, batch: Any) -> Tensor:
+def seen_by(objective: DiffusionTask, batch: Any) -> Tensor:
     """What the transformer sees of a batch."""
     seen: list[Tensor] = []
     predict = objective.predict
@@ -197,7 +197,7 @@ def seen_by(objective: DiffusionObjective, batch: Any) -> Tensor:
         return predict(noisy, timestep, batch)
 
     objective.predict = watching
-    objective.loss(batch, Draw(0, 0))
+    objective.loss(batch, BatchKey(0, 0))
     return seen[0]
 
 
@@ -220,7 +220,7 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
         data = ManifestClips({size: {"5": (1.0, 8)}}, manifest, num_workers=0)
         objective = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
         assert objective.source is not None
-        drawn = objective.diffusion.draw_times(objective.source.batch(Draw(0, 0)), Draw(0, 0).generator("t"))
+        drawn = objective.diffusion.draw_times(objective.source.batch(BatchKey(0, 0)), BatchKey(0, 0).generator("t"))
         return float(drawn.mean())
 
     small, large = mean_time("32x32", True), mean_time("64x64", True)
@@ -230,7 +230,7 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
 def test_groups_tell_size_and_time(manifest: Path, tmp_path: Path) -> None:
     for version in FAMILY:
         objective = opened(version, manifest, tmp_path)
-        batch = objective.prepare(Draw(0, 0))
+        batch = objective.prepare(BatchKey(0, 0))
         batch.t = batch.t.new_tensor([0, 999])
         assert objective.groups(batch) == {"bucket": [batch.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
 
@@ -282,9 +282,9 @@ def test_training_goes_on_from_released_parts(name: str, manifest: Path, tmp_pat
         for key, weight in network.state_dict().items():
             if not key.startswith("pos_embed"):  # derived anew
                 torch.testing.assert_close(weight, networks[part].state_dict()[key], msg=f"{part} {key}")
-    batch = objective.prepare(Draw(0, 0))
+    batch = objective.prepare(BatchKey(0, 0))
     assert batch.text_mask.shape[1] <= 40
-    assert all(torch.isfinite(term).all() for term in objective.loss(batch, Draw(0, 0)).values())
+    assert all(torch.isfinite(term).all() for term in objective.loss(batch, BatchKey(0, 0)).values())
 
 
 def test_a_released_part_that_is_not_here_is_named(manifest: Path, released: Any) -> None:

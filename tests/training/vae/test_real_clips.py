@@ -12,7 +12,7 @@ import torch
 
 from opensora.checkpoints.loading import load_component
 from opensora.data.clips import ManifestClips
-from opensora.distributed.seeding import Draw
+from opensora.distributed.seeding import BatchKey
 from opensora.manifest import ClipRow, write_manifest
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.config import LoopConfig, Recipe
@@ -20,7 +20,7 @@ from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut
 from opensora.training.vae.losses import bilinear_reconstruction, frame_psnr
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 AUTOENCODER: dict[str, Any] = {
     "spatial": {"block_out_channels": [64, 96], "layers_per_block": 1, "norm_num_groups": 16},
@@ -39,7 +39,7 @@ def test_stage_3_beats_bilinear_pictures_by_3_db_on_a_real_clip(real_clips: list
         return ManifestClips(buckets, tmp_path / "clips.csv", text_required=False)
 
     def train(name: str, steps: int, before: str | None, **options: Any) -> Path:
-        config = VAEObjectiveConfig(
+        config = VAETaskConfig(
             autoencoder=AUTOENCODER,
             init_from=before and str(tmp_path / before / "model"),
             mse_weight=2.0,
@@ -62,7 +62,7 @@ def test_stage_3_beats_bilinear_pictures_by_3_db_on_a_real_clip(real_clips: list
     source = clips(17, 1).open()
     found = []
     for position in range(6):
-        video = source.batch(Draw(7, position)).video[..., :72, :88]
+        video = source.batch(BatchKey(7, position)).video[..., :72, :88]
         with torch.no_grad():
             made = autoencoder.decode(autoencoder.encode(video), 17)
         found.append((frame_psnr(made, video).mean(), frame_psnr(bilinear_reconstruction(video, 8), video).mean()))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips
-from opensora.distributed.seeding import Draw, generator
+from opensora.distributed.seeding import BatchKey, generator
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
@@ -23,7 +23,7 @@ from opensora.training.config import LoopConfig, Recipe
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut, CutClips, ToyboxVideos, crop_at_random
 from opensora.training.vae.discriminator import DiscriminatorConfig
-from opensora.training.vae.task import VAEObjectiveConfig
+from opensora.training.vae.task import VAETaskConfig
 
 CRITIC = DiscriminatorConfig(dim=8, depth=1)
 
@@ -32,7 +32,7 @@ def videos(num_frames: int, batch_size: int = 2) -> ToyboxVideos:
     return ToyboxVideos(ToyboxClips(num_frames=num_frames, height=16, width=24), batch_size)
 
 
-def train(config: VAEObjectiveConfig, folder: Path, steps: int = 2, stop_after: int | None = None) -> Trainer:
+def train(config: VAETaskConfig, folder: Path, steps: int = 2, stop_after: int | None = None) -> Trainer:
     loop = LoopConfig(steps=steps, precision="fp32", ema_decay=0.5, checkpoint_every=1, microbatches=2)
     trainer = Trainer(Recipe("tiny", config, loop), folder)
     trainer.on_step = lambda step, *_: setattr(trainer, "stop_requested", step == stop_after)
@@ -63,7 +63,7 @@ def test_plans_hear_of_every_length():
     assert [shape.num_frames for shape in shapes] == [1, 9, 17, 26, 34]
     assert sum(shape.share for shape in shapes) == pytest.approx(1)
     assert {(shape.height, shape.width) for shape in shapes} == {(16, 16)}
-    assert source.batch(Draw(0, 0)).video.shape[-2:] == (16, 16)
+    assert source.batch(BatchKey(0, 0)).video.shape[-2:] == (16, 16)
 
 
 def test_clips_are_cut_out_at_one_place_in_all_frames_and_masks():
@@ -86,15 +86,15 @@ def test_pixels_are_learnt_at_any_length_in_chunks(num_frames, kind):
         "pixels", data=videos(num_frames), autoencoder=AUTOENCODER | {"temporal": temporal}, frames_per_clip=None
     )
     objective = config.build("cpu")
-    batch, draw = objective.prepare(Draw(0, 0)), Draw(0, 0)
-    made = objective.decoded(batch, draw)
+    batch, key = objective.prepare(BatchKey(0, 0)), BatchKey(0, 0)
+    made = objective.decoded(batch, key)
     assert made.pictures.shape == batch.video.shape
-    loss = torch.stack(list(objective.loss(batch, draw).values())).sum()
+    loss = torch.stack(list(objective.loss(batch, key).values())).sum()
     loss.backward()
     assert all(p.grad is not None for p in objective.autoencoder.temporal_vae.parameters())
     # Chunks of 17 frames know nothing of each other.
     batch.video[:, :, 17:] = 0
-    changed = objective.decoded(batch, draw).pictures
+    changed = objective.decoded(batch, key).pictures
     torch.testing.assert_close(changed[:, :, :17], made.pictures[:, :, :17])
     assert num_frames <= 17 or not torch.allclose(changed[:, :, 17:], made.pictures[:, :, 17:])
 
@@ -114,7 +114,7 @@ def test_clips_of_a_manifest_of_sizes_that_fill_no_whole_cells(tmp_path):
 
     config = vae_config("pixels", data=clips("train.csv"), held_out=clips("held_out.csv"), preview_batches=1)
     trainer = train(config, tmp_path / "run")
-    assert trainer.objective.prepare(Draw(0, 0)).video.shape == (2, 3, 18, 32, 40)
+    assert trainer.objective.prepare(BatchKey(0, 0)).video.shape == (2, 3, 18, 32, 40)
     assert set(trainer.objective.preview(tmp_path, 0)) == {"psnr", "bilinear_psnr"}, "nobody knows where objects are"
     space = VideoAutoencoder.from_pretrained(tmp_path / "run" / "model").latent_space
     assert space.trained_with.endswith("4 clips of train.csv") and "1 / std" in space.trained_with
@@ -159,15 +159,15 @@ def test_a_stage_moves_its_own_part_alone(stage, options, trained, tmp_path):
 def test_latents_of_images_are_to_stay_as_they_are():
     config = vae_config("latents", identity_weight=3.0, kl_weight=0.0, sample_frames=False)
     objective = config.build("cpu")
-    clips = objective.prepare(Draw(0, 0))
-    assert objective.loss(clips, Draw(0, 0))["identity"].tolist() == [0.0, 0.0], "of clips nothing is asked"
+    clips = objective.prepare(BatchKey(0, 0))
+    assert objective.loss(clips, BatchKey(0, 0))["identity"].tolist() == [0.0, 0.0], "of clips nothing is asked"
     image = vae_config("latents", identity_weight=3.0, cut=Cut(image_share=1.0)).build("cpu")
     image.module.load_state_dict(objective.module.state_dict())
-    draw = Draw(0, 0)
-    terms = image.loss(image.prepare(draw), draw)
-    target = image.encode(image.prepare(draw), draw).latents
+    key = BatchKey(0, 0)
+    terms = image.loss(image.prepare(key), key)
+    target = image.encode(image.prepare(key), key).latents
     posterior = image.autoencoder.encode_time(image.autoencoder.latent_space.unscale_frames(target))
-    noise = torch.randn(posterior.mean.shape, generator=draw.generator("posterior"))
+    noise = torch.randn(posterior.mean.shape, generator=key.generator("posterior"))
     expected = 3.0 * (posterior.sample(noise=noise) - target).abs().flatten(1).mean(dim=1)
     torch.testing.assert_close(terms["identity"], expected)
 
@@ -177,7 +177,7 @@ def test_cached_latents_are_those_of_the_clips(tmp_path):
     objective.set_up(tmp_path)
     clips = [objective.encode(clips) for clips in objective.measured_clips()]
     assert torch.equal(torch.cat([batch.latents for batch in clips]), objective.cached.latents)
-    batch = objective.prepare(Draw(0, 0))
+    batch = objective.prepare(BatchKey(0, 0))
     assert any(torch.equal(batch.latents[0], latents) for latents in objective.cached.latents)
     assert batch.object_mask is not None and batch.object_mask.max() == 1
 
@@ -229,7 +229,7 @@ def test_released_weights_keep_the_factor_they_were_trained_with(tmp_path):
 
 
 def test_the_published_autoencoder_is_known_by_name():
-    objective = VAEObjectiveConfig("pixels", init_from="opensora-1.2").build("meta")
+    objective = VAETaskConfig("pixels", init_from="opensora-1.2").build("meta")
     assert objective.autoencoder.latent_space.scaling_factor == 0.18215
     assert objective.autoencoder.device.type == "meta"
 
@@ -295,8 +295,8 @@ def gradient(loss: Tensor, parameter: Tensor) -> Tensor:
 def test_critic_and_comparison_pull_at_the_last_layer_as_hard():
     config = vae_config("pixels", frames_per_clip=None, discriminator=CRITIC, kl_weight=0.0)
     objective = config.build("cpu")
-    draw = Draw(0, 0)
-    terms = objective.loss(objective.prepare(draw), draw)
+    key = BatchKey(0, 0)
+    terms = objective.loss(objective.prepare(key), key)
     last = objective.autoencoder.spatial_vae.module.decoder.conv_out.weight
     comparison = gradient(terms["reconstruction"].mean(), last).norm()
     adversarial = gradient(terms["adversarial"].mean(), last).norm()
@@ -305,26 +305,26 @@ def test_critic_and_comparison_pull_at_the_last_layer_as_hard():
 
 def test_either_side_learns_from_its_own_loss():
     objective = vae_config("pixels", frames_per_clip=None, discriminator=CRITIC).build("cpu")
-    draw = Draw(0, 0)
-    batch = objective.prepare(draw)
-    sum(term.mean() for term in objective.loss(batch, draw).values()).backward()
+    key = BatchKey(0, 0)
+    batch = objective.prepare(key)
+    sum(term.mean() for term in objective.loss(batch, key).values()).backward()
     assert objective.critic is not None
     assert all(parameter.grad is None for parameter in objective.critic.parameters())
     objective.module.zero_grad()
-    objective.critic_loss(batch, draw)["critic"].mean().backward()
+    objective.critic_loss(batch, key)["critic"].mean().backward()
     assert all(parameter.grad is not None for parameter in objective.critic.parameters())
     assert all(parameter.grad is None for parameter in objective.module.parameters())
 
 
 def test_the_critic_waits_for_its_step():
     objective = vae_config("frames", discriminator=DiscriminatorConfig(8, 1, start=5)).build("cpu")
-    batch = objective.prepare(Draw(0, 0))
+    batch = objective.prepare(BatchKey(0, 0))
     assert objective.critic is not None
     for step, waits in ((4, True), (5, False)):
-        draw = Draw(0, 0, step)
-        adversarial = objective.loss(batch, draw)["adversarial"]
+        key = BatchKey(0, 0, step)
+        adversarial = objective.loss(batch, key)["adversarial"]
         objective.critic.zero_grad()
-        objective.critic_loss(batch, draw)["critic"].mean().backward()
+        objective.critic_loss(batch, key)["critic"].mean().backward()
         assert bool((adversarial == 0).all()) == waits
         assert all(bool((parameter.grad == 0).all()) == waits for parameter in objective.critic.parameters())
 
@@ -349,7 +349,7 @@ def test_a_stage_is_planned_before_the_one_before_has_run(stage, tmp_path):
     config = vae_config(stage, init_from=str(tmp_path / "to come" / "model"), data=ToyboxVideos(CLIPS, 2))
     objective = config.build("meta")
     for shape in objective.shapes():
-        terms = objective.loss(objective.imagine(shape), Draw(0, 0))
+        terms = objective.loss(objective.meta_batch(shape), BatchKey(0, 0))
         assert all(term.is_meta and term.shape == (2,) for term in terms.values())
     blocks = objective.blocks()
     assert blocks and all(any(block is part for part in objective.module.modules()) for block in blocks)
