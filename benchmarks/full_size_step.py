@@ -47,6 +47,7 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
     import torch
 
     from opensora.checkpoints.published import PUBLISHED, published_name
+    from opensora.models.clip_conditions import ClipConditions
     from opensora.models.guidance import ChannelGuidance, default_guider
 
     torch.set_num_threads(threads)
@@ -70,8 +71,8 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
         for i, t in enumerate(scheduler.timesteps[:steps]):
             started, cpu_started = time.perf_counter(), time.process_time()
             latents = sample.repeat(2, 1, 1, 1, 1).to(transformer.dtype)
-            told = {"fps": defaults["fps"], "height": height, "width": width}
-            prediction = transformer(latents, t.expand(2), text_context=text, **told).sample.float()
+            clip = ClipConditions(defaults["fps"], height, width, size[0])
+            prediction = transformer(latents, t.expand(2), text_context=text, clip_conditions=clip).sample.float()
             state = {"step": i, "num_inference_steps": len(scheduler.timesteps), "timestep": t}
             sample = scheduler.step(guidance(*prediction.chunk(2), **state), t, sample).prev_sample
             seconds.append(time.perf_counter() - started)

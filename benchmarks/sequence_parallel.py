@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from opensora.distributed.sequence_parallel import Shards, bytes_switched
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
 
 
@@ -41,8 +42,8 @@ def measure(rank: int, args: argparse.Namespace, port: int) -> None:
     latents, text = torch.randn(1, 4, args.frames, args.side, args.side), torch.randn(1, 32, 128)
 
     def step() -> None:
-        size = {"fps": 24.0, "height": 8.0 * args.side, "width": 8.0 * args.side}
-        model(latents, 500.0, text, **size).sample.float().square().mean().backward()
+        clip = ClipConditions(24.0, 8.0 * args.side, 8.0 * args.side, latents.shape[2])
+        model(latents, 500.0, text, clip_conditions=clip).sample.float().square().mean().backward()
 
     alone = median_s(step, args.runs) if rank == 0 else 0.0
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
 
 
@@ -41,12 +42,12 @@ def main() -> None:
     mask = torch.ones(args.batch, 16, dtype=torch.long)
     mask[::2, 10:] = 0
 
+    clip = ClipConditions(fps=8.0, height=64.0, width=64.0, num_frames=17)
+
     def step() -> float:
         started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = model(
-                latents, timestep, text, mask, fps=8.0, height=64.0, width=64.0, drop_text=drop_text
-            ).sample
+            prediction = model(latents, timestep, text, mask, clip_conditions=clip, drop_text=drop_text).sample
         prediction.float().square().mean().backward()
         model.zero_grad()
         return time.process_time() - started

@@ -1,4 +1,4 @@
-"""What a clip is made from besides text: frames that are given, and the numbers that tell a network its size.
+"""What a clip is made from besides text: frames that are given.
 
 `GivenFrames` hold latents, and a strength for each frame: 1 is generated from noise, 0 stays as given, 0.4 is given and
 made anew for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to them:
@@ -19,9 +19,6 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.text.prompts import FramePlacement
-
-# The networks of the family are told that an image is a video at this rate.
-IMAGE_FPS = 120.0
 
 
 @dataclass(frozen=True)
@@ -274,35 +271,6 @@ def pixel_frames(latent_frames: int, chunk_latents: int = 5, chunk_frames: int =
             f"{latent_frames} latent frames are no whole chunks; expected a multiple of {chunk_latents}"
         )
     return latent_frames // chunk_latents * chunk_frames
-
-
-@dataclass(frozen=True)
-class SizeInputs:
-    """What the networks are told about a clip: height and width in pixels, their ratio, frames, frames per second.
-
-    Plain numbers, for the precision they are rounded to is the network's affair.
-    """
-
-    height: float
-    width: float
-    num_frames: float
-    aspect_ratio: float
-    fps: float
-
-
-def size_inputs(
-    height: int, width: int, num_frames: int, fps: float, image_fps: float | None = IMAGE_FPS
-) -> SizeInputs:
-    """The inputs for a clip of this size; a single frame is an image and has `image_fps`, unless that is None.
-
-    Raises:
-        OpenSoraError: a value that is not positive.
-    """
-    for name, value in {"height": height, "width": width, "num_frames": num_frames, "fps": fps}.items():
-        if not value > 0:
-            raise OpenSoraError(f"{name} is {value}; expected a positive number")
-    rate = float(fps) if num_frames > 1 or image_fps is None else float(image_fps)
-    return SizeInputs(float(height), float(width), float(num_frames), height / width, rate)
 
 
 def _reference(references: Sequence[torch.Tensor], placement: FramePlacement, latents: torch.Tensor) -> torch.Tensor:

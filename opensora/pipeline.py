@@ -24,11 +24,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from opensora.conditioning import IMAGE_FPS, GivenFrames, SizeInputs, size_inputs
+from opensora.conditioning import GivenFrames
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
     NOT_GIVEN,
     CfgChannels,
@@ -299,7 +300,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             "prompt": prompts,
             "negative_prompt": negative_prompts,
             "spelled_prompt": spelled,
-            "told": asdict(told),
+            "clip_conditions": asdict(told),
             "frame_strength": None if strength is None else strength.tolist(),
             "seed": [generator.initial_seed() for generator in generators],
             "fps": self.config.fps if fps is None else fps,
@@ -357,7 +358,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             self.config.width if width is None else width,
         ).check(self.size_rule())
 
-    def _told(self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None) -> SizeInputs:
+    def _told(self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None) -> ClipConditions:
         """What the transformer and the time shift are told of the clip."""
         fps = self.config.fps if fps is None else fps
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
@@ -365,7 +366,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         if nominal_size is None and (size.height, size.width) == (self.config.height, self.config.width):
             nominal_size = self.config.nominal_size
         height, width = nominal_size or (size.height, size.width)
-        return size_inputs(height, width, size.num_frames, fps, self.config.image_fps)
+        return ClipConditions.of_clip(height, width, size.num_frames, fps, self.config.image_fps)
 
     def _scores(self, scores: Mapping[str, float | str | None] | None) -> dict[str, Any]:
         """The model's default scores, with the caller's in their place."""
@@ -392,7 +393,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         return ChannelGuidance(guider, cfg_channels, self.autoencoder.latent_channels)
 
     def _timesteps(
-        self, num_inference_steps: int | str | None, told: SizeInputs, device: torch.device
+        self, num_inference_steps: int | str | None, told: ClipConditions, device: torch.device
     ) -> list[tuple[int, Tensor]]:
         """The numbered timesteps of the run."""
         # A time shift depends on the size of the video; schedulers without one do not ask for it.
@@ -447,7 +448,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         t: Tensor,
         text_contexts: list[TextContext],
         frame_mask: Tensor | None,
-        told: SizeInputs,
+        told: ClipConditions,
         step: int,
         num_steps: int,
     ) -> tuple[Tensor, Tensor | None]:
@@ -463,9 +464,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
                     t.expand(branches * len(sample)),
                     text_context=text_context,
                     frame_mask=None if frame_mask is None else frame_mask.repeat(branches, 1),
-                    fps=told.fps,
-                    height=told.height,
-                    width=told.width,
+                    clip_conditions=told,
                 ).sample.float()
             predictions += prediction.split(len(sample))
         return predictions[0], predictions[1] if len(predictions) == 2 else None

@@ -9,6 +9,7 @@ from tiny_objectives import diffusion_config
 from tiny_pipeline import make_autoencoder, make_pipeline, make_transformer, seeded
 
 import opensora
+from opensora.models.clip_conditions import ClipConditions
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.trainer import Trainer
 
@@ -62,7 +63,7 @@ def test_the_transformer_in_bfloat16_is_near_float32():
         "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
         "frame_mask": torch.tensor([[True, True], [False, True]]),
     }
-    sizes = {"fps": 8.0, "height": 32.0, "width": 48.0}
+    sizes = {"clip_conditions": ClipConditions(fps=8.0, height=32.0, width=48.0, num_frames=2.0)}
     with torch.no_grad():
         expected = model(**arguments, **sizes).sample
         moved = {name: value.to(DEVICE) for name, value in arguments.items()}

@@ -92,15 +92,3 @@ def test_pixel_frames_of_other_chunks():
     assert conditioning.pixel_frames(7, chunk_latents=1, chunk_frames=1) == 7
     with pytest.raises(OpenSoraError, match="multiple of 5"):
         conditioning.pixel_frames(-5)
-
-
-def test_an_image_has_its_own_rate():
-    assert conditioning.size_inputs(64, 128, 1, 24).fps == conditioning.IMAGE_FPS
-    assert conditioning.size_inputs(64, 128, 17, 24).fps == 24
-    assert conditioning.size_inputs(64, 128, 17, 24).aspect_ratio == 0.5
-
-
-@pytest.mark.parametrize("values", [(0, 64, 1, 24), (64, -1, 1, 24), (64, 64, 0, 24), (64, 64, 1, float("nan"))])
-def test_impossible_size_inputs(values):
-    with pytest.raises(OpenSoraError, match="expected a positive number"):
-        conditioning.size_inputs(*values)

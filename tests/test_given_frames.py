@@ -196,7 +196,7 @@ def test_given_frames_of_another_size_are_refused(pipe):
 
 
 def told(pipe: OpenSoraPipeline, **options: Any) -> dict[str, Any]:
-    return pipe(PROMPT, num_inference_steps=1, output_type="latent", **options).settings["told"]
+    return pipe(PROMPT, num_inference_steps=1, output_type="latent", **options).settings["clip_conditions"]
 
 
 def test_a_nominal_size_stands_for_the_default_size_only():

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_pipeline import DEFAULTS, make_pipeline, seeded
 
 from opensora.errors import OpenSoraError
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.pipeline import OpenSoraPipeline
 
@@ -147,10 +148,10 @@ def reference_flow(pipe, noise, steps, scale, negative=None):
     times = [ratio * t / (1 + (ratio - 1) * t) for t in times] + [0.0]
     x = noise.double()
     for now, following in itertools.pairwise(times):
-        size = {"fps": DEFAULTS["fps"], "height": height, "width": width}
+        clip = ClipConditions(DEFAULTS["fps"], height, width, DEFAULTS["num_frames"])
         t = torch.tensor([1000 * now], dtype=torch.float64)
-        with_text = network(x, t, states, mask, **size).sample[:, :4]
-        without = network(x, t, null, null_mask, **size).sample[:, :4]
+        with_text = network(x, t, states, mask, clip_conditions=clip).sample[:, :4]
+        without = network(x, t, null, null_mask, clip_conditions=clip).sample[:, :4]
         x = x + (without + scale * (with_text - without)) * (now - following)
     return x.float()
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.models.clip_conditions import ClipConditions
+
 TINY: dict[str, Any] = {
     "in_channels": 3,
     "hidden_size": 24,
@@ -13,7 +15,8 @@ TINY: dict[str, Any] = {
     "caption_channels": 10,
     "model_max_length": 7,
 }
-SIZES: dict[str, float] = {"fps": 8.0, "height": 32.0, "width": 48.0}
+CLIP = ClipConditions(fps=8.0, height=32.0, width=48.0, num_frames=3.0)
+SIZES: dict[str, ClipConditions] = {"clip_conditions": CLIP}
 
 
 def build(cls: Any, **changes: Any) -> Any:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.conditioning import IMAGE_FPS
 from opensora.data.batch import BatchShape, ClipBatch, Source
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.sampler import BucketSampler, SampledBatch
@@ -31,6 +30,7 @@ from opensora.errors import OpenSoraError
 from opensora.manifest import SCORES, ClipRow, read_manifest
 from opensora.media.frames import is_picture, read_frames, read_picture
 from opensora.media.transforms import fill_image, fill_video, random_window, spread_frames, to_video
+from opensora.models.clip_conditions import IMAGE_FPS
 from opensora.models.text.prompts import append_scores
 
 logger = logging.getLogger(__name__)

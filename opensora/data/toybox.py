@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.checkpoints.weights import fingerprint
-from opensora.conditioning import IMAGE_FPS
 from opensora.data.batch import BatchShape, LatentBatch, Source
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.clip_conditions import IMAGE_FPS
 from opensora.toybox.captions import caption
 from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opensora.checkpoints.weights import fingerprint
-from opensora.conditioning import size_inputs
 from opensora.data.batch import ClipBatch, LatentBatch
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.cache import MANIFEST, Cache
@@ -23,6 +22,7 @@ from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.evaluation.loss import Portion
+from opensora.models.clip_conditions import ClipConditions
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import ClipSpec, render, sample_specs
 
@@ -154,7 +154,7 @@ def toybox_portions(
         batch_size: clips of a portion; changes a loss by no more than rounding.
     """
     specs = sample_specs(num_clips, 0, clips.world, "held_out")
-    told = size_inputs(clips.height, clips.width, clips.num_frames, clips.fps)
+    told = ClipConditions.of_clip(clips.height, clips.width, clips.num_frames, clips.fps)
     label = f"{clips.height}x{clips.width} {clips.num_frames}f"
 
     @torch.no_grad()

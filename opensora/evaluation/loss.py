@@ -25,6 +25,7 @@ from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.text.cleaning import clean_text
@@ -196,7 +197,7 @@ def batch_losses(
     device, network = pipeline.device, pipeline.transformer
     clean = batch.latents.to(device, torch.float32)
     states, mask = text_of(pipeline, batch)
-    told = {name: getattr(batch, name).to(device, torch.float32) for name in ("fps", "height", "width")}
+    clip = ClipConditions(batch.fps.to(device), batch.height.to(device), batch.width.to(device), batch.num_frames)
     columns = []
     for i, timestep in enumerate(timesteps):
         noise = torch.stack(
@@ -208,7 +209,7 @@ def batch_losses(
 
         def predict(noisy: Tensor, t: float = timestep) -> Tensor:
             steps = torch.full((len(noisy),), t, device=device)
-            return network(noisy.to(network.dtype), steps, states, mask, **told).sample.float()
+            return network(noisy.to(network.dtype), steps, states, mask, clip_conditions=clip).sample.float()
 
         columns.append(loss_at(pipeline.scheduler, timestep, clean, noise, predict).double().cpu())
     return torch.stack(columns, dim=1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from opensora.distributed.sequence_parallel import Shards
 from opensora.errors import OpenSoraError
 from opensora.models.attention import SelfAttention
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_code, position_embedding_2d
 from opensora.models.transformer import (
     SPACE,
@@ -185,9 +186,7 @@ class STDiT(SpaceTimeTransformer):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
-        fps: Tensor | float | None = None,
-        height: Tensor | float | None = None,
-        width: Tensor | float | None = None,
+        clip_conditions: ClipConditions | None = None,
         frame_mask: Tensor | None = None,
         drop_text: Tensor | None = None,
         text_context: TextContext | None = None,
@@ -200,8 +199,8 @@ class STDiT(SpaceTimeTransformer):
             timestep: (B,) or a number, 0 (clean) .. 1000 (noise); integers are not rounded, whatever the dtype.
             encoder_hidden_states: (B, L, D_c) text states; or give `text_context`.
             encoder_attention_mask: (B, L), 1 = token.
-            fps, height, width: accepted, so that all models of the family are called alike, and unused: this one was
-                never told what its training clips had.
+            clip_conditions: accepted, so that all models of the family are called alike, and unused: this one was never
+                told what its training clips had.
             frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding, SelfAttention
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
 from opensora.models.transformer import (
     SPACE,
@@ -178,11 +179,7 @@ class STDiT2(SpaceTimeTransformer):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
-        fps: Tensor | float,
-        height: Tensor | float,
-        width: Tensor | float,
-        num_frames: Tensor | float | None = None,
-        height_to_width: Tensor | float | None = None,
+        clip_conditions: ClipConditions,
         frame_mask: Tensor | None = None,
         drop_text: Tensor | None = None,
         text_context: TextContext | None = None,
@@ -195,10 +192,7 @@ class STDiT2(SpaceTimeTransformer):
             timestep: (B,) or a number, 0 (clean) .. 1000 (noise); integers are not rounded, whatever the dtype.
             encoder_hidden_states: (B, L, D_c) text states; or give `text_context`.
             encoder_attention_mask: (B, L), 1 = token.
-            fps: frames per second (the family uses 120 for images), (B,) or a number.
-            height, width: size of the video in pixels, (B,) or a number.
-            num_frames: frames of the video, (B,) or a number; None = T, as the published autoencoder keeps every frame.
-            height_to_width: ratio the model is told, (B,) or a number; None = height / width.
+            clip_conditions: all of it is told.
             frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.
@@ -218,17 +212,18 @@ class STDiT2(SpaceTimeTransformer):
 
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
         _, _, h, w, dim = tokens.shape
-        rows, columns = torch.broadcast_tensors(values(height), values(width))
+        rows, columns = torch.broadcast_tensors(values(clip_conditions.height), values(clip_conditions.width))
         scale = torch.sqrt(rows * columns) / self.input_sq_size
         positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
         tokens, shards = self._split(tokens)
 
-        ratio = rows / columns if height_to_width is None else values(height_to_width)
+        told_ratio = clip_conditions.aspect_ratio
+        ratio = rows / columns if told_ratio is None else values(told_ratio)
         size = self.csize_embedder(torch.stack([rows, columns], dim=-1).flatten(), dtype).view(len(rows), -1)
         size = torch.cat([size.expand(batch, -1), self.ar_embedder(ratio, dtype).expand(batch, -1)], dim=-1)
-        frames = self.fl_embedder(values(hidden_states.shape[2] if num_frames is None else num_frames), dtype)
-        length = frames + self.fps_embedder(values(fps), dtype)
+        frames = self.fl_embedder(values(clip_conditions.num_frames), dtype)
+        length = frames + self.fps_embedder(values(clip_conditions.fps), dtype)
 
         embedding = self.t_embedder(values(timestep), dtype).expand(batch, -1)
         given = given_space = given_time = None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
 from opensora.models.transformer import (
     SPACE,
@@ -172,9 +173,7 @@ class STDiT3(SpaceTimeTransformer):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
-        fps: Tensor | float,
-        height: Tensor | float,
-        width: Tensor | float,
+        clip_conditions: ClipConditions,
         frame_mask: Tensor | None = None,
         drop_text: Tensor | None = None,
         text_context: TextContext | None = None,
@@ -187,8 +186,7 @@ class STDiT3(SpaceTimeTransformer):
             timestep: (B,) or a number, 0 (clean) .. 1000 (noise); integers are not rounded, whatever the dtype.
             encoder_hidden_states: (B, L, D_c) text states; or give `text_context`.
             encoder_attention_mask: (B, L), 1 = token.
-            fps: frames per second (the family uses 120 for images), (B,) or a number.
-            height, width: size of the video in pixels, (B,) or a number.
+            clip_conditions: size and frame rate are told.
             frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.
@@ -204,15 +202,14 @@ class STDiT3(SpaceTimeTransformer):
         dtype = get_parameter_dtype(self.t_block)
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
         _, num_frames, h, w, dim = tokens.shape
-        scale = (
-            torch.sqrt(values_per_sample(height, batch, device) * values_per_sample(width, batch, device))
-            / self.input_sq_size
-        )
+        rows = values_per_sample(clip_conditions.height, batch, device)
+        columns = values_per_sample(clip_conditions.width, batch, device)
+        scale = torch.sqrt(rows * columns) / self.input_sq_size
         positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
         tokens, shards = self._split(tokens)
 
-        rate = self.fps_embedder(values_per_sample(fps, batch, device), dtype)
+        rate = self.fps_embedder(values_per_sample(clip_conditions.fps, batch, device), dtype)
         embedding = (self.t_embedder(values_per_sample(timestep, batch, device), dtype) + rate).expand(batch, -1)
         given = None
         if frame_mask is not None:

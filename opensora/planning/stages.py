@@ -18,6 +18,7 @@ from torch import nn
 from opensora.checkpoints.weights import cast_weights
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.clip_conditions import ClipConditions
 from opensora.pipeline import OpenSoraPipeline
 
 COMPONENT_OF = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder"}
@@ -108,9 +109,7 @@ def _denoise(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
                 sample.repeat(rows // clip.num_videos, 1, 1, 1, 1).to(dtype),
                 torch.full((rows,), 500.0),
                 text_context=context,
-                fps=float(pipeline.config.fps),
-                height=float(size.height),
-                width=float(size.width),
+                clip_conditions=ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames),
             ).sample.float()
         )
 

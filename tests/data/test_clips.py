@@ -10,7 +10,6 @@ import torch
 from broken_clips import BUCKETS, HEIGHT, NUM_FRAMES, WIDTH, make_broken_clips, moving_square
 from PIL import Image
 
-from opensora.conditioning import IMAGE_FPS
 from opensora.data import clips as clips_module
 from opensora.data.buckets import Bucket
 from opensora.data.clips import ManifestClips, read_clip
@@ -20,6 +19,7 @@ from opensora.manifest import ClipRow, write_manifest
 from opensora.media.frames import read_frames
 from opensora.media.transforms import fill_image, fill_video, to_video
 from opensora.media.write import write_video
+from opensora.models.clip_conditions import IMAGE_FPS
 from opensora.settings import from_dict, to_dict
 
 

@@ -1,13 +1,16 @@
 """What is STDiT2's own: what it is told about a clip, and the order of rotation and norm."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
-from tiny_transformers import SIZES, build, inputs
+from tiny_transformers import CLIP, SIZES, build, inputs
 
 from opensora.errors import OpenSoraError
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit2 import STDiT2
 
-CONDITIONS = {**SIZES, "num_frames": 3.0, "height_to_width": 32 / 48}
+CONDITIONS = replace(CLIP, aspect_ratio=32 / 48)
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +18,16 @@ def shared() -> STDiT2:
     return build(STDiT2, input_sq_size=64).requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["timestep", *CONDITIONS])
+@pytest.mark.parametrize("name", asdict(CONDITIONS))
 def test_conditions_matter(shared, name):
-    arguments = {**inputs(), **CONDITIONS}
-    changed = {**arguments, name: arguments[name] * 0.5}
-    assert not torch.allclose(shared(**arguments).sample, shared(**changed).sample)
+    changed = replace(CONDITIONS, **{name: getattr(CONDITIONS, name) * 0.5})
+    plain = shared(**inputs(), clip_conditions=CONDITIONS).sample
+    assert not torch.allclose(plain, shared(**inputs(), clip_conditions=changed).sample)
+
+
+def test_timestep_matters(shared):
+    earlier = {**inputs(), "timestep": inputs()["timestep"] * 0.5}
+    assert not torch.allclose(shared(**inputs(), **SIZES).sample, shared(**earlier, **SIZES).sample)
 
 
 def test_conditions_are_not_rounded():
@@ -27,26 +35,26 @@ def test_conditions_are_not_rounded():
     model, seen = build(STDiT2).to(torch.bfloat16), []
     model.csize_embedder.register_forward_hook(lambda _module, _args, out: seen.append(out))
     for width in (854, 856):
-        model(**inputs(), **{**SIZES, "width": width})
+        model(**inputs(), clip_conditions=replace(CLIP, width=width))
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_length_and_ratio_follow_from_the_sizes(shared):
-    """Latents have as many frames as the video, and the ratio is height by width."""
+def test_ratio_follows_from_the_size(shared):
     plain = shared(**inputs(), **SIZES).sample
-    torch.testing.assert_close(shared(**inputs(), **CONDITIONS).sample, plain, rtol=0, atol=0)
+    torch.testing.assert_close(shared(**inputs(), clip_conditions=CONDITIONS).sample, plain, rtol=0, atol=0)
 
 
 def test_each_sample_has_its_own_size(shared):
     """Sizes, lengths and frame rates may differ within a batch, or be one number."""
     arguments = inputs()
-    conditions = {name: torch.tensor([value, value * 2]) for name, value in CONDITIONS.items()}
-    both = shared(**arguments, **conditions).sample
-    mixed = shared(**arguments, **{**conditions, "height": 32.0}).sample
+    conditions = {name: torch.tensor([value, value * 2]) for name, value in asdict(CONDITIONS).items()}
+    both = shared(**arguments, clip_conditions=ClipConditions(**conditions)).sample
+    mixed = shared(**arguments, clip_conditions=ClipConditions(**{**conditions, "height": 32.0})).sample
     torch.testing.assert_close(mixed[0], both[0], atol=1e-6, rtol=1e-5)
     for i in range(2):
         one = {name: value[i : i + 1] for name, value in arguments.items()}
-        sample = shared(**one, **{name: value[i].item() for name, value in conditions.items()}).sample
+        alone = ClipConditions(**{name: value[i].item() for name, value in conditions.items()})
+        sample = shared(**one, clip_conditions=alone).sample
         torch.testing.assert_close(sample[0], both[i], atol=1e-6, rtol=1e-5)
 
 
@@ -88,7 +96,7 @@ def test_space_is_not_rotated(shared):
 
 
 def test_sizes_are_required(shared):
-    with pytest.raises(TypeError, match="fps"):
-        shared(**inputs(), height=32, width=48)
+    with pytest.raises(TypeError, match="clip_conditions"):
+        shared(**inputs())
     with pytest.raises(OpenSoraError, match="height"):
-        shared(**inputs(), **{**SIZES, "height": torch.ones(3)})
+        shared(**inputs(), clip_conditions=replace(CLIP, height=torch.ones(3)))

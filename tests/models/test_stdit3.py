@@ -1,6 +1,7 @@
 """A tiny STDiT3 under every concern a model of diffusers meets."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from opensora.errors import OpenSoraError
 from opensora.models import attention
 from opensora.models.attention import RotaryEmbedding, attend, rotate, text_bias
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import position_embedding_2d
 from opensora.models.stdit3 import STDiT3
 
@@ -23,7 +25,8 @@ TINY: dict[str, Any] = {
     "model_max_length": 7,
     "input_sq_size": 64,
 }
-SIZES: dict[str, float] = {"fps": 8.0, "height": 32.0, "width": 48.0}
+CLIP = ClipConditions(fps=8.0, height=32.0, width=48.0, num_frames=3.0)
+SIZES = {"clip_conditions": CLIP}
 
 
 def build(**changes: Any) -> STDiT3:
@@ -100,23 +103,29 @@ def test_batch_of_two_is_two_of_one(shared):
 def test_each_sample_has_its_own_size(shared):
     """Pixel sizes and frame rates may differ within a batch."""
     arguments = inputs()
-    sizes = {
+    told = {
         "fps": torch.tensor([8.0, 24.0]),
         "height": torch.tensor([32.0, 64.0]),
         "width": torch.tensor([48.0, 96.0]),
+        "num_frames": torch.tensor([3.0, 3.0]),
     }
-    both = shared(**arguments, **sizes).sample
+    both = shared(**arguments, clip_conditions=ClipConditions(**told)).sample
     for i in range(2):
         one = {name: value[i : i + 1] for name, value in arguments.items()}
-        sample = shared(**one, **{name: value[i].item() for name, value in sizes.items()}).sample
+        alone = ClipConditions(**{name: value[i].item() for name, value in told.items()})
+        sample = shared(**one, clip_conditions=alone).sample
         torch.testing.assert_close(sample[0], both[i], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fps", "height", "timestep"])
+@pytest.mark.parametrize("name", ["fps", "height"])
 def test_conditions_matter(shared, name):
-    arguments = {**inputs(), **SIZES}
-    changed = {**arguments, name: arguments[name] * 0.5}
-    assert not torch.allclose(shared(**arguments).sample, shared(**changed).sample)
+    changed = replace(CLIP, **{name: getattr(CLIP, name) * 0.5})
+    assert not torch.allclose(shared(**inputs(), **SIZES).sample, shared(**inputs(), clip_conditions=changed).sample)
+
+
+def test_timestep_matters(shared):
+    earlier = {**inputs(), "timestep": inputs()["timestep"] * 0.5}
+    assert not torch.allclose(shared(**inputs(), **SIZES).sample, shared(**earlier, **SIZES).sample)
 
 
 def test_padding_tokens_do_not_matter(shared):
@@ -455,7 +464,7 @@ def test_compiled_blocks_equal_eager():
         ({"encoder_attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "hides every token"),
         ({"frame_mask": torch.ones(2, 4, dtype=torch.bool)}, r"expected torch.bool \(2, 3\)"),
         ({"frame_mask": torch.ones(2, 3)}, "torch.float32"),
-        ({"fps": torch.ones(3)}, r"\(2,\)"),
+        ({"clip_conditions": replace(CLIP, fps=torch.ones(3))}, r"\(2,\)"),
         ({"encoder_hidden_states": None}, "no text"),
         ({"drop_text": torch.ones(1, dtype=torch.bool)}, "drop_text"),
     ],

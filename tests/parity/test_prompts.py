@@ -1,10 +1,13 @@
 """Prompts, mask strategies and given frames against the reference: every case is read from the fixture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from opensora import conditioning
 from opensora.errors import OpenSoraError
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text import prompts
 from opensora.models.text.cleaning import clean_text
 
@@ -153,12 +156,13 @@ def test_pixel_frames(golden_json):
             assert conditioning.pixel_frames(int(latent_frames)) == result
 
 
-def test_size_inputs(golden_json):
+def test_clip_conditions(golden_json):
     """The reference rounds them to the network's precision first; ours, rounded, are the same."""
     for key, result in golden_json("inference_utils_v1_2")["prepare_multi_resolution_info"].items():
         size, num_frames, fps, dtype = key.split("|")
         height, width = map(int, size.strip("()").split(","))
-        ours = conditioning.size_inputs(height, width, int(num_frames), float(fps))
+        clip = ClipConditions.of_clip(height, width, int(num_frames), float(fps))
+        ours = replace(clip, aspect_ratio=clip.height / clip.width)
         names = {"height": "height", "width": "width", "num_frames": "num_frames", "ar": "aspect_ratio", "fps": "fps"}
         for name, values in result.items():
             rounded = torch.tensor(getattr(ours, names[name])).to(getattr(torch, dtype.removeprefix("torch."))).item()

@@ -1,11 +1,14 @@
 """STDiT2 against the reference, number by number, with and without normed queries and keys."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from reference_config import transformer_config
 
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import position_embedding_2d
 from opensora.models.stdit2 import STDiT2
 
@@ -30,15 +33,18 @@ def cases(fixture) -> list[str]:
     return sorted({name.split(".")[1] for name in fixture.tensors if name.startswith("in.")})
 
 
-CONDITIONS = {"fps": "fps", "height": "height", "width": "width", "num_frames": "num_frames", "height_to_width": "ar"}
+CONDITIONS = {"fps": "fps", "height": "height", "width": "width", "num_frames": "num_frames", "aspect_ratio": "ar"}
 
 
-def inputs(fixture, case: str) -> dict[str, torch.Tensor]:
+def inputs(fixture, case: str) -> dict[str, Any]:
     """Arguments of `forward`, without masks."""
     named = fixture.under(f"in.{case}")
-    conditions = {ours: named[theirs] for ours, theirs in CONDITIONS.items()}
-    text = named["y"].squeeze(1)
-    return {"hidden_states": named["x"], "timestep": named["timestep"], "encoder_hidden_states": text, **conditions}
+    return {
+        "hidden_states": named["x"],
+        "timestep": named["timestep"],
+        "encoder_hidden_states": named["y"].squeeze(1),
+        "clip_conditions": ClipConditions(**{ours: named[theirs] for ours, theirs in CONDITIONS.items()}),
+    }
 
 
 def test_every_output_is_read(fixture):
@@ -74,7 +80,8 @@ def test_guidance_batch(fixture, model):
             text = arguments.pop("encoder_hidden_states")
             null = model.null_text[: text.shape[1]].expand_as(text)
             context = model.encode_text(torch.cat([text, null]), fixture[f"in.{case}.mask"].repeat(2, 1))
-            twice = {name: torch.cat([value, value]) for name, value in arguments.items()}
+            clip = arguments.pop("clip_conditions").repeat(2)
+            twice = {name: torch.cat([value, value]) for name, value in arguments.items()} | {"clip_conditions": clip}
             if variant.endswith("xmask"):
                 twice["frame_mask"] = fixture[f"in.{case}.x_mask"].bool().repeat(2, 1)
             close(model(**twice, text_context=context).sample, fixture[f"out.{case}.{variant}"])
@@ -120,14 +127,13 @@ def test_patch_positions(fixture, model):
         pytest.skip("the fixture holds no positions")
 
 
-def test_defaults_are_those_of_the_sizes(fixture, model):
-    """What the samples say of length and ratio is what the model derives from latents and pixels."""
+def test_ratio_follows_from_the_size(fixture, model):
+    """What the samples say of the ratio is what the model derives from pixels."""
     for case in cases(fixture):
         arguments = inputs(fixture, case)
-        ratio = arguments["height"] / arguments["width"]
-        frames = torch.full_like(ratio, arguments["hidden_states"].shape[2])
-        told = {name: arguments.pop(name) for name in ("height_to_width", "num_frames")}
-        if not (torch.allclose(told["height_to_width"], ratio) and torch.equal(told["num_frames"], frames)):
+        clip = arguments["clip_conditions"]
+        if not torch.allclose(clip.aspect_ratio, clip.height / clip.width):
             continue
+        arguments["clip_conditions"] = replace(clip, aspect_ratio=None)
         sample = model(**arguments, encoder_attention_mask=fixture[f"in.{case}.mask"]).sample
         close(sample, fixture[f"out.{case}.nomaskx"])

@@ -1,10 +1,13 @@
 """STDiT3 against the reference, number by number."""
 
 import inspect
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
 
 
@@ -27,17 +30,20 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-def inputs(fixture, case: str) -> dict[str, torch.Tensor]:
+def inputs(fixture, case: str) -> dict[str, Any]:
     """Arguments of `forward`, without masks."""
     named = fixture.under(f"in.{case}")
     return {
         "hidden_states": named["x"],
         "timestep": named["timestep"],
         "encoder_hidden_states": named["y"].squeeze(1),
-        "fps": named["fps"],
-        "height": named["height"],
-        "width": named["width"],
+        "clip_conditions": told(named),
     }
+
+
+def told(named: dict[str, torch.Tensor]) -> ClipConditions:
+    """The network is told no number of frames."""
+    return ClipConditions(named["fps"], named["height"], named["width"], num_frames=named["x"].shape[2])
 
 
 def cases(fixture) -> list[str]:
@@ -85,9 +91,7 @@ def test_guidance_batch(fixture, model):
                 named["x"].repeat(2, 1, 1, 1, 1),
                 named["timestep"].repeat(2),
                 text_context=context,
-                fps=named["fps"].repeat(2),
-                height=named["height"].repeat(2),
-                width=named["width"].repeat(2),
+                clip_conditions=told(named).repeat(2),
                 frame_mask=named["x_mask"].bool().repeat(2, 1) if variant.endswith("xmask") else None,
             ).sample
             close(sample, fixture[f"out.{case}.{variant}"])
@@ -124,9 +128,11 @@ def test_number_and_tensor_conditions_agree(fixture, model):
     """Sizes and frame rates of a batch may come as one number."""
     case = cases(fixture)[0]
     arguments = inputs(fixture, case)
-    numbers = {name: arguments[name][0].item() for name in ("fps", "height", "width")}
-    if any((arguments[name] != value).any() for name, value in numbers.items()):
+    clip = arguments["clip_conditions"]
+    numbers = {name: getattr(clip, name)[0].item() for name in ("fps", "height", "width")}
+    if any((getattr(clip, name) != value).any() for name, value in numbers.items()):
         pytest.skip("the samples of this case differ in size or frame rate")
+    arguments["clip_conditions"] = replace(clip, **numbers)
     mask = fixture[f"in.{case}.mask"]
-    sample = model(**{**arguments, **numbers}, encoder_attention_mask=mask).sample
+    sample = model(**arguments, encoder_attention_mask=mask).sample
     close(sample, fixture[f"out.{case}.nomaskx"])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
 from opensora.planning.autocast import ImaginedAutocast
 from opensora.planning.flops import CountedFlops
@@ -28,8 +29,9 @@ def loss_of(model: STDiT3, batch: int, frames: int, height: int, width: int, num
     def compute() -> Tensor:
         latents = torch.zeros(batch, 4, frames, height, width, device=device)
         text, mask = torch.zeros(batch, num_text, channels, device=device), torch.ones(batch, num_text, device=device)
-        size = {"height": height * 8.0, "width": width * 8.0}
-        prediction = model(latents, torch.full((batch,), 500.0, device=device), text, mask, fps=24.0, **size).sample
+        clip = ClipConditions(fps=24.0, height=height * 8.0, width=width * 8.0, num_frames=frames)
+        times = torch.full((batch,), 500.0, device=device)
+        prediction = model(latents, times, text, mask, clip_conditions=clip).sample
         return (prediction.float()[:, :4] - latents).square().mean()
 
     return compute

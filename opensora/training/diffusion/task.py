@@ -26,7 +26,7 @@ from opensora.data.toybox import ToyboxLatents
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.models.stdit2 import STDiT2
+from opensora.models.clip_conditions import ClipConditions
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import to_dict
 from opensora.training.diffusion.adaptation import Architecture, NewPart, build_transformer, choose_trained
@@ -273,7 +273,6 @@ class DiffusionTask(TrainingTask):
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
         trained = self.captions.trained
         text_states = self.captions.encode(batch.text, batch.text_mask) if trained else batch.text
-        told = {"num_frames": float(batch.num_frames)} if isinstance(self.transformer, STDiT2) else {}
         return self.transformer(
             noisy,
             timestep,
@@ -281,10 +280,7 @@ class DiffusionTask(TrainingTask):
             batch.text_mask,
             drop_text=batch.drop_text,
             frame_mask=batch.frame_mask,
-            fps=batch.fps,
-            height=batch.height,
-            width=batch.width,
-            **told,
+            clip_conditions=ClipConditions(batch.fps, batch.height, batch.width, batch.num_frames),
         ).sample.float()
 
     def weights(self, batch: Batch) -> Tensor | None:

@@ -11,12 +11,13 @@ from tiny_transformers import SIZES, TINY, build, inputs
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained, start_from
 
-IMAGE = {"fps": 120.0, "height": 512.0, "width": 512.0}
+IMAGE = {"clip_conditions": ClipConditions(fps=120.0, height=512.0, width=512.0, num_frames=1.0)}
 
 
 def image_weights(**changes: Any) -> tuple[dict[str, Tensor], STDiT]:

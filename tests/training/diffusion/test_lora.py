@@ -35,15 +35,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 PROMPT = "a small red ball rolls left"
 
 
-def told(version: str) -> dict[str, Any]:
-    return {**SIZES, "num_frames": 3.0} if version == "1.1" else {**SIZES}
-
-
 def train_two_steps(model: Any, version: str) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.02)
     for _ in range(2):
-        model(**inputs(), **told(version)).sample.square().mean().backward()
+        model(**inputs(), **SIZES).sample.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -73,7 +69,7 @@ def loaded(base: Path, version: str, *adapters: tuple[Path, float], dtype: torch
 
 @torch.no_grad()
 def answer(model: Any, version: str) -> torch.Tensor:
-    return model(**inputs(), **told(version)).sample
+    return model(**inputs(), **SIZES).sample
 
 
 def test_a_merged_adapter_answers_as_peft_does(trained, version):
