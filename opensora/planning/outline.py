@@ -77,7 +77,7 @@ def outline(tracer: Tracer, name_or_path: str | Path, components: Mapping[str, s
 
 def _folder(tracer: Tracer, folder: Path, given: Mapping[str, str | Path] | None) -> OpenSoraPipeline:
     index = read_index(folder)
-    names = [name for name, value in index.items() if is_component(value)]
+    names = [name for name, value in index.items() if is_component(value) and not name.startswith("_")]
     defaults = {name: value for name, value in index.items() if not name.startswith("_") and name not in names}
     check_known([*names, *defaults], inspect.signature(OpenSoraPipeline.__init__).parameters, folder / PIPELINE_INDEX)
     parts: dict[str, Any] = {}
