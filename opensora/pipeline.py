@@ -39,9 +39,7 @@ from opensora.models.guidance import (
     merge_cfg_channel_alias,
 )
 from opensora.models.portable_config import PortablePipelineMixin
-from opensora.models.schedulers import SAMPLERS
-from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
-from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.cleaning import clean_text
 from opensora.models.text.encoders import encode_prompts, null_prompts
 from opensora.models.text.prompts import append_scores, pair_prompts
@@ -151,10 +149,11 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
                 f"the transformer works on {transformer.config.in_channels} latent channels, the autoencoder makes "
                 f"{autoencoder.latent_channels}; they must come from one model"
             )
+        check_scheduler(scheduler)
         _check_time_shift(scheduler, autoencoder)
         _check_trained_on(trained_on, autoencoder)
         if isinstance(cfg_channels, NotGiven):
-            cfg_channels = min(3, autoencoder.latent_channels) if isinstance(scheduler, IDDPMScheduler) else None
+            cfg_channels = scheduler.default_cfg_channels(autoencoder.latent_channels)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -186,7 +185,6 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         self.stages: Stages | None = None
         self.sequential_guidance = False
         self.ranks: SamplingRanks | None = None
-        self._own_scheduler = scheduler
         self._current_timestep: Tensor | None = None
 
     @torch.no_grad()
@@ -518,27 +516,12 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         Raises:
             OpenSoraError: an unknown name, or a model of rectified flow, which has one sampler only.
         """
-        if name not in SAMPLERS:
-            raise OpenSoraError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
-        if not isinstance(self.scheduler, IDDPMScheduler | DPMSolverScheduler):
-            raise OpenSoraError(
-                f"the sampler {name} is for models that predict noise; this one has a {type(self.scheduler).__name__}"
-            )
-        own = self.scheduler if isinstance(self.scheduler, IDDPMScheduler) else self._own_scheduler
-        if name == "dpm-solver++":
-            scheduler = DPMSolverScheduler.from_config(own.config)
-        else:
-            scheduler = IDDPMScheduler.from_config(own.config, sampler=name)
-        self._own_scheduler = own
-        self.register_modules(scheduler=scheduler)
+        self.register_modules(scheduler=self.scheduler.with_sampler(name))
 
     @property
     def default_cfg_channels(self) -> CfgChannels:
-        """Which channels are guided unless a call says otherwise: the model's, but all with DPM-Solver++.
-
-        The reference's DPM solver knows no choice, whatever its other samplers guide.
-        """
-        return None if isinstance(self.scheduler, DPMSolverScheduler) else self.config.cfg_channels
+        """Which channels are guided unless a call says otherwise: the model's, but all with DPM-Solver++."""
+        return None if self.scheduler.guides_all_channels else self.config.cfg_channels
 
     # --- after the loop -----------------------------------------------------------------------------------------------
 
@@ -612,8 +595,9 @@ def _describe_guidance(guidance: ChannelGuidance) -> dict[str, Any]:
 
 
 def _describe_object(configured: Any) -> dict[str, Any]:
-    """Class and configuration of a diffusers object, without the libraries' own notes."""
-    options = {name: value for name, value in dict(configured.config).items() if not name.startswith("_")}
+    """Class and configuration of a diffusers object, without the libraries' own notes and other classes' options."""
+    known = inspect.signature(type(configured).__init__).parameters
+    options = {name: value for name, value in dict(configured.config).items() if name in known}
     return {"class": type(configured).__name__, **options}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
@@ -177,6 +178,11 @@ def test_scale_one_is_the_conditional_prediction_and_takes_one_branch(pipe):
     assert torch.equal(unguided, latents_of(pipe, guider=off))
     assert torch.equal(unguided, latents_of(pipe, guidance_scale=1.0, cfg_channels=1, negative_prompt=OTHER))
     assert not torch.allclose(unguided, latents_of(pipe, guidance_scale=3.0))
+
+
+def test_foreign_scheduler_is_refused_before_anything_runs(pipe):
+    with pytest.raises(OpenSoraError, match=r"FlowMatchEulerDiscreteScheduler.*x - e towards the data.*e - x"):
+        OpenSoraPipeline(**{**pipe.components, "scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
 def test_cfg_channels_touch_the_chosen_channels_only(pipe):

@@ -273,7 +273,10 @@ def load_settings_of(folder: Path, cls: Any) -> Any:
     if hasattr(cls, "from_config"):
         path = folder / cls.config_name
         config = read_object(path)
-        check_known(config, inspect.signature(cls.__init__).parameters, path)
+        # A scheduler also keeps what those know that sample the same models, for the way back.
+        kinds = [cls, *(cls._get_compatibles() if cls.has_compatibles else ())]
+        parameters = {k: v for kind in kinds for k, v in inspect.signature(kind.__init__).parameters.items()}
+        check_known(config, parameters, path)
         return _build_from(path, cls, lambda: cls.from_config(config))
     try:
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -23,19 +23,22 @@ Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``,
 Paper: Lu et al. 2022, https://arxiv.org/abs/2211.01095 (DPM-Solver++, algorithm 2).
 """
 
-import inspect
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import (
+    SchedulerMixin,  # noqa: F401  from_pretrained looks for it here
+    SchedulerOutput,
+)
 
 from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
+from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
-from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.schedulers.iddpm import GAUSSIAN_SCHEDULERS, IDDPMScheduler
 
 # Below, the cosine schedule leaves so little signal that one step from there loses all digits; the linear one ends
 # before, at -5.06.
@@ -44,7 +47,7 @@ _MIN_LAMBDA = -5.1
 _MIN_STEPS_TO_END_IN_SECOND_ORDER = 10
 
 
-class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
+class DPMSolverScheduler(Scheduler):
     """Deterministic multistep sampling of a discrete diffusion; variances that the network learned are not used.
 
     Every step but the first looks back at the one before (second order); without that it would be DDIM.
@@ -62,8 +65,10 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         OpenSoraError: an unknown name or a number out of range.
     """
 
-    order = 1
-    init_noise_sigma = 1.0
+    _compatibles = GAUSSIAN_SCHEDULERS
+    samplers = {"dpm-solver++": {}}
+    # The reference's DPM solver knows no choice.
+    guides_all_channels = True
 
     @register_to_config
     def __init__(
@@ -93,15 +98,6 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps.
         self._schedule(num_train_timesteps, device=None)
-
-    def __len__(self) -> int:
-        return self.num_train_timesteps
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """diffusers' hook of ``from_config``: leaves out what only :class:`IDDPMScheduler` has, without a warning."""
-        only_theirs = _keywords(IDDPMScheduler) - _keywords(cls)
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in only_theirs}, **kwargs)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -137,10 +133,6 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return np.interp(timesteps, np.arange(self.num_train_timesteps), self._log_alphas)
 
     # --- one step -----------------------------------------------------------------------------------------------------
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """Return ``sample``: the network takes it as it is."""
-        return sample
 
     def activate_frames(
         self,
@@ -263,7 +255,3 @@ class _Formulas(DPMSolverMultistepScheduler):
     def at(self, index: int) -> "_Formulas":
         self._step_index = index
         return self
-
-
-def _keywords(cls: type) -> set[str]:
-    return set(inspect.signature(cls.__init__).parameters)

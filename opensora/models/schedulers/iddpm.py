@@ -20,13 +20,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  from_pretrained looks for it here
 from diffusers.utils.outputs import BaseOutput
 
 from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
+from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
+
+GAUSSIAN_SCHEDULERS = [f"{__package__}.iddpm.IDDPMScheduler", f"{__package__}.dpm_solver.DPMSolverScheduler"]
+"""Those that sample the same models, so that each can be made of the other's configuration."""
 
 
 @dataclass
@@ -39,7 +43,7 @@ class IDDPMSchedulerOutput(BaseOutput):
     """Clean latents as estimated at this step, same shape."""
 
 
-class IDDPMScheduler(SchedulerMixin, ConfigMixin):
+class IDDPMScheduler(Scheduler):
     """Respaced sampling of a discrete diffusion whose network may have learned its variance.
 
     Args:
@@ -58,8 +62,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         OpenSoraError: an unknown name or a number out of range.
     """
 
-    order = 1
-    init_noise_sigma = 1.0
+    _compatibles = GAUSSIAN_SCHEDULERS
+    samplers = {name: {"sampler": name} for name in ("ancestral", "ddim")}
 
     @register_to_config
     def __init__(
@@ -98,8 +102,9 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         # As in every diffusers scheduler there is something to iterate before set_timesteps: every training step.
         self._schedule(range(num_train_timesteps), device=None)
 
-    def __len__(self) -> int:
-        return self.num_train_timesteps
+    def default_cfg_channels(self, latent_channels: int) -> int | None:
+        """3, as the published samplers guide."""
+        return min(3, latent_channels)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -138,10 +143,6 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._index_of[int(value)]
 
     # --- one step -----------------------------------------------------------------------------------------------------
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """Return ``sample``: the network takes it as it is."""
-        return sample
 
     def activate_frames(
         self,

@@ -19,15 +19,19 @@ Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``,
 from typing import Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import (
+    SchedulerMixin,  # noqa: F401  from_pretrained looks for it here
+    SchedulerOutput,
+)
 
 from opensora.diffusion import flow
 from opensora.errors import OpenSoraError
+from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 
 
-class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
+class RectifiedFlowScheduler(Scheduler):
     """Euler sampling of a rectified flow, with the training-time facts that sampling must agree with.
 
     Args:
@@ -47,9 +51,6 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     Raises:
         OpenSoraError: an unknown name or a number out of range.
     """
-
-    order = 1
-    init_noise_sigma = 1.0
 
     @register_to_config
     def __init__(
@@ -86,9 +87,6 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps: the training grid.
         self._schedule(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), device=None)
-
-    def __len__(self) -> int:
-        return self.num_train_timesteps
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -188,10 +186,6 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self._values: list[float] = timesteps.to(torch.float32).tolist()
 
     # --- one step -----------------------------------------------------------------------------------------------------
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """Return ``sample``: the network takes it as it is."""
-        return sample
 
     def activate_frames(
         self,

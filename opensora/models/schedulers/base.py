@@ -1,0 +1,80 @@
+"""What every scheduler of this package has in common: a diffusers scheduler that can also say what it is made for.
+
+A scheduler is asked, never looked at: which channels its models are guided on, how else they can be sampled.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from opensora.errors import OpenSoraError
+from opensora.models.schedulers import SAMPLERS
+
+
+class Scheduler(SchedulerMixin, ConfigMixin):
+    """A way to sample the networks of Open-Sora.
+
+    Attributes:
+        samplers: names of the ways to sample that this class is, each with the configuration it needs.
+        guides_all_channels: whether all channels are guided, whatever the model's other samplers guide.
+        num_train_timesteps: N, the length of the schedule that networks are trained on.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    samplers: ClassVar[Mapping[str, dict[str, Any]]] = {}
+    guides_all_channels: ClassVar[bool] = False
+    num_train_timesteps: int
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """Classes that take this one's configuration: diffusers' hook, which looks for them in diffusers alone."""
+        paths = (path.rsplit(".", 1) for path in cls._compatibles)
+        return [getattr(importlib.import_module(module), name) for module, name in paths]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """Return ``sample``: the network takes it as it is."""
+        return sample
+
+    def default_cfg_channels(self, latent_channels: int) -> int | None:
+        """How many of the first latent channels a model is guided on that does not say; ``None`` for all."""
+        return None
+
+    def with_sampler(self, name: str) -> "Scheduler":
+        """Another way to sample the same model.
+
+        Args:
+            name: ``"ancestral"`` (IDDPM), ``"ddim"`` or ``"dpm-solver++"``.
+
+        Raises:
+            OpenSoraError: an unknown name, or a model of rectified flow, which has one sampler only.
+        """
+        if name not in SAMPLERS:
+            raise OpenSoraError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+        for kind in self.compatibles:
+            if name in kind.samplers:
+                return cast(Scheduler, kind.from_config(self.config, **kind.samplers[name]))
+        raise OpenSoraError(
+            f"the sampler {name} is for models that predict noise; this one has a {type(self).__name__}"
+        )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler of another library, which would walk the wrong way or fail in the middle of a run.
+
+    Raises:
+        OpenSoraError: not a :class:`Scheduler`.
+    """
+    if not isinstance(scheduler, Scheduler):
+        raise OpenSoraError(
+            f"got a {type(scheduler).__name__} as scheduler; expected RectifiedFlowScheduler for networks that predict "
+            "the velocity x - e towards the data (diffusers' flow schedulers expect its negative, e - x), "
+            "IDDPMScheduler or DPMSolverScheduler for those that predict noise"
+        )
