@@ -75,7 +75,7 @@ def measure(model: Path, folder: Path, height: int, width: int, picture: Path | 
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
         figures = []
         for video in windows(path, height, width):
-            made = autoencoder.decode(autoencoder.encode(video), WINDOW)
+            made = autoencoder.decode_latents(autoencoder.encode_video(video), WINDOW)
             choices = (made, bilinear(video, True), bilinear(video, False))
             figures.append(torch.stack([psnr(choice, video) for choice in choices]))
             if len(figures) <= 2:  # the second window, where there is one

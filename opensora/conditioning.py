@@ -17,7 +17,7 @@ import torch
 
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.text.prompts import FramePlacement
 
 
@@ -48,7 +48,7 @@ class GivenFrames:
             raise OpenSoraError("the strength of a given frame is outside of 0 (kept) to 1 (made anew)")
 
     @classmethod
-    def none(cls, autoencoder: VideoAutoencoder, size: VideoSize) -> "GivenFrames":
+    def none(cls, autoencoder: VideoCodec, size: VideoSize) -> "GivenFrames":
         """Nothing given yet for a clip of this size."""
         latent_size = autoencoder.latent_size((size.num_frames, size.height, size.width))
         return cls(torch.zeros(1, autoencoder.latent_channels, *latent_size), torch.ones(1, latent_size[0]))
@@ -65,7 +65,7 @@ class GivenFrames:
 
 
 def condition(
-    autoencoder: VideoAutoencoder,
+    autoencoder: VideoCodec,
     size: VideoSize,
     *,
     image: torch.Tensor | None = None,
@@ -131,7 +131,7 @@ def condition(
     return given
 
 
-def default_condition_frames(autoencoder: VideoAutoencoder, num_frames: int, *, backwards: bool) -> int:
+def default_condition_frames(autoencoder: VideoCodec, num_frames: int, *, backwards: bool) -> int:
     """2 latent frames; going backwards, those of the last chunk if it is not the only one: it knows no other."""
     last_chunk = autoencoder.chunk_start(num_frames - 1, num_frames)
     if not backwards or autoencoder.temporal_factor == 1 or last_chunk == 0:
@@ -141,7 +141,7 @@ def default_condition_frames(autoencoder: VideoAutoencoder, num_frames: int, *, 
 
 @torch.no_grad()
 def encode_in_place(
-    autoencoder: VideoAutoencoder, video: torch.Tensor, num_frames: int, start: int, length: int
+    autoencoder: VideoCodec, video: torch.Tensor, num_frames: int, start: int, length: int
 ) -> torch.Tensor:
     """Latent frames `start` .. `start + length` of a clip of which only those frames are known.
 
@@ -161,15 +161,17 @@ def encode_in_place(
     """
     video = video[None] if video.ndim == 4 else video
     first, end = autoencoder.frames_before(start, num_frames), autoencoder.frames_before(start + length, num_frames)
-    before = first - autoencoder.chunk_start(first, num_frames)
-    after = max(0, end - first - video.shape[2])
+    begin = autoencoder.chunk_start(first, num_frames)
+    before = first - begin
+    after = autoencoder.size_rule().frames_from(end - begin) - before - min(end - first, video.shape[2])
     video = video[:, :, : end - first]
     still_before, still_after = (video[:, :, at].unsqueeze(2) for at in (0, -1))
     whole = torch.cat(
         [still_before.expand(-1, -1, before, -1, -1), video, still_after.expand(-1, -1, after, -1, -1)], dim=2
     )
-    latents = autoencoder.encode(whole.to(autoencoder.device))
-    return latents[:, :, latents.shape[2] - length :]
+    latents = autoencoder.encode_video(whole.to(autoencoder.device))
+    skipped = start - next(k for k in range(start + 1) if autoencoder.frames_before(k, num_frames) >= begin)
+    return latents[:, :, skipped : skipped + length]
 
 
 def _check_video(name: str, video: torch.Tensor, size: VideoSize, num_frames: int) -> None:

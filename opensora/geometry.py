@@ -145,6 +145,10 @@ class SizeRule:
         """The valid frame count nearest to `num_frames` (which may be fractional)."""
         return nearest_valid(num_frames, self.frame_multiple, self.frame_offset, self.max_frames)
 
+    def frames_from(self, num_frames: int) -> int:
+        """The smallest valid frame count that is not below `num_frames`, whatever `max_frames` says."""
+        return _neighbours(num_frames, self.frame_multiple, self.frame_offset, None)[1]
+
     def nearest_side(self, side_px: float) -> int:
         """The valid height or width nearest to `side_px`."""
         return nearest_valid(side_px, self.spatial_multiple, 0, self.max_side)

@@ -28,6 +28,7 @@ from opensora.conditioning import GivenFrames
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
@@ -77,7 +78,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
     Args:
         transformer: predicts velocity or noise from latents, timestep and text, e.g. `STDiT3`.
         scheduler: `RectifiedFlowScheduler`, `IDDPMScheduler` or `DPMSolverScheduler`.
-        autoencoder: `VideoAutoencoder`, pixels <-> normalised latents.
+        autoencoder: a `VideoCodec`, pixels <-> normalised latents.
         text_encoder: `T5EncoderModel` of transformers.
         tokenizer: its tokenizer.
         guidance_scale: default strength of classifier-free guidance, 1 = none.
@@ -347,7 +348,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
 
     def size_rule(self) -> SizeRule:
         """Which sizes this model can make."""
-        return SizeRule(spatial_multiple=self.autoencoder.spatial_factor, max_frames=self.config.max_frames)
+        return self.autoencoder.size_rule(self.config.max_frames)
 
     def _size(self, num_frames: int | None, height: int | None, width: int | None) -> VideoSize:
         return VideoSize(
@@ -526,7 +527,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
     # --- after the loop -----------------------------------------------------------------------------------------------
 
     def _decode(self, latents: Tensor, size: VideoSize, output_type: OutputType) -> Any:
-        video = self.autoencoder.decode(latents, size.num_frames).float()
+        video = self.autoencoder.decode_latents(latents, size.num_frames).float()
         frames = video.div_(2).add_(0.5).clamp_(0, 1).permute(0, 2, 1, 3, 4).cpu()  # in place: videos are large
         if output_type == "pt":
             return frames
@@ -551,7 +552,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         }
 
 
-def _check_time_shift(scheduler: Any, autoencoder: Any) -> None:
+def _check_time_shift(scheduler: Any, autoencoder: VideoCodec) -> None:
     """A time shift counts latent frames; it must count them as the autoencoder makes them."""
     if not getattr(scheduler, "use_timestep_transform", False):
         return

@@ -79,12 +79,12 @@ def test_the_autoencoder_decodes_and_encodes(dtype, relative):
     torch.manual_seed(0)
     latents, video = torch.randn(2, 4, *autoencoder.latent_size((20, 16, 24))), torch.rand(2, 3, 20, 16, 24) * 2 - 1
     with torch.no_grad():
-        decoded, encoded = autoencoder.decode(latents, 20), autoencoder.encode(video)
+        decoded, encoded = autoencoder.decode_latents(latents, 20), autoencoder.encode_video(video)
         autoencoder.to(DEVICE, dtype)
-        found = autoencoder.decode(latents.to(DEVICE), 20)
+        found = autoencoder.decode_latents(latents.to(DEVICE), 20)
         assert found.dtype == torch.float32 and found.device.type == DEVICE
         assert_near(found, decoded, relative)
-        assert_near(autoencoder.encode(video.to(DEVICE)), encoded, relative)
+        assert_near(autoencoder.encode_video(video.to(DEVICE)), encoded, relative)
 
 
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])

@@ -52,14 +52,14 @@ def test_frames_before_without_a_temporal_part_and_with_a_short_chunk(autoencode
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 3), (0, 5), (5, 1), (0, 6)])
 def test_frames_at_the_beginning_or_of_whole_chunks_are_what_they_are_in_the_whole_clip(autoencoder, start, length):
     """Earlier frames never depend on later ones, and chunks not on each other."""
-    whole = autoencoder.encode(clip()[None])
+    whole = autoencoder.encode_video(clip()[None])
     first, end = autoencoder.frames_before(start, 18), autoencoder.frames_before(start + length, 18)
     close(encode_in_place(autoencoder, clip()[:, first:end], 18, start, length), whole[:, :, start : start + length])
 
 
 def test_what_comes_before_within_the_chunk_is_taken_to_stand_still(autoencoder):
     image = clip(1)
-    still = autoencoder.encode(image[None].expand(-1, -1, 17, -1, -1))
+    still = autoencoder.encode_video(image[None].expand(-1, -1, 17, -1, -1))
     close(encode_in_place(autoencoder, image, 17, 4, 1), still[:, :, 4:])
 
 
@@ -86,9 +86,9 @@ def test_each_way_gives_the_frames_it_names(autoencoder):
 def test_going_on_takes_the_end_and_going_back_the_beginning(autoencoder):
     video, size = clip(30), VideoSize(17, 16, 24)
     onwards = condition(autoencoder, size, extend=video, condition_frames=3).latents
-    close(onwards[:, :, :3], autoencoder.encode(video[None, :, 21:]))
+    close(onwards[:, :, :3], autoencoder.encode_video(video[None, :, 21:]))
     backwards = condition(autoencoder, VideoSize(34, 16, 24), extend=video, backwards=True).latents
-    close(backwards[:, :, 5:], autoencoder.encode(video[None, :, :17]))
+    close(backwards[:, :, 5:], autoencoder.encode_video(video[None, :, :17]))
 
 
 @pytest.mark.parametrize(

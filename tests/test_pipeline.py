@@ -68,7 +68,7 @@ def test_output_types_show_the_same_video(flow):
     np.testing.assert_array_equal(array, tensor.permute(0, 1, 3, 4, 2).numpy())
     assert isinstance(images[0][0], Image.Image)
     np.testing.assert_array_equal(np.stack([np.asarray(i) for i in images[0]]), (array[0] * 255).round())
-    decoded = flow.autoencoder.decode(latents, DEFAULTS["num_frames"])
+    decoded = flow.autoencoder.decode_latents(latents, DEFAULTS["num_frames"])
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1).transpose(1, 2), tensor)
 
 

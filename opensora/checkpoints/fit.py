@@ -26,8 +26,8 @@ from opensora.checkpoints.sources import (
 )
 from opensora.checkpoints.weights import StoredWeights, fingerprint, weight_files
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.pipeline import OpenSoraPipeline
 
 _PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer", "scheduler")  # in the order of a report
@@ -173,7 +173,7 @@ def _inspect_whole(
 def _check_latents(report: PipelineReport, found: Mapping[str, Any]) -> None:
     """Whether the autoencoder's latents are those that the transformer was trained on."""
     autoencoder, transformer = found.get("autoencoder"), report.components.get("transformer")
-    if transformer is None or not isinstance(autoencoder, VideoAutoencoder):
+    if transformer is None or not isinstance(autoencoder, VideoCodec):
         return
     here = autoencoder.latent_space
     if report.trained_on and "latent_space" in report.trained_on:
@@ -188,8 +188,8 @@ def _check_latents(report: PipelineReport, found: Mapping[str, Any]) -> None:
         published = PUBLISHED[name].autoencoder
         origin = f"for {name}, whose shapes the transformer has"
         trained = LatentSpace.from_dict(published.config["latent_space"])
-        if bool(published.config.get("temporal")) != (autoencoder.temporal_vae is not None):
-            kind = "no part" if autoencoder.temporal_vae is None else "a part"
+        if bool(published.config.get("temporal")) != (autoencoder.temporal_factor > 1):
+            kind = "no part" if autoencoder.temporal_factor == 1 else "a part"
             report.fit.append(
                 f"wrong autoencoder: it has {kind} over time, unlike {published.repository}, the one {origin}; "
                 "put that one in"

@@ -83,14 +83,13 @@ def load_pipeline(
     """
     device = resolve_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    overridden = override_latent_space is not None
     merged = [(read_adapter(path), scale) for path, scale in (adapters or {}).items()]
     load = functools.partial(_load_network, dtype=dtype, without_data=offload and device.type == "cpu", adapters=merged)
     if published_name(str(name_or_path)) is not None:
         source = find_published(str(name_or_path), components, download=download)
-        parts, defaults = _load_published(source, load, check_latent_space=not overridden)
+        parts, defaults = _load_published(source, load, override_latent_space)
     else:
-        parts, defaults = _load_folder(find_model(name_or_path), components, load, check_latent_space=not overridden)
+        parts, defaults = _load_folder(find_model(name_or_path), components, load, override_latent_space)
     networks = {name: part for name, part in parts.items() if isinstance(part, _Loaded)}
     parts |= {name: part.network for name, part in networks.items()}
     if override_latent_space is not None:
@@ -124,7 +123,7 @@ def _load_network(
     *,
     dtype: torch.dtype,
     without_data: bool,
-    check_latent_space: bool,
+    override_latent_space: "LatentSpace | None",
     adapters: Sequence[tuple[Adapter, float]],
 ) -> _Loaded:
     again = functools.partial(
@@ -133,14 +132,17 @@ def _load_network(
         cls,
         dtype,
         config=config,
-        check_latent_space=check_latent_space,
+        override_latent_space=override_latent_space if name == "autoencoder" else None,
         adapters=adapters if name == "transformer" else (),
     )
     return _Loaded(again(without_data=True) if without_data else again(), again)
 
 
 def _load_folder(
-    folder: Path, given: Mapping[str, str | Path] | None, load: Callable[..., _Loaded], *, check_latent_space: bool
+    folder: Path,
+    given: Mapping[str, str | Path] | None,
+    load: Callable[..., _Loaded],
+    override_latent_space: "LatentSpace | None",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components, and the pipeline's defaults, of a folder in diffusers' layout."""
     from opensora.pipeline import OpenSoraPipeline
@@ -164,13 +166,12 @@ def _load_folder(
             own = component_folders(folder, [name])[name] / "config.json"
             assumed = {key: value for key, value in read_object(own).items() if not key.startswith("_")}
             config = find_config(path, cls, read_weights(path), assumed)
-        checked = check_latent_space or name != "autoencoder"
-        components[name] = load(name, path, cls, config, check_latent_space=checked)
+        components[name] = load(name, path, cls, config, override_latent_space=override_latent_space)
     return components, defaults
 
 
 def _load_published(
-    source: PublishedSource, load: Callable[..., _Loaded], *, check_latent_space: bool
+    source: PublishedSource, load: Callable[..., _Loaded], override_latent_space: "LatentSpace | None"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components, and the pipeline's defaults, of a published model."""
     model = source.model
@@ -182,8 +183,7 @@ def _load_published(
             continue
         given = name in source.given
         config = find_config(path, cls, read_weights(path), part.config) if given else part.config
-        checked = check_latent_space or name != "autoencoder"
-        components[name] = load(name, path, cls, config, check_latent_space=checked)
+        components[name] = load(name, path, cls, config, override_latent_space=override_latent_space)
     components["scheduler"], defaults = published_settings(model)
     return components, defaults
 
@@ -220,7 +220,7 @@ def load_component(
     dtype: torch.dtype = torch.float32,
     *,
     config: Mapping[str, Any] | None = None,
-    check_latent_space: bool = True,
+    override_latent_space: "LatentSpace | None" = None,
     without_data: bool = False,
     adapters: Sequence[tuple[Adapter, float]] = (),
 ) -> Network:
@@ -231,8 +231,7 @@ def load_component(
         cls: of diffusers, transformers or this package.
         dtype: precision it will run in, whatever the file's.
         config: keywords of `cls`, in place of what the path tells (see `key_maps.find_config`).
-        check_latent_space: False for an autoencoder whose declared latent space is overridden next, and may therefore
-            disagree with its weights.
+        override_latent_space: of an autoencoder, in place of the declared one, with which its weights may disagree.
         without_data: build it on torch's meta device: shapes alone, weights are not read.
         adapters: merged into the weights, each at a scale.
 
@@ -250,11 +249,11 @@ def load_component(
         raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
     weights = read_weights(path)
     config = find_config(path, cls, weights) if config is None else config
+    if override_latent_space is not None:
+        config = {**config, "latent_space": override_latent_space.instead_of(config.get("latent_space"))}
     place = torch.device("meta") if without_data else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), _WithoutRandomInit(), place:
         model = build_model(cls, config, described)
-    if not check_latent_space:
-        model.checks_loaded_statistics = False
     cast_weights(model, dtype)
     if without_data and not adapters:
         return model.eval()

@@ -21,8 +21,8 @@ from opensora.checkpoints.loading import build_model, find_class
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import StoredWeights, weight_files
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.autoencoders.video import VideoAutoencoder
 
 _NULL_TEXT = "y_embedder.y_embedding"
 
@@ -113,7 +113,7 @@ def inspect_component(
         except OpenSoraError as error:
             if described:  # else shapes alone did not suffice, which is no fault
                 report.problems.append(str(error))
-    if isinstance(network, VideoAutoencoder) and (described or report.class_name == "VideoAutoencoder"):
+    if isinstance(network, VideoCodec) and (described or report.class_name == type(network).__name__):
         report.latent_space = network.latent_space.to_dict()
     if on_progress is not None:
         _read(report, stored, on_progress)
@@ -139,7 +139,7 @@ def _compare(
     # A configuration of transformers holds everything a model could ever be asked.
     shown = set(report.config) if getattr(cls, "config_class", None) is not None else set(keywords)
     report.config = {name: value for name, value in keywords.items() if name in shown and not name.startswith("_")}
-    if isinstance(network, VideoAutoencoder):
+    if isinstance(network, VideoCodec):
         report.problems += _latent_space_problems(network, stored, path)
     return network
 
@@ -221,7 +221,7 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     own = network.state_dict(keep_vars=True)
     filled = {id(own[name]) for name in weights if name in own}  # tied weights are stored once
     # An autoencoder's statistics stand in its configuration as well, and published 2D ones have them nowhere else.
-    told = {"shift", "scale"} if isinstance(network, VideoAutoencoder) else set()
+    told = set(network.declared_tensors) if isinstance(network, VideoCodec) else set()
     stored = told.union(weights)
     missing = [name for name in own if name not in stored and id(own[name]) not in filled]
     unexpected = [name for name in weights if name not in own]
@@ -235,17 +235,13 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     return [f"{path}: {what}; weights and configuration are of two different models"] if what else []
 
 
-def _latent_space_problems(network: VideoAutoencoder, stored: StoredWeights, path: Path) -> list[str]:
+def _latent_space_problems(network: VideoCodec, stored: StoredWeights, path: Path) -> list[str]:
     """What speaks against the latent space that an autoencoder declares: its own weights, and published ones."""
-    for name in ("shift", "scale"):
-        declared, own = stored.get(name), getattr(network, name)
-        if declared is not None and declared.shape in ((), own.shape):  # one for all channels, or one for each
-            setattr(network, name, declared.expand(own.shape))
+    declared = network.latent_space.declared_by_weights
     try:
-        network.check_latent_space()
+        declared.check_same(network.latent_space_of(stored), here="the configuration", there="the weights")
     except OpenSoraError as error:
         return [f"{path}: {error}"]
-    declared = network.latent_space.declared_by_weights
     for part in (model.autoencoder for model in PUBLISHED.values()):
         known = LatentSpace.from_dict(part.config["latent_space"])
         if known.shift is not None and set(declared.differences(known)) == {"scaling_factor"}:

@@ -238,7 +238,7 @@ def _placed(
     placements = parse_mask_strategy(given.mask_strategy)
     with torch.no_grad():
         videos = (files[file].fill(size.height, size.width) for file in given.files)
-        references = [autoencoder.encode(video[None].to(autoencoder.device))[0] for video in videos]
+        references = [autoencoder.encode_video(video[None].to(autoencoder.device))[0] for video in videos]
     empty = GivenFrames.none(autoencoder, size).latents[0]
     for loop in range(sampling.num_loops):
         if not any(placement.loop == loop for placement in placements):

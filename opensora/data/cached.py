@@ -21,8 +21,8 @@ from opensora.data.clips import ManifestClips, ManifestSource
 from opensora.data.sampler import SampledBatch
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.posterior import Posterior
-from opensora.models.autoencoders.video import VideoAutoencoder
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CachedLatents:
             return Buckets(self.buckets).shapes()
         return CachedSource(self, sample=False).shapes()
 
-    def open(self, autoencoder: VideoAutoencoder, *, sample: bool) -> "CachedSource":
+    def open(self, autoencoder: VideoCodec, *, sample: bool) -> "CachedSource":
         """The source.
 
         Args:

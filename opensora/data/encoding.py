@@ -5,14 +5,15 @@ means would be the same every time. `sample` chooses. It is the posterior of a w
 one that was computed beforehand says the same (`data.cache`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from opensora.data.batch import BatchShape, ClipBatch, LatentBatch, Source
 from opensora.distributed.seeding import BatchKey
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.geometry import VideoSize
+from opensora.models.autoencoders.codec import VideoCodec
 
 
 class EncodedClips(Source):
@@ -22,9 +23,13 @@ class EncodedClips(Source):
         clips: gives `ClipBatch`es.
         autoencoder: encodes them, on its own device and in its own precision.
         sample: draw latents from the posterior, with the draw's generator "posterior"; otherwise take its mean.
+
+    Raises:
+        OpenSoraError: clips of a length that the autoencoder cannot encode.
     """
 
-    def __init__(self, clips: Source, autoencoder: VideoAutoencoder, *, sample: bool) -> None:
+    def __init__(self, clips: Source, autoencoder: VideoCodec, *, sample: bool) -> None:
+        check_lengths(autoencoder, (shape.num_frames for shape in clips.shapes()))
         self.clips, self.autoencoder, self.sample = clips, autoencoder, sample
 
     def batch(self, key: BatchKey) -> LatentBatch:
@@ -45,9 +50,7 @@ class EncodedClips(Source):
 
 
 @torch.no_grad()
-def encode_clips(
-    clips: ClipBatch, autoencoder: VideoAutoencoder, generator: torch.Generator | None = None
-) -> LatentBatch:
+def encode_clips(clips: ClipBatch, autoencoder: VideoCodec, generator: torch.Generator | None = None) -> LatentBatch:
     """Clips as latents.
 
     Rows and columns that do not fill a latent cell, at the bottom and at the right, are left out; the networks are told
@@ -70,6 +73,17 @@ def encode_clips(
         num_frames=num_frames,
         label=clips.label,
     )
+
+
+def check_lengths(autoencoder: VideoCodec, lengths: Iterable[int]) -> None:
+    """Whether an autoencoder can encode clips of so many frames.
+
+    Raises:
+        OpenSoraError: it cannot; names the nearest that it can.
+    """
+    side, rule = autoencoder.spatial_factor, autoencoder.size_rule()
+    for num_frames in lengths:
+        VideoSize(num_frames, side, side).check(rule)
 
 
 def whole_cells(video: Tensor, spatial_factor: int) -> Tensor:

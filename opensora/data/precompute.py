@@ -26,13 +26,13 @@ from torch import Tensor
 from opensora.data.buckets import Bucket
 from opensora.data.cache import INDEX, MANIFEST, FailedClip, Index, MadeFrom, bucket_key
 from opensora.data.clips import ClipSource, read_clip
-from opensora.data.encoding import whole_cells
+from opensora.data.encoding import check_lengths, whole_cells
 from opensora.data.shards import read_note, write_shard
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.transforms import random_window
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.settings import flatten, load_settings, save_settings, to_dict
 
 PLAN = "making.json"
@@ -92,7 +92,7 @@ def hash_of(rows: Sequence[ClipRow]) -> str:
     return digest.hexdigest()
 
 
-def make_plan(source: ClipSource, made_from: MadeFrom, autoencoder: VideoAutoencoder, text_bytes: int) -> Plan:
+def make_plan(source: ClipSource, made_from: MadeFrom, autoencoder: VideoCodec, text_bytes: int) -> Plan:
     """Which shards a cache will have.
 
     Args:
@@ -102,8 +102,9 @@ def make_plan(source: ClipSource, made_from: MadeFrom, autoencoder: VideoAutoenc
         text_bytes: the most that a caption takes; 0 for a cache without text.
 
     Raises:
-        OpenSoraError: no clip is ever in a bucket.
+        OpenSoraError: no clip is ever in a bucket, or one is of a length that the autoencoder cannot encode.
     """
+    check_lengths(autoencoder, (bucket.num_frames for bucket in source.buckets.buckets if bucket.batch_size))
     by_bucket: dict[int, list[tuple[int, int]]] = {}
     captions: dict[str, None] = {}
     for number, row in enumerate(source.rows):
@@ -123,7 +124,7 @@ def make_plan(source: ClipSource, made_from: MadeFrom, autoencoder: VideoAutoenc
     return Plan(latents, [TextShard(f"text/{i:05d}.safetensors", part) for i, part in enumerate(text)])
 
 
-def _latent_bytes(bucket: Bucket, made_from: MadeFrom, autoencoder: VideoAutoencoder) -> int:
+def _latent_bytes(bucket: Bucket, made_from: MadeFrom, autoencoder: VideoCodec) -> int:
     """What a clip of a bucket takes."""
     factor, stored = autoencoder.spatial_factor, getattr(torch, made_from.latents.stored)
     cells = (bucket.height // factor) * (bucket.width // factor) * autoencoder.latent_frames(bucket.num_frames)
@@ -164,7 +165,7 @@ def make_latents(
     folder: Path,
     plan: Plan,
     source: ClipSource,
-    autoencoder: VideoAutoencoder,
+    autoencoder: VideoCodec,
     made_from: MadeFrom,
     *,
     rank: int = 0,

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from opensora.data.batch import BatchShape, LatentBatch, Source
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import IMAGE_FPS
 from opensora.toybox.captions import caption
 from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
@@ -106,7 +107,7 @@ class ToyboxLatents:
         """Size and rate of the usual clips, under the names of the pipeline's defaults."""
         return {name: getattr(self.clips, name) for name in ("num_frames", "height", "width", "fps")}
 
-    def open(self, autoencoder: VideoAutoencoder, cache: Path, device: str) -> "ToyboxSource":
+    def open(self, autoencoder: VideoCodec, cache: Path, device: str) -> "ToyboxSource":
         """The clips, encoded with an autoencoder or read from `cache`."""
         wanted = [(self.clips, self.num_clips)]
         for length in self.other_lengths:
@@ -168,7 +169,7 @@ class CaptionedLatents:
 
     @classmethod
     def load_or_encode(
-        cls, cache: Path, clips: ToyboxClips, autoencoder: VideoAutoencoder, n: int, device: str
+        cls, cache: Path, clips: ToyboxClips, autoencoder: VideoCodec, n: int, device: str
     ) -> "CaptionedLatents":
         """The first `n` training clips of seed 0; encoded once into `cache`, with what they depend on.
 
@@ -197,7 +198,7 @@ class CaptionedLatents:
 
 @torch.no_grad()
 def encode_clips(
-    specs: list[ClipSpec], clips: ToyboxClips, autoencoder: VideoAutoencoder, device: str, batch_size: int = 50
+    specs: list[ClipSpec], clips: ToyboxClips, autoencoder: VideoCodec, device: str, batch_size: int = 50
 ) -> tuple[Tensor, Tensor]:
     """Normalised latents (the posterior's mean, float16) and object masks (uint8) of rendered clips, on the CPU."""
     latents, masks = [], []
@@ -205,16 +206,16 @@ def encode_clips(
         part = specs[start : start + batch_size]
         video, mask = render(part, clips.num_frames, clips.height, clips.width, device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            encoded = autoencoder.encode(video)
+            encoded = autoencoder.encode_video(video)
         latents.append(encoded.half().cpu())
         masks.append(latent_cells(mask, autoencoder).cpu())
     return torch.cat(latents).contiguous(), torch.cat(masks).contiguous()
 
 
-def latent_cells(mask: Tensor, autoencoder: VideoAutoencoder) -> Tensor:
+def latent_cells(mask: Tensor, autoencoder: VideoCodec) -> Tensor:
     """Latent cells that an object covers to more than a tenth at some time; (B, 1, T, h, w) uint8."""
-    time, space = autoencoder.temporal_factor, autoencoder.spatial_factor
+    space, num_frames = autoencoder.spatial_factor, mask.shape[2]
     cells = F.avg_pool3d(mask, (1, space, space))
-    chunks = cells.split(autoencoder.micro_frame_size or cells.shape[2], dim=2)
-    padded = [F.pad(chunk, (0, 0, 0, 0, -chunk.shape[2] % time, 0)) for chunk in chunks]
-    return (F.max_pool3d(torch.cat(padded, dim=2), (time, 1, 1)) > 0.1).to(torch.uint8)
+    starts = [autoencoder.frames_before(k, num_frames) for k in range(autoencoder.latent_frames(num_frames) + 1)]
+    at_some_time = [cells[:, :, start:end].amax(dim=2) for start, end in pairwise(starts)]
+    return (torch.stack(at_some_time, dim=2) > 0.1).to(torch.uint8)

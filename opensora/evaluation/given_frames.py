@@ -138,7 +138,7 @@ def _reconstructed(pipeline: OpenSoraPipeline, given: GivenFrames, size: VideoSi
     latents, autoencoder = given.latents, pipeline.autoencoder
     frames = [autoencoder.frames_before(k, size.num_frames) for k in range(latents.shape[2] + 1)]
     begin = autoencoder.chunk_start(first, size.num_frames)
-    decoded = autoencoder.decode(latents[:, :, frames.index(begin) : frames.index(end)], end - begin)
+    decoded = autoencoder.decode_latents(latents[:, :, frames.index(begin) : frames.index(end)], end - begin)
     return decoded[:, :, first - begin :].clamp(-1, 1).cpu()
 
 

@@ -161,7 +161,7 @@ def toybox_portions(
     def load(part: list[ClipSpec]) -> LatentBatch:
         video, _ = render(part, clips.num_frames, clips.height, clips.width, device=str(pipeline.device))
         return LatentBatch(
-            latents=pipeline.autoencoder.encode(video),
+            latents=pipeline.autoencoder.encode_video(video),
             captions=[plain_caption(spec) for spec in part],
             fps=torch.full((len(part),), told.fps),
             height=torch.full((len(part),), told.height),

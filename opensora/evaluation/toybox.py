@@ -32,11 +32,11 @@ Progress = Callable[[int, int], None]
 
 
 class Autoencoder(Protocol):
-    """What reconstructs: `VideoAutoencoder` or anything like it."""
+    """What reconstructs: a `VideoCodec` or anything like it."""
 
-    def encode(self, video: Tensor) -> Tensor: ...
+    def encode_video(self, video: Tensor) -> Tensor: ...
 
-    def decode(self, latents: Tensor, num_frames: int) -> Tensor: ...
+    def decode_latents(self, latents: Tensor, num_frames: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def reconstruction_accuracy(
     """
 
     def reconstruct(video: Tensor) -> Tensor:
-        return autoencoder.decode(autoencoder.encode(video), video.shape[2]).float().clamp(-1, 1)
+        return autoencoder.decode_latents(autoencoder.encode_video(video), video.shape[2]).float().clamp(-1, 1)
 
     return real_accuracy(judge, n, seed, world, reconstruct, size, batch_size)
 

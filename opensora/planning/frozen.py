@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.planning.autocast import ImaginedAutocast
 from opensora.planning.tracing import LiveMemory
 
@@ -55,11 +55,8 @@ class FrozenNetworks:
 
 def _alike(network: nn.Module) -> Iterator[list[nn.Module]]:
     """Parts that see the same sizes over and over: an autoencoder's encoders, and the layers of other networks."""
-    if isinstance(network, VideoAutoencoder):
-        for part in (network.spatial_vae.module, network.temporal_vae):
-            encoder = getattr(part, "encoder", None)
-            if isinstance(encoder, nn.Module):
-                yield [encoder]
+    if isinstance(network, VideoCodec):
+        yield from ([part] for part in network.encoders())
         return
     for parts in network.modules():
         if isinstance(parts, nn.ModuleList) and len(parts) > 2:

@@ -17,7 +17,7 @@ from torch import nn
 
 from opensora.checkpoints.weights import cast_weights
 from opensora.geometry import VideoSize
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import ClipConditions
 from opensora.pipeline import OpenSoraPipeline
 
@@ -33,7 +33,7 @@ class Choices:
         dtype: precision of the networks.
         offload: each network is in memory only while it works.
         sequential_guidance: the branches of guidance one after the other instead of in one batch.
-        micro_batch_size: frames that the 2D autoencoder decodes at once; None for all.
+        micro_batch_size: frames that the autoencoder decodes at once; None for all.
     """
 
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class Clip:
 def network_of(pipeline: OpenSoraPipeline, stage: str, choices: Choices) -> nn.Module:
     """The network that works in a stage, set up as chosen."""
     network = cast_weights(getattr(pipeline, COMPONENT_OF[stage]), choices.dtype)
-    if isinstance(network, VideoAutoencoder):
+    if isinstance(network, VideoCodec):
         network.micro_batch_size = choices.micro_batch_size
     return network
 
@@ -82,8 +82,7 @@ def alike(pipeline: OpenSoraPipeline, stage: str) -> list[Sequence[tuple[Any, st
             groups[repr(block), getattr(block, "axis", None)].append((block, "forward"))
         return list(groups.values())
     if stage == "decode":
-        parts = (pipeline.autoencoder.spatial_vae.module, pipeline.autoencoder.temporal_vae)
-        return [[(part, "decode")] for part in parts if part is not None]
+        return [[call] for call in pipeline.autoencoder.decoders()]
     return []
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opensora.data.batch import BatchShape
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.planning.autocast import ImaginedAutocast
 from opensora.planning.frozen import FrozenNetworks
 from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
@@ -172,7 +172,7 @@ def _gathered(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _undivided(networks: Any) -> Iterator[None]:
     """Autoencoders take all frames at once, which computes the same with fewer calls."""
-    autoencoders = [network for network in networks if isinstance(network, VideoAutoencoder)]
+    autoencoders = [network for network in networks if isinstance(network, VideoCodec)]
     before = [autoencoder.micro_batch_size for autoencoder in autoencoders]
     for autoencoder in autoencoders:
         autoencoder.micro_batch_size = None

@@ -57,7 +57,9 @@ def released(tmp_path, monkeypatch) -> None:
 def assert_decodes_as(autoencoder: VideoAutoencoder, reference: AutoencoderKLTemporalDecoder) -> None:
     latents = torch.randn(1, 4, 3, 2, 3, generator=torch.Generator().manual_seed(1))
     frames = reference.decode(latents[0].transpose(0, 1) / FACTOR, num_frames=3).sample
-    torch.testing.assert_close(autoencoder.decode(latents, 3), frames.transpose(0, 1)[None], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        autoencoder.decode_latents(latents, 3), frames.transpose(0, 1)[None], atol=2e-5, rtol=1e-4
+    )
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -58,7 +58,7 @@ def close(frames, video):
 def reconstruction(video):
     autoencoder = make_autoencoder()
     with torch.no_grad():
-        return autoencoder.decode(autoencoder.encode(video[None]), video.shape[1])[0]
+        return autoencoder.decode_latents(autoencoder.encode_video(video[None]), video.shape[1])[0]
 
 
 def picture(name):

@@ -64,11 +64,13 @@ def test_equals_diffusers(num_frames: int) -> None:
     autoencoder, videos, latents = make(), clip(num_frames, batch=2), latents_of(num_frames, batch=2)
     reference = theirs(autoencoder)
     expected = reference.encode(videos.transpose(1, 2).flatten(0, 1)).latent_dist.mode() * FACTOR
-    torch.testing.assert_close(autoencoder.encode(videos), expected.unflatten(0, (2, -1)).transpose(1, 2), **ROUNDING)
+    torch.testing.assert_close(
+        autoencoder.encode_video(videos), expected.unflatten(0, (2, -1)).transpose(1, 2), **ROUNDING
+    )
     frames = latents.transpose(1, 2).flatten(0, 1) / FACTOR
     expected = reference.decode(frames, num_frames=num_frames).sample
     torch.testing.assert_close(
-        autoencoder.decode(latents, num_frames), expected.unflatten(0, (2, -1)).transpose(1, 2), **ROUNDING
+        autoencoder.decode_latents(latents, num_frames), expected.unflatten(0, (2, -1)).transpose(1, 2), **ROUNDING
     )
 
 
@@ -77,20 +79,20 @@ def test_one_frame_is_decoded_with_its_neighbours() -> None:
     latents = latents_of()
     other = latents.clone()
     other[:, :, 4] = latents_of(seed=2)[:, :, 4]
-    before, after = make().decode(latents, 5), make().decode(other, 5)
+    before, after = make().decode_latents(latents, 5), make().decode_latents(other, 5)
     assert not torch.allclose(before[:, :, 3], after[:, :, 3], atol=1e-3)
     # While its encoding is that of the frame alone.
     videos = clip()
-    torch.testing.assert_close(make().encode(videos)[:, :, :2], make().encode(videos[:, :, :2]), **ROUNDING)
+    torch.testing.assert_close(make().encode_video(videos)[:, :, :2], make().encode_video(videos[:, :, :2]), **ROUNDING)
 
 
 @torch.no_grad()
 def test_chunks_know_nothing_of_each_other() -> None:
     latents = latents_of(7, batch=2)
     whole, chunked = make(), make(chunk_size=3)
-    parts = [whole.decode(part, part.shape[2]) for part in latents.split(3, dim=2)]
-    torch.testing.assert_close(chunked.decode(latents, 7), torch.cat(parts, dim=2), **ROUNDING)
-    assert not torch.allclose(chunked.decode(latents, 7), whole.decode(latents, 7), atol=1e-3)
+    parts = [whole.decode_latents(part, part.shape[2]) for part in latents.split(3, dim=2)]
+    torch.testing.assert_close(chunked.decode_latents(latents, 7), torch.cat(parts, dim=2), **ROUNDING)
+    assert not torch.allclose(chunked.decode_latents(latents, 7), whole.decode_latents(latents, 7), atol=1e-3)
 
 
 @torch.no_grad()
@@ -99,10 +101,12 @@ def test_micro_batches_and_other_clips_change_nothing() -> None:
     expected = make(micro_batch_size=None)
     for size in (1, 3):
         autoencoder = make(micro_batch_size=size)
-        torch.testing.assert_close(autoencoder.encode(videos), expected.encode(videos), **ROUNDING)
-        torch.testing.assert_close(autoencoder.decode(latents, 5), expected.decode(latents, 5), **ROUNDING)
-    singly = torch.cat([expected.decode(one, 5) for one in latents.split(1)])
-    torch.testing.assert_close(expected.decode(latents, 5), singly, **ROUNDING)
+        torch.testing.assert_close(autoencoder.encode_video(videos), expected.encode_video(videos), **ROUNDING)
+        torch.testing.assert_close(
+            autoencoder.decode_latents(latents, 5), expected.decode_latents(latents, 5), **ROUNDING
+        )
+    singly = torch.cat([expected.decode_latents(one, 5) for one in latents.split(1)])
+    torch.testing.assert_close(expected.decode_latents(latents, 5), singly, **ROUNDING)
 
 
 @torch.no_grad()
@@ -110,19 +114,19 @@ def test_shapes_are_those_of_the_autoencoder_frame_by_frame() -> None:
     autoencoder = make()
     assert (autoencoder.spatial_factor, autoencoder.temporal_factor, autoencoder.latent_channels) == (2, 1, 4)
     assert autoencoder.latent_size((5, EDGE, EDGE)) == (5, 4, 4)
-    assert autoencoder(clip()).shape == clip().shape
+    assert autoencoder(clip()).sample.shape == clip().shape
     patched = make(spatial_patch_size=2)
     assert patched.latent_size((5, EDGE, EDGE)) == (5, 2, 2)
-    assert patched(clip()).shape == clip().shape
+    assert patched(clip()).sample.shape == clip().shape
 
 
 @torch.no_grad()
 def test_half_precision_keeps_latents_and_video_in_float32() -> None:
     autoencoder = make()
-    exact = autoencoder.decode(latents_of(), 5)
+    exact = autoencoder.decode_latents(latents_of(), 5)
     autoencoder.to(torch.bfloat16)
-    assert autoencoder.encode(clip()).dtype == torch.float32
-    video = autoencoder.decode(latents_of(), 5)
+    assert autoencoder.encode_video(clip()).dtype == torch.float32
+    video = autoencoder.decode_latents(latents_of(), 5)
     assert video.dtype == torch.float32
     torch.testing.assert_close(video, exact, atol=0.1 * float(exact.abs().max()), rtol=0)
 
@@ -130,7 +134,7 @@ def test_half_precision_keeps_latents_and_video_in_float32() -> None:
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     def gradients(autoencoder: VideoAutoencoder) -> list[Tensor]:
         autoencoder.zero_grad()
-        autoencoder(clip()).square().mean().backward()
+        autoencoder(clip()).sample.square().mean().backward()
         return [parameter.grad.clone() for parameter in autoencoder.parameters() if parameter.grad is not None]
 
     autoencoder = make().train()
@@ -150,7 +154,7 @@ def test_save_and_load(low_cpu_mem_usage: bool, tmp_path) -> None:
     autoencoder.save_pretrained(tmp_path)
     loaded = VideoAutoencoder.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert loaded.config["temporal_decoder"] == {"chunk_size": 3}
-    assert torch.equal(loaded.decode(latents_of(), 5), autoencoder.decode(latents_of(), 5))
+    assert torch.equal(loaded.decode_latents(latents_of(), 5), autoencoder.decode_latents(latents_of(), 5))
     with pytest.raises(OpenSoraError, match="temporal_decoder given"):
         VideoAutoencoder.from_pretrained(tmp_path, temporal_decoder={})
 
@@ -185,7 +189,7 @@ def test_pipeline_decodes_with_it() -> None:
     latents = pipe("a small red ball rolls left", **{**options, "generator": seeded(5)}, output_type="latent").frames
     assert frames.shape == (1, 5, 3, EDGE, EDGE)
     with torch.no_grad():
-        video = pipe.autoencoder.decode(latents, 5)
+        video = pipe.autoencoder.decode_latents(latents, 5)
     torch.testing.assert_close(frames, (video / 2 + 0.5).clamp(0, 1).transpose(1, 2))
 
 
@@ -208,4 +212,4 @@ def test_impossible_configurations(options: dict[str, Any], message: str) -> Non
 
 def test_wrong_number_of_frames_is_refused() -> None:
     with pytest.raises(OpenSoraError, match="5 latent frames given for a video of 4 frames"):
-        make().decode(latents_of(5), 4)
+        make().decode_latents(latents_of(5), 4)

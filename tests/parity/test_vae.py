@@ -53,7 +53,7 @@ def refused(autoencoder: VideoAutoencoder, video: torch.Tensor) -> bool:
     if all(edge % autoencoder.spatial_factor == 0 for edge in video.shape[-2:]):
         return False
     with pytest.raises(OpenSoraError, match="multiple of"):
-        autoencoder.encode(video)
+        autoencoder.encode_video(video)
     return True
 
 
@@ -87,10 +87,10 @@ def test_frames_encode(kl):
     noise = to_clips(fixture["in.noise"], len(video))
     for size, name in micro_batch_cases(fixture, "encode_sample"):
         autoencoder.micro_batch_size = size
-        close(autoencoder.encode(video, sample=True, frame_noise=noise), fixture[name])
+        close(autoencoder.encode_video(video, sample=True, frame_noise=noise), fixture[name])
     for size, name in micro_batch_cases(fixture, "encode_mode"):
         autoencoder.micro_batch_size = size
-        close(autoencoder.encode(video), fixture[name])
+        close(autoencoder.encode_video(video), fixture[name])
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def test_frames_decode(kl):
     fixture, autoencoder = kl
     for size, name in micro_batch_cases(fixture, "decode"):
         autoencoder.micro_batch_size = size
-        close(autoencoder.decode(fixture["in.z"], fixture["in.z"].shape[2]), fixture[name])
+        close(autoencoder.decode_latents(fixture["in.z"], fixture["in.z"].shape[2]), fixture[name])
 
 
 def micro_batch_cases(fixture, stem: str) -> list[tuple[int | None, str]]:
@@ -182,9 +182,9 @@ def test_pipeline(pipeline):
         for suffix in ("", "_nomicro"):
             autoencoder.micro_frame_size = None if suffix else micro_frame_size
             if f"out.{case}.z_mode{suffix}" in fixture:
-                close(autoencoder.encode(video), fixture[f"out.{case}.z_mode{suffix}"])
+                close(autoencoder.encode_video(video), fixture[f"out.{case}.z_mode{suffix}"])
             if f"out.{case}.z_sample{suffix}" in fixture:
-                latents = autoencoder.encode(
+                latents = autoencoder.encode_video(
                     video,
                     sample=True,
                     frame_noise=to_clips(fixture[f"in.{case}.noise_spatial"], len(video)),
@@ -193,7 +193,7 @@ def test_pipeline(pipeline):
                 close(latents, fixture[f"out.{case}.z_sample{suffix}"])
             decoded = f"out.{case}.decode_nomicro" if suffix else f"out.{case}.decode_of_z_mode"
             if decoded in fixture:
-                close(autoencoder.decode(fixture[f"out.{case}.z_mode{suffix}"], num_frames), fixture[decoded])
+                close(autoencoder.decode_latents(fixture[f"out.{case}.z_mode{suffix}"], num_frames), fixture[decoded])
 
 
 def test_pipeline_latent_size(pipeline):

@@ -71,7 +71,7 @@ def given_frames(
     pipeline: OpenSoraPipeline, clip: Tensor, videos: list[Tensor], strategy: str, alignment: int | None = None
 ) -> GivenFrames:
     """References placed as a user of the package places them."""
-    references = [pipeline.autoencoder.encode(video[None])[0] for video in videos]
+    references = [pipeline.autoencoder.encode_video(video[None])[0] for video in videos]
     placed, strength = place_references(clip, references, parse_mask_strategy(strategy), alignment=alignment)
     return GivenFrames(placed[None], strength[None])
 

@@ -76,6 +76,20 @@ class FrameAutoencoder(nn.Module):
         ]
         return _to_clips(frames, frame_latents.shape[0])
 
+    def enable_tiling(self, tile_sample_min_size: int | None) -> None:
+        """See `VideoAutoencoder.enable_tiling`; the edge of a tile in pixels."""
+        if not isinstance(self.module, AutoencoderKL):
+            kind = type(self.module).__name__
+            raise OpenSoraError(f"{kind} cannot be tiled; decode fewer frames at once (chunk_size)")
+        if tile_sample_min_size is not None:
+            if tile_sample_min_size < 1 or tile_sample_min_size % self.spatial_factor:
+                raise OpenSoraError(
+                    f"tile_sample_min_size is {tile_sample_min_size}, expected a multiple of {self.spatial_factor} px"
+                )
+            self.module.tile_sample_min_size = tile_sample_min_size // self.patch_size
+            self.module.tile_latent_min_size = tile_sample_min_size // self.spatial_factor
+        self.module.enable_tiling()
+
 
 class TemporalDecoderAutoencoder(FrameAutoencoder):
     """diffusers' AutoencoderKLTemporalDecoder: encodes every frame by itself, decodes it with its neighbours.

@@ -175,6 +175,14 @@ class LatentSpace:
             return original
         return replace(self, replaces=original.to_dict())
 
+    def instead_of(self, configured: Mapping[str, Any] | None) -> dict[str, Any]:
+        """This declaration in place of a configured one whose weights are yet to be read, for the configuration.
+
+        Unlike `overriding` it also stands where both have the same figures, for the weights may have others.
+        """
+        original = LatentSpace.from_dict(configured or {}).declared_by_weights
+        return replace(self, replaces=original.to_dict()).to_dict()
+
     @property
     def overridden(self) -> bool:
         """Whether a user's override took the place of the checkpoint's declaration."""

@@ -4,10 +4,13 @@ Letters: mu mean, s2 variance, z latent, all (B, C, ...).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator]  # one for all, or one per clip
 
 
 class Posterior:
@@ -28,6 +31,23 @@ class Posterior:
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Posterior"], dim: int) -> "Posterior":
+        """Those of pieces, in turn along a dimension, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        means, logvars = [part.mean for part in parts], [part.logvar for part in parts]
+        return cls(torch.cat(means, dim=dim), torch.cat(logvars, dim=dim))
+
+    def float(self) -> "Posterior":
+        """The same in float32."""
+        return Posterior(self.mean.float(), self.logvar.float())
+
+    @property
+    def var(self) -> Tensor:
+        """Variance, same shape as the mean."""
+        return torch.exp(self.logvar)
+
     @property
     def std(self) -> Tensor:
         """Standard deviation, same shape as the mean."""
@@ -37,7 +57,7 @@ class Posterior:
         """The most likely latents: the mean."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+    def sample(self, generator: Generators | None = None, *, noise: Tensor | None = None) -> Tensor:
         """mu + s * noise, with standard normal `noise` of the mean's shape, drawn from `generator` unless given."""
         if noise is None:
             noise = randn_tensor(self.mean.shape, generator, self.mean.device, self.mean.dtype)

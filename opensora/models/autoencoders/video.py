@@ -6,7 +6,11 @@
 With a temporal autoencoder a clip is cut into chunks of M = `micro_frame_size` frames that know nothing of each other
 (the last may be shorter); that is part of what the latents mean and of the published models. Micro batches, in
 contrast, only bound the memory of the 2D part; results are the same up to float rounding. Parameter names are the
-published ones (`spatial_vae.module.*`, `temporal_vae.*`, `scale`, `shift`).
+published ones (`spatial_vae.module.*`, `temporal_vae.*`).
+
+Published files also hold `shift` and `scale` of the latent space, which the configuration declares as well. What is
+declared is what computes: the two are written into every state dict from the declaration, and held against it when one
+is loaded (see `statistics.py`).
 
 Letters: B batch, T frames, H, W height and width in pixels, C channels of a frame latent, Z channels of a video
 latent, N latent frames, h, w latent height and width, p spatial patch size.
@@ -16,21 +20,22 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.folded import FoldedTemporalAutoencoder
 from opensora.models.autoencoders.frames import FrameAutoencoder, TemporalDecoderAutoencoder
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.autoencoders.posterior import Generators, Posterior
+from opensora.models.autoencoders.statistics import StoredStatistics
 from opensora.models.autoencoders.temporal import TemporalAutoencoder
-from opensora.models.portable_config import PortableConfigMixin
 
 TemporalPart = TemporalAutoencoder | FoldedTemporalAutoencoder
 TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
@@ -39,8 +44,12 @@ TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
 }
 
 
-class VideoAutoencoder(ModelMixin, PortableConfigMixin):
-    """The autoencoder of a video diffusion model: `encode` to normalised latents, `decode` back to pixels.
+# Options of `from_pretrained` that say where a configuration is found.
+_WHERE = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+
+class VideoAutoencoder(StoredStatistics):
+    """The autoencoder of a video diffusion model: to normalised latents, and back to pixels.
 
     Args:
         spatial: keywords of diffusers' AutoencoderKL.
@@ -59,11 +68,6 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
 
     _supports_gradient_checkpointing = True
     temporal_vae: TemporalPart | None
-    scale: Tensor
-    shift: Tensor
-    if TYPE_CHECKING:  # diffusers wraps it in a way that hides its signature
-
-        def to(self, *args: Any, **kwargs: Any) -> Self: ...
 
     @register_to_config
     def __init__(
@@ -87,36 +91,19 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
                 f"temporal: in_channels is {self.temporal_vae.in_channels}, but the 2D autoencoder's latents have "
                 f"{self.spatial_vae.latent_channels} channels"
             )
+        last = self.spatial_vae if self.temporal_vae is None else self.temporal_vae
+        self.latent_channels = last.latent_channels
+        self.spatial_factor = self.spatial_vae.spatial_factor
+        self.temporal_factor = 1 if self.temporal_vae is None else self.temporal_vae.temporal_factor
         self.micro_frame_size = micro_frame_size
         self.micro_batch_size = micro_batch_size
         declared = LatentSpace.from_dict(latent_space or {})
         if "scaling_factor" in spatial:
             own = replace(declared.declared_by_weights, scaling_factor=spatial["scaling_factor"], convention="multiply")
             declared.declared_by_weights.check_same(own, here="latent_space", there="the spatial options")
-        self._latent_space = declared
-        shift, scale = declared.declared_by_weights.statistics(self.latent_channels)
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-        self.checks_loaded_statistics = True  # whoever overrides the latent space next switches it off
-        self.register_load_state_dict_pre_hook(_complete_statistics)
-        self.register_load_state_dict_post_hook(_check_statistics)
+        self._declare(declared)
 
     # ---- shapes
-
-    @property
-    def latent_channels(self) -> int:
-        """Z, channels of the latents."""
-        return self.spatial_vae.latent_channels if self.temporal_vae is None else self.temporal_vae.latent_channels
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent cell along height and width."""
-        return self.spatial_vae.spatial_factor
-
-    @property
-    def temporal_factor(self) -> int:
-        """Frames per latent frame; 1 without a temporal part."""
-        return 1 if self.temporal_vae is None else self.temporal_vae.temporal_factor
 
     def latent_frames(self, num_frames: int) -> int:
         """N for a clip of `num_frames` frames, chunk by chunk: 17 -> 5, 18 -> 6, 34 -> 10 in Open-Sora 1.2."""
@@ -132,9 +119,7 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         The first latent frame of a chunk stands for what is left over when the others take `temporal_factor` each: of
         17 frames, latent frame 1 begins after 1 frame, 2 after 5, and 5, the next chunk's, after 17.
         """
-        total = self.latent_frames(num_frames)
-        if not 0 <= latent_frame <= total:
-            raise OpenSoraError(f"latent frame {latent_frame} asked for, but {num_frames} frames have {total}")
+        self._check_latent_frame(latent_frame, self.latent_frames(num_frames), num_frames)
         frames = 0
         for chunk in self._chunks(num_frames) if self.temporal_vae is not None else [num_frames]:
             latents = chunk if self.temporal_vae is None else self.temporal_vae.latent_frames(chunk)
@@ -143,29 +128,6 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             frames, latent_frame = frames + chunk, latent_frame - latents
         return frames
 
-    def chunk_start(self, frame: int, num_frames: int) -> int:
-        """The first frame of the chunk in which a frame of a clip of `num_frames` lies.
-
-        Where every frame has a latent frame of its own, that is the frame itself.
-        """
-        size = 1 if self.temporal_factor == 1 else self.micro_frame_size or num_frames
-        return frame // size * size
-
-    def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(T, H, W) in frames and pixels -> (N, h, w).
-
-        Raises:
-            OpenSoraError: for a size that does not divide into latent cells; the nearest that do are named.
-        """
-        num_frames, height, width = size
-        factor = self.spatial_factor
-        for name, value in (("height", height), ("width", width)):
-            if value < factor or value % factor:
-                below, above = value // factor * factor, -(-max(value, 1) // factor) * factor
-                nearest = f"{below} or {above}" if below else f"{above}"
-                raise OpenSoraError(f"{name} {value} px given, but it must be a multiple of {factor}; use {nearest}")
-        return self.latent_frames(num_frames), height // factor, width // factor
-
     def _chunks(self, num_frames: int) -> list[int]:
         """Frames of each chunk of a clip."""
         size = self.micro_frame_size or num_frames
@@ -173,12 +135,13 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
 
     # ---- the whole way
 
-    def encode(
+    @apply_forward_hook
+    def encode_video(
         self,
         video: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         frame_noise: Tensor | None = None,
         latent_noise: Tensor | None = None,
     ) -> Tensor:
@@ -205,11 +168,12 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             latents = _draw(self.encode_time(frame_latents), sample, generator, latent_noise)
         return self.latent_space.normalise(latents)
 
+    @apply_forward_hook
     def posterior(self, video: Tensor) -> Posterior:
         """What is predicted of a video (B, 3, T, H, W): its normalised latents (B, Z, N, h, w) with their uncertainty.
 
-        The mean is what `encode` returns. With a temporal part the log-variance is that part's own, given the modes of
-        the frames.
+        The mean is what `encode_video` returns. With a temporal part the log-variance is that part's own, given the
+        modes of the frames.
         """
         frame_posterior = self.encode_frames(video)
         space, log_factor = self.latent_space, 0.0
@@ -222,7 +186,8 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         _, scale = space.statistics(mean.shape[1], mean.device)
         return Posterior(space.normalise(mean), logvar + 2 * (log_factor - scale.log()))
 
-    def decode(self, latents: Tensor, num_frames: int) -> Tensor:
+    @apply_forward_hook
+    def decode_latents(self, latents: Tensor, num_frames: int) -> Tensor:
         """Normalised latents (B, Z, N, h, w) -> video (B, 3, num_frames, H, W), nominally in [-1, 1], float32.
 
         Raises:
@@ -240,12 +205,54 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
             frame_latents = self.latent_space.unscale_frames(latents)
         return self.decode_frames(frame_latents)
 
-    def forward(self, video: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Reconstruction (B, 3, T, H, W) of a video of that shape."""
-        return self.decode(self.encode(video, sample=sample, generator=generator), video.shape[2])
+    def decoders(self) -> list[tuple[nn.Module, str]]:
+        """Parts that decode: one takes micro batches of frames, the other chunks."""
+        parts = (self.spatial_vae.module, self.temporal_vae)
+        return [(part, "decode") for part in parts if part is not None]
+
+    def encoders(self) -> list[nn.Module]:
+        """Encoders of the parts, where they are modules of their own."""
+        found = [getattr(part, "encoder", None) for part in (self.spatial_vae.module, self.temporal_vae)]
+        return [encoder for encoder in found if isinstance(encoder, nn.Module)]
+
+    # ---- less memory
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether frames go through the 2D part in overlapping tiles."""
+        return getattr(self.spatial_vae.module, "use_tiling", False)
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None) -> None:
+        """Frames larger than a tile go through the 2D part in overlapping tiles, as diffusers' AutoencoderKL does it.
+
+        A tile knows nothing of the others and their borders are blended, so the result is close to the whole one and
+        not the same. What works over time is not tiled.
+
+        Args:
+            tile_sample_min_size: edge of a tile in pixels, a multiple of `spatial_factor`; None for what the
+                autoencoder's own configuration says (`sample_size`).
+
+        Raises:
+            OpenSoraError: an edge that is no such multiple, or a decoder over time, which diffusers cannot tile.
+        """
+        self.spatial_vae.enable_tiling(tile_sample_min_size)
+
+    def disable_tiling(self) -> None:
+        """Frames go through the 2D part whole again."""
+        if self.use_tiling:
+            self.spatial_vae.module.disable_tiling()
+
+    def enable_slicing(self) -> None:
+        """Clips of a batch go through one by one: the result of each is, to the bit, the one it has by itself."""
+        super().enable_slicing()
+
+    def _slices(self, clips: Tensor) -> tuple[Tensor, ...]:
+        """A batch in the parts that are worked on at once."""
+        return clips.split(1) if self.use_slicing else (clips,)
 
     # ---- its parts, for training
 
+    @apply_forward_hook
     def encode_frames(self, video: Tensor) -> Posterior:
         """Posterior of the 2D autoencoder, float32 (B, C, T, h, w), before the scaling factor."""
         if video.ndim != 5 or video.shape[1] != 3:
@@ -253,13 +260,17 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         if not video.is_floating_point():
             raise OpenSoraError(f"video of {video.dtype} given, expected floating point in [-1, 1]; use x / 127.5 - 1")
         self.latent_size((video.shape[2], video.shape[3], video.shape[4]))
-        posterior = self.spatial_vae.encode(video.to(self.dtype), self.micro_batch_size)
-        return Posterior(posterior.mean.float(), posterior.logvar.float())
+        video = video.to(self.dtype)
+        parts = [self.spatial_vae.encode(clips, self.micro_batch_size) for clips in self._slices(video)]
+        return Posterior.cat(parts, dim=0).float()
 
+    @apply_forward_hook
     def decode_frames(self, frame_latents: Tensor) -> Tensor:
         """Frame latents (B, C, T, h, w), before the scaling factor -> video (B, 3, T, H, W), float32."""
-        return self.spatial_vae.decode(frame_latents.to(self.dtype), self.micro_batch_size).float()
+        clips = self._slices(frame_latents.to(self.dtype))
+        return _joined([self.spatial_vae.decode(latents, self.micro_batch_size) for latents in clips]).float()
 
+    @apply_forward_hook
     def encode_time(self, frame_latents: Tensor) -> Posterior:
         """Posterior of the temporal autoencoder, float32 (B, Z, N, h, w), before shift and scale.
 
@@ -268,18 +279,25 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         """
         temporal = self._require_temporal()
         scaled = self.latent_space.scale_frames(frame_latents.float()).to(self.dtype)
-        posteriors = [temporal.encode(chunk) for chunk in scaled.split(self._chunks(scaled.shape[2]), dim=2)]
-        mean = torch.cat([posterior.mean for posterior in posteriors], dim=2)
-        return Posterior(mean.float(), torch.cat([posterior.logvar for posterior in posteriors], dim=2).float())
+        lengths = self._chunks(scaled.shape[2])
+        clips = [
+            Posterior.cat([temporal.encode(chunk) for chunk in clip.split(lengths, dim=2)], dim=2)
+            for clip in self._slices(scaled)
+        ]
+        return Posterior.cat(clips, dim=0).float()
 
+    @apply_forward_hook
     def decode_time(self, latents: Tensor, num_frames: int) -> Tensor:
         """Video latents (B, Z, N, h, w) without shift and scale -> frame latents (B, C, T, h, w) before the factor."""
         temporal = self._require_temporal()
         self._check_latent_frames(latents, num_frames)
         lengths = self._chunks(num_frames)
-        chunks = latents.to(self.dtype).split([temporal.latent_frames(length) for length in lengths], dim=2)
-        frames = [temporal.decode(chunk, length) for chunk, length in zip(chunks, lengths, strict=True)]
-        return self.latent_space.unscale_frames(torch.cat(frames, dim=2).float())
+        sizes = [temporal.latent_frames(length) for length in lengths]
+        clips = [
+            torch.cat([temporal.decode(*chunk) for chunk in zip(clip.split(sizes, dim=2), lengths, strict=True)], dim=2)
+            for clip in self._slices(latents.to(self.dtype))
+        ]
+        return self.latent_space.unscale_frames(_joined(clips).float())
 
     def _require_temporal(self) -> TemporalPart:
         if self.temporal_vae is None:
@@ -295,44 +313,6 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
 
     # ---- latent space
 
-    @property
-    def latent_space(self) -> LatentSpace:
-        """The declaration in force; `latent_space.overridden` tells whether a user put it there."""
-        return self._latent_space
-
-    def set_latent_space(self, latent_space: LatentSpace) -> None:
-        """Declares what these weights' latents stand for, after training them: in the config and in the buffers."""
-        shift, scale = latent_space.declared_by_weights.statistics(self.latent_channels, self.shift.device)
-        self.shift.copy_(shift)
-        self.scale.copy_(scale)
-        self._latent_space = latent_space
-        self.register_to_config(latent_space=latent_space.to_dict())
-
-    def override_latent_space(self, latent_space: LatentSpace) -> None:
-        """Uses another declaration than the checkpoint's; the config and every output remember both."""
-        latent_space.statistics(self.latent_channels)
-        self._latent_space = latent_space.overriding(self._declared_by_weights())
-        self.register_to_config(latent_space=self._latent_space.to_dict())
-
-    def check_latent_space(self) -> None:
-        """Refuses weights whose `shift` and `scale` are not those of the declared latent space.
-
-        Raises:
-            OpenSoraError: naming both values and the two ways out.
-        """
-        configured = self._latent_space.declared_by_weights
-        configured.check_same(self._declared_by_weights(), here="the configuration", there="the weights")
-
-    def _declared_by_weights(self) -> LatentSpace:
-        """The configured declaration with the weights' own shift and scale where those say otherwise."""
-        configured = self._latent_space.declared_by_weights
-        if self.shift.is_meta or self.scale.is_meta:
-            return configured
-        shift, scale = configured.statistics(self.latent_channels, self.shift.device)
-        if _same_but_for_rounding(self.shift, shift) and _same_but_for_rounding(self.scale, scale):
-            return configured
-        return replace(configured, shift=_float32_values(self.shift), scale=_float32_values(self.scale))
-
     @torch.no_grad()
     def measure_latent_space(self, videos: Iterable[Tensor], trained_with: str) -> LatentSpace:
         """Sets shift and scale to mean and standard deviation per channel over `videos`; factor stays.
@@ -345,7 +325,7 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
         total = torch.zeros(self.latent_channels, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for video in videos:
-            latents = self.latent_space.denormalise(self.encode(video)).transpose(0, 1).flatten(1).cpu().double()
+            latents = self.latent_space.denormalise(self.encode_video(video)).transpose(0, 1).flatten(1).cpu().double()
             count += latents.shape[1]
             total += latents.sum(dim=1)
             squares += latents.square().sum(dim=1)
@@ -388,13 +368,13 @@ class VideoAutoencoder(ModelMixin, PortableConfigMixin):
                 f"{', '.join(fields)} given, but the folder's own configuration belongs to its weights; "
                 "keep it, or pass override_latent_space=... to replace the latent space"
             )
-        model = super().from_pretrained(pretrained_model_name_or_path, **loading)
         if override_latent_space is not None:
+            found = {name: loading[name] for name in _WHERE if name in loading}
+            config: Any = cls.load_config(pretrained_model_name_or_path, **found)
             wanted = override_latent_space
-            model.override_latent_space(wanted if isinstance(wanted, LatentSpace) else LatentSpace.from_dict(wanted))
-        else:
-            model.check_latent_space()
-        return model
+            wanted = wanted if isinstance(wanted, LatentSpace) else LatentSpace.from_dict(wanted)
+            loading["latent_space"] = wanted.instead_of(config.get("latent_space"))
+        return super().from_pretrained(pretrained_model_name_or_path, **loading)
 
 
 def _build_spatial(
@@ -420,10 +400,15 @@ def _build_temporal(config: Mapping[str, Any]) -> TemporalPart:
     return TEMPORAL_TYPES[kind](**options)
 
 
+def _joined(clips: list[Tensor]) -> Tensor:
+    """Slices as one batch; a lone one is not copied."""
+    return clips[0] if len(clips) == 1 else torch.cat(clips)
+
+
 def _draw(
     posterior: Posterior,
     sample: bool,
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: Generators | None,
     noise: Tensor | None,
 ) -> Tensor:
     if not sample:
@@ -433,28 +418,3 @@ def _draw(
     if noise.shape != posterior.mean.shape:
         raise OpenSoraError(f"noise of shape {tuple(noise.shape)} given for latents of {tuple(posterior.mean.shape)}")
     return posterior.sample(noise=noise)
-
-
-def _complete_statistics(module: VideoAutoencoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Published files may hold one shift and scale for all channels, or none: the declared ones then stand."""
-    for name in ("shift", "scale"):
-        own: Tensor = getattr(module, name)
-        value = state_dict.get(prefix + name, own)
-        state_dict[prefix + name] = value.expand(own.shape) if value.ndim == 0 else value
-
-
-def _check_statistics(module: VideoAutoencoder, _: Any) -> None:
-    if module.checks_loaded_statistics:
-        module.check_latent_space()
-
-
-def _float32_values(buffer: Tensor) -> tuple[float, ...]:
-    """Shortest decimals that stand for the same float32 numbers: 0.34, not 0.3400000035762787."""
-    return tuple(float(str(value)) for value in buffer.float().flatten().cpu().numpy())
-
-
-def _same_but_for_rounding(found: Tensor, declared: Tensor) -> bool:
-    """Whether `found` is `declared`, maybe stored in half precision at some time."""
-    found, declared = found.float(), declared.float()
-    kinds = (torch.float32, torch.float16, torch.bfloat16)
-    return any(torch.equal(found, declared.to(kind).float()) for kind in kinds)

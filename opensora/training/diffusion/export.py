@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opensora.checkpoints.weights import cast_weights, fingerprint
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.pipeline import OpenSoraPipeline
 
 
@@ -16,7 +16,7 @@ def copies(networks: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.M
     return {name: cast_weights(copy.deepcopy(network), dtype) for name, network in networks.items()}
 
 
-def origin_of_latents(autoencoder: VideoAutoencoder) -> dict[str, object]:
+def origin_of_latents(autoencoder: VideoCodec) -> dict[str, object]:
     """What a pipeline records as `trained_on`."""
     return {
         "latent_space": autoencoder.latent_space.to_dict(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from opensora.data.batch import LatentBatch
 from opensora.diffusion import flow, gaussian
 from opensora.diffusion.losses import mean_per_sample, speed_tables, training_losses, velocity_weights
-from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 
@@ -84,7 +84,7 @@ class Flow:
     scale: float = 1.0
     time_shift: bool = False
 
-    def build(self, autoencoder: VideoAutoencoder, device: str) -> "FlowDiffusion":
+    def build(self, autoencoder: VideoCodec, device: str) -> "FlowDiffusion":
         """The diffusion for clips that this autoencoder encodes: it decides how many latent frames the shift counts."""
         return FlowDiffusion(
             RectifiedFlowScheduler(
@@ -158,7 +158,7 @@ class IDDPM:
     float32_tables: bool = False
     sampler: Literal["ancestral", "ddim"] = "ancestral"
 
-    def build(self, autoencoder: VideoAutoencoder, device: str) -> "GaussianDiffusion":
+    def build(self, autoencoder: VideoCodec, device: str) -> "GaussianDiffusion":
         """The diffusion, with its tables on a device; it works alike for all autoencoders."""
         scheduler = IDDPMScheduler(
             prediction_type=self.prediction_type, sampler=self.sampler, float32_tables=self.float32_tables

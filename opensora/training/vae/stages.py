@@ -181,7 +181,7 @@ class VAETask(TrainingTask):
         return CutClips(source, Cut(crop=self.config.cut.crop), self.autoencoder.spatial_factor)
 
     def reconstruct(self, video: Tensor) -> Tensor:
-        return self.autoencoder.decode(self.autoencoder.encode(video), video.shape[2])
+        return self.autoencoder.decode_latents(self.autoencoder.encode_video(video), video.shape[2])
 
     def export(self, folder: Path) -> None:
         """Writes the weights with the per-channel shift and scale of the latents they make."""

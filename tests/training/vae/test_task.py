@@ -278,7 +278,7 @@ def test_latents_come_out_normalised(stage, tmp_path):
     trainer = train(vae_config(stage, num_clips=12), tmp_path)
     autoencoder = VideoAutoencoder.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(video) for video in trainer.objective.measured_videos()])
+        latents = torch.cat([autoencoder.encode_video(video) for video in trainer.objective.measured_videos()])
     per_channel = latents.transpose(0, 1).flatten(1)
     torch.testing.assert_close(per_channel.mean(dim=1), torch.zeros(4), rtol=0, atol=2e-3)
     torch.testing.assert_close(per_channel.std(dim=1), torch.ones(4), rtol=0, atol=1e-2)

@@ -1,0 +1,122 @@
+"""Shift and scale of a latent space in files of weights, as the published ones have them.
+
+They are figures of the declaration (`LatentSpace`), which stands in the configuration and is what computes. A model
+keeps no tensors of them, so no cast, device or offloading can change them: state dicts get them from the declaration,
+and what is loaded is held against it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.models.autoencoders.codec import VideoCodec
+from opensora.models.autoencoders.latent_space import LatentSpace
+
+
+class StoredStatistics(VideoCodec):
+    """A codec whose state dict names `shift` and `scale`, each (1, Z, 1, 1, 1) float32.
+
+    Published files may hold one number for all channels, none at all, or the declared ones in half precision.
+    """
+
+    declared_tensors = ("shift", "scale")
+
+    def _declare(self, latent_space: LatentSpace) -> None:
+        """The declaration that goes with the weights, when the model is built."""
+        latent_space.statistics(self.latent_channels)
+        self._latent_space = latent_space
+        self.register_state_dict_post_hook(_write_statistics)
+        self.register_load_state_dict_pre_hook(_read_statistics)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The declaration in force; `latent_space.overridden` tells whether a user put it there."""
+        return self._latent_space
+
+    def set_latent_space(self, latent_space: LatentSpace) -> None:
+        """Declares what these weights' latents stand for, after training them."""
+        latent_space.statistics(self.latent_channels)
+        self._latent_space = latent_space
+        self.register_to_config(latent_space=latent_space.to_dict())
+
+    def override_latent_space(self, latent_space: LatentSpace) -> None:
+        """Uses another declaration than the checkpoint's; the config and every output remember both."""
+        self.set_latent_space(latent_space.overriding(self.latent_space))
+
+    def latent_space_of(self, weights: Mapping[str, Tensor]) -> LatentSpace:
+        """The checkpoint's own declaration with the figures that stand in stored weights, where those say otherwise."""
+        declared = self.latent_space.declared_by_weights
+        own: dict[str, Tensor] = dict(
+            zip(self.declared_tensors, declared.statistics(self.latent_channels), strict=True)
+        )
+        found = {name: weights[name].detach().cpu() for name in self.declared_tensors if name in weights}
+        found = {name: value for name, value in found.items() if value.shape in ((), own[name].shape)}
+        other = {name: value for name, value in found.items() if not _same_but_for_rounding(value, own[name])}
+        figures = {name: _float32_values(value.expand(own[name].shape)) for name, value in other.items()}
+        return replace(declared, **figures)
+
+    def check_statistics(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuses weights of another latent space than the declared one; under an override, remembers theirs.
+
+        Raises:
+            OpenSoraError: naming both values and the two ways out.
+        """
+        found, space = self.latent_space_of(weights), self.latent_space
+        if space.overridden:
+            self.set_latent_space(replace(space, replaces=None).overriding(found))
+        else:
+            space.check_same(found, here="the configuration", there="the weights")
+
+    @classmethod
+    def _load_pretrained_model(cls, model: "StoredStatistics", *args: Any, **kwargs: Any) -> Any:
+        """Takes in the two tensors as buffers, which diffusers fills by name, while it loads the weights."""
+        for name, value in zip(model.declared_tensors, model._own_statistics(), strict=True):
+            model.register_buffer(name, value)
+        devices = kwargs.get("device_map")
+        if devices is not None and "" not in devices:
+            kwargs["device_map"] = {**devices, **dict.fromkeys(model.declared_tensors, "cpu")}
+        loaded = super()._load_pretrained_model(model, *args, **kwargs)
+        model.check_statistics({name: model._buffers.pop(name) for name in model.declared_tensors})  # type: ignore[arg-type]
+        return loaded
+
+    def _own_statistics(self) -> tuple[Tensor, Tensor]:
+        return self.latent_space.declared_by_weights.statistics(self.latent_channels)
+
+
+def _write_statistics(model: StoredStatistics, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for name, value in zip(model.declared_tensors, model._own_statistics(), strict=True):
+        state_dict.setdefault(prefix + name, value)
+
+
+def _read_statistics(
+    model: StoredStatistics,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _local_metadata: Any,
+    _strict: bool,
+    _missing_keys: list[str],
+    _unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    found = {name: state_dict.pop(prefix + name) for name in model.declared_tensors if prefix + name in state_dict}
+    wanted = model._own_statistics()[0].shape
+    for name, value in found.items():
+        if value.shape not in ((), wanted):
+            error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(value.shape)}, expected {tuple(wanted)}")
+    if not error_msgs:
+        model.check_statistics(found)
+
+
+def _float32_values(tensor: Tensor) -> tuple[float, ...]:
+    """Shortest decimals that stand for the same float32 numbers: 0.34, not 0.3400000035762787."""
+    return tuple(float(str(value)) for value in tensor.float().flatten().numpy())
+
+
+def _same_but_for_rounding(found: Tensor, declared: Tensor) -> bool:
+    """Whether `found` is `declared`, maybe stored in half precision at some time."""
+    found = found.float().expand(declared.shape)
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return any(torch.equal(found, declared.to(kind).float()) for kind in kinds)
