@@ -96,7 +96,11 @@ def inspect_model(
 def _inspect_folder(name: str, folder: Path, on_progress: OnProgress | None) -> PipelineReport:
     index = read_index(folder)
     named = {part: index[part] for part in _PARTS if is_component(index.get(part))}
-    named |= {part: entry for part, entry in index.items() if is_component(entry) and part not in named}
+    named |= {
+        part: entry
+        for part, entry in index.items()
+        if is_component(entry) and not part.startswith("_") and part not in named
+    }
     defaults = {key: value for key, value in index.items() if key not in named and not key.startswith("_")}
     report = PipelineReport(name, trained_on=defaults.pop("trained_on", None), defaults=defaults)
     found: dict[str, Any] = {}

@@ -199,7 +199,7 @@ def model_hash(name_or_path: str | Path, components: Mapping[str, str | Path] | 
     if published_name(str(name_or_path)) is not None:
         return _published_hash(find_published(str(name_or_path), components))
     folder = find_model(name_or_path)
-    names = [name for name, value in read_index(folder).items() if is_component(value)]
+    names = [name for name, value in read_index(folder).items() if is_component(value) and not name.startswith("_")]
     files: dict[str, Path] = {}
     for name, part in find_folders(folder, names, components).items():
         if part.is_file():
