@@ -4,6 +4,7 @@ Letters: B samples, H heads, N queries, L keys, d features of a head, D = H * d 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-# Within these bounds two batched products and a softmax take the place of the fused kernel. Measured on a CPU, forward
-# and backward: in bf16 5 to 10 times as fast from 5 to 128 keys, in float32 a little faster; from 256 keys on the fused
-# kernel wins. The bound on the scores of one head keeps them from filling a GPU's memory.
+# Within these bounds two batched products and a softmax take the place of the fused kernel on a CPU. Measured there,
+# forward and backward: in bf16 5 to 10 times as fast from 5 to 128 keys, in float32 a little faster; from 256 keys on
+# the fused kernel wins. The bound on all scores of a call keeps them within 256 MiB in float32.
 SHORT_KEYS = 128
-SHORT_SCORES = 2**16
+SHORT_SCORES = 2**26
+# Memory is planned on tensors without data, for any device; they count the products, which take more.
+_COUNTED_AS_CPU = ("cpu", "meta")
 
 
 class AttentionBackend:
@@ -24,6 +27,16 @@ class AttentionBackend:
 
     _attention_backend: Any = None
     _parallel_config: Any = None
+
+
+def prefers_products(device_type: str, scores: Sequence[int]) -> bool:
+    """Whether plain products beat the fused kernel: on a CPU, for few keys and scores that fit in memory.
+
+    Args:
+        device_type: where the tensors are, such as `"cuda"`.
+        scores: shape of the scores, (B, H, N, L).
+    """
+    return device_type in _COUNTED_AS_CPU and scores[-1] <= SHORT_KEYS and math.prod(scores) <= SHORT_SCORES
 
 
 def attend(
@@ -35,13 +48,13 @@ def attend(
         query: (B, H, N, d).
         key, value: (B, H, L, d).
         bias: (B, 1, 1, L), added to the scores; minus infinity hides a key.
-        backend: fused kernel for long sequences.
+        backend: fused kernel, used where `prefers_products` says no: always on accelerators.
 
     Returns:
         (B, H, N, d).
     """
-    num_queries, (length, head_dim) = query.shape[-2], key.shape[-2:]
-    if length > SHORT_KEYS or num_queries * length > SHORT_SCORES:
+    length, head_dim = key.shape[-2:]
+    if not prefers_products(query.device.type, (*query.shape[:-1], length)):
         arguments = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias)
         name, parallel = (backend._attention_backend, backend._parallel_config) if backend else (None, None)
         return dispatch_attention_fn(*arguments, backend=name, parallel_config=parallel).transpose(1, 2)

@@ -34,16 +34,17 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
 class PatchProjection(nn.Conv3d):
     """A convolution whose stride is its kernel, computed as one matrix product per patch.
 
-    Convolutions of a few channels are slow on a CPU in bf16; the product is the same sum. It stays a `Conv3d` so that
-    weights keep their published shape and hooks on convolutions (offloading, casting) still apply.
+    Convolutions of a few channels are slow on a CPU in bf16; the product is the same sum. It is a `Conv3d`, down to the
+    order of its result's axes, so that weights keep their published shape and hooks on convolutions (offloading,
+    casting) and adapters, which build two more of them, apply.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, T, H, W), sizes multiples of the patch -> (B, T/p_t, H/p_h, W/p_w, D)."""
+        """(B, C, T, H, W), sizes multiples of the patch -> (B, D, T/p_t, H/p_h, W/p_w), features last in memory."""
         batch, channels, *sizes = input.shape
         (p_t, p_h, p_w), (t, h, w) = self.kernel_size, (n // p for n, p in zip(sizes, self.kernel_size, strict=True))
         patches = input.reshape(batch, channels, t, p_t, h, p_h, w, p_w).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return F.linear(patches.reshape(batch, t, h, w, -1), self.weight.flatten(1), self.bias)
+        return F.linear(patches.reshape(batch, t, h, w, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -65,7 +66,7 @@ class PatchEmbed(nn.Module):
         pad_t, pad_h, pad_w = (-n % p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         if pad_t or pad_h or pad_w:
             hidden_states = F.pad(hidden_states, (0, pad_w, 0, pad_h, 0, pad_t))
-        return self.proj(hidden_states)
+        return self.proj(hidden_states).movedim(1, -1)
 
 
 def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:

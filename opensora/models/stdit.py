@@ -103,9 +103,7 @@ class STDiT(SpaceTimeTransformer):
     The published position tables are in the state dict under their names; what is computed with is derived anew, so
     that no cast rounds it and no file replaces it.
 
-    What of diffusers works is listed at `SpaceTimeTransformer`. The block identifiers of PyramidAttentionBroadcast are
-    `r"[.]attn$"` in space and `r"[.]attn_temp$"` in time (by default both count as spatial), the cache identifiers of
-    TaylorSeer such as `r"blocks[.][0-9]+[.](attn|attn_temp|mlp)"`.
+    What of diffusers works is listed at `SpaceTimeTransformer`.
 
     Args:
         input_size: latent frames, rows and columns that the model was trained at; the size of the saved tables.

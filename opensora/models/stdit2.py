@@ -104,9 +104,7 @@ TransformerBlockRegistry.register(STDiT2Block, TransformerBlockMetadata(return_h
 class STDiT2(SpaceTimeTransformer):
     """Space-time diffusion transformer, second generation (Open-Sora 1.1).
 
-    What of diffusers works is listed at `SpaceTimeTransformer`. The block identifiers of PyramidAttentionBroadcast are
-    `r"[.]attn$"` in space and `r"[.]attn_temp$"` in time (by default both count as spatial), the cache identifiers of
-    TaylorSeer such as `r"blocks[.][0-9]+[.](attn|attn_temp|mlp)"`.
+    What of diffusers works is listed at `SpaceTimeTransformer`.
 
     Args:
         in_channels: C.

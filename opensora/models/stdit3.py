@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding
+from opensora.models.caching import CacheIdentifiers
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
 from opensora.models.transformer import (
@@ -93,9 +94,7 @@ TransformerBlockRegistry.register(STDiT3Block, TransformerBlockMetadata(return_h
 class STDiT3(SpaceTimeTransformer):
     """Space-time diffusion transformer, third generation (Open-Sora 1.2).
 
-    What of diffusers works is listed at `SpaceTimeTransformer`. The block identifiers of PyramidAttentionBroadcast are
-    `"spatial_blocks"` and `"temporal_blocks"` (by default both count as spatial), the cache identifiers of TaylorSeer
-    such as `r"(spatial|temporal)_blocks[.][0-9]+[.](attn|mlp)"`.
+    What of diffusers works is listed at `SpaceTimeTransformer`.
 
     Args:
         in_channels: C.
@@ -118,6 +117,7 @@ class STDiT3(SpaceTimeTransformer):
 
     _no_split_modules = ["STDiT3Block"]
     _repeated_blocks = ["STDiT3Block"]
+    _cache_identifiers = CacheIdentifiers(spatial="spatial_blocks", temporal="temporal_blocks")
 
     @register_to_config
     def __init__(

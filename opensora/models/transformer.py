@@ -12,21 +12,14 @@ Letters: B samples, C latent channels, T, H, W latent frames and cells, D hidden
 L text tokens, D_c width of the text encoder.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-    HookRegistry,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-    apply_first_block_cache,
-    apply_mag_cache,
-)
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -38,6 +31,7 @@ from torch.distributed import ProcessGroup
 from opensora.distributed.sequence_parallel import Shards
 from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
+from opensora.models.caching import CacheIdentifiers, apply_cache
 from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
 from opensora.models.portable_config import PortableConfigMixin
 
@@ -194,27 +188,18 @@ class FinalLayer(nn.Module):
         return self.linear(tokens)
 
 
-class _BlocksInOrder(nn.Module):
-    """All blocks of a model as one list, for hooks that look for a list named `blocks` and run along it."""
-
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-
 class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdapterMixin):
     """Text, checks, caches and the way in and out; subclasses build the layers and write `forward`.
 
     What of diffusers works with these models:
 
     - `enable_gradient_checkpointing` (also with a function of one's own), `compile_repeated_blocks`,
-      `enable_layerwise_casting`, `set_attention_backend` (sequences of more than 128 keys; shorter ones never need it),
-      save and load.
+      `enable_layerwise_casting`, `set_attention_backend` (on a CPU for sequences of more than 128 keys), save and load.
     - Adapters through peft, where it is installed: `add_adapter`, `load_lora_adapter`, `save_lora_adapter`, ...
-    - `enable_group_offload` and the pipeline's offloading. While the weights are away, `encode_text` only stores the
-      text and every step projects it anew.
-    - `enable_cache` with FirstBlockCache, MagCache, PyramidAttentionBroadcast and TaylorSeer; the classes say by which
-      identifiers the last two find their modules.
+    - `enable_group_offload` (in memory and on disk) and the pipeline's offloading. While the weights are away,
+      `encode_text` only stores the text and every step projects it anew.
+    - `enable_cache` with FirstBlockCache, MagCache, PyramidAttentionBroadcast and TaylorSeer, the last two with the
+      model's own identifiers where the configuration names none.
 
     What does not, and raises: FasterCache and TextKVCache look for module names of other models, and SeaCache for the
     inputs of two others. Diffusers' context parallelism has no plan for alternating axes; `enable_sequence_parallel`
@@ -228,6 +213,9 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
     """
 
     _supports_gradient_checkpointing = True
+    # What is small and decides much is not stored in 8 bits: all embedders, the modulation and the last layer.
+    _skip_layerwise_casting_patterns = ["embedder", "t_block", "final_layer"]
+    _cache_identifiers = CacheIdentifiers()
 
     blocks: Any
     t_block: nn.Module
@@ -268,24 +256,14 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
         """Reuse what changes little between steps; see the class for which configurations work.
 
         Raises:
-            OpenSoraError: a kind of cache that does not work with this model, or a second one at once.
+            OpenSoraError: a kind of cache that does not work with this model, identifiers that fit none of its modules,
+                or a second cache at once.
         """
         if self.is_cache_enabled:
             raise OpenSoraError(f"{type(self._cache_config).__name__} is enabled already; call disable_cache() first")
-        if isinstance(config, PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig):
-            super().enable_cache(config)
-            return
-        if isinstance(config, FirstBlockCacheConfig):
-            if self._sequence_group is not None:
-                raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; use MagCacheConfig")
-            apply_first_block_cache(_BlocksInOrder(self.blocks), config)
-        elif isinstance(config, MagCacheConfig):
-            apply_mag_cache(_BlocksInOrder(self.blocks), config)
-        else:
-            raise OpenSoraError(
-                f"{type(config).__name__} does not work with {type(self).__name__}; use FirstBlockCacheConfig, "
-                "MagCacheConfig, PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig"
-            )
+        if isinstance(config, FirstBlockCacheConfig) and self._sequence_group is not None:
+            raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; use MagCacheConfig")
+        apply_cache(self, self.blocks, config, self._cache_identifiers)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
         self._cache_config = config
 
@@ -330,7 +308,8 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
             OpenSoraError: shapes that do not fit, or a sample without any token.
         """
         resident = encoder_hidden_states.device
-        if self.y_embedder.y_proj.fc1.weight.device != resident:  # offloaded: only `forward` brings weights in
+        # Offloaded in groups, perhaps to disk, or one by one: only `forward` brings weights in.
+        if _is_group_offload_enabled(self) or self.y_embedder.y_proj.fc1.weight.device != resident:
             raw = (encoder_attention_mask, drop_text)
             return TextContext(encoder_hidden_states, None, [None] * len(self.blocks), raw)
         states, bias = self._project_text(encoder_hidden_states, encoder_attention_mask, drop_text)
