@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from opensora.models.clip_conditions import ClipConditions
+from opensora.models.stdit import STDiT
+from opensora.models.stdit2 import STDiT2
+from opensora.models.stdit3 import STDiT3
 
+MODELS = [STDiT, STDiT2, STDiT3]
 TINY: dict[str, Any] = {
     "in_channels": 3,
     "hidden_size": 24,

@@ -1,7 +1,7 @@
 """Step caches of diffusers on space-time transformers: which modules they hook, and that they hook some.
 
-FirstBlockCache and MagCache run along a list named `blocks`. PyramidAttentionBroadcast (Zhao et al., 2024) and TaylorSeer
-(Liu et al., 2025) look modules up by their names, and say nothing where a name fits none.
+FirstBlockCache and MagCache run along a list named `blocks`. PyramidAttentionBroadcast (Zhao et al., 2024) and
+TaylorSeer (Liu et al., 2025) look modules up by their names, and say nothing where a name fits none.
 """
 
 import re

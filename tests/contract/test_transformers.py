@@ -1,18 +1,17 @@
-"""Every transformer in the shape of diffusers' own model tests: files, offloading, casting, caches, adapters, compiling.
+"""Every transformer in the shape of diffusers' model tests: files, offloading, casting, caches, adapters, compiling.
 
 Offloading runs on a CPU, where its hooks are counted and weights that are away are seen to be away.
 """
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks.hooks import HookRegistry
-from tiny_transformers import SIZES, build, inputs, some_frames_given
+from tiny_transformers import MODELS, SIZES, build, inputs, some_frames_given
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -23,7 +22,6 @@ from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 
 CPU = torch.device("cpu")
-MODELS = [STDiT, STDiT2, STDiT3]
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "STDiT": (STDiT, {}),
     "STDiT, exact GELU": (STDiT, {"exact_gelu": True}),
@@ -152,6 +150,7 @@ def test_saved_as_a_variant_in_half_precision(model, tmp_path):
     near(predict(loaded), predict(model))
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # the tables of STDiT are no modules
 def test_weights_on_disk_behind_a_device_map(model, tmp_path):
     """Every block projects the text for itself, as its weights are there only while it runs.
 
@@ -159,9 +158,8 @@ def test_weights_on_disk_behind_a_device_map(model, tmp_path):
     """
     expected = steps(model, TIMESTEPS[:2])
     model.save_pretrained(tmp_path / "saved")
-    places = {name: "cpu" for name, _ in model.named_children()}
-    places |= dict.fromkeys([name for name, _ in model.named_children() if name.endswith("blocks")], "disk")
-    places |= {name: "cpu" for name, _ in [*model.named_parameters(), *model.named_buffers()] if "." not in name}
+    parts = [name for name, _ in [*model.named_children(), *model.named_buffers(recurse=False)]]
+    places = {name: "disk" if name.endswith("blocks") else "cpu" for name in parts}
     loaded = type(model).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "away")
     assert loaded.blocks[0].attn.qkv.weight.is_meta
     near(steps(loaded, TIMESTEPS[:2]), expected)
@@ -222,7 +220,9 @@ def test_layerwise_casting_casts_the_layers_of_the_blocks_and_no_others(variant)
     expected = predict(variant)
     variant.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     cast = {name for name, p in variant.named_parameters() if p.dtype == torch.float8_e4m3fn}
-    in_blocks = {name for name, module in variant.named_modules() if "blocks." in name and isinstance(module, nn.Linear)}
+    in_blocks = {
+        name for name, module in variant.named_modules() if "blocks." in name and isinstance(module, nn.Linear)
+    }
     assert cast == {f"{name}.{kind}" for name in in_blocks for kind in ("weight", "bias")}
     assert {p.dtype for name, p in variant.named_parameters() if name not in cast} == {torch.float32}
     sample = predict(variant)
@@ -259,7 +259,9 @@ def hooked(model: nn.Module) -> set[str]:
     """Names of the modules that a cache holds."""
 
     def registered(module: nn.Module) -> dict[str, Any]:
-        return module._diffusers_hook.hooks if isinstance(getattr(module, "_diffusers_hook", None), HookRegistry) else {}
+        return (
+            module._diffusers_hook.hooks if isinstance(getattr(module, "_diffusers_hook", None), HookRegistry) else {}
+        )
 
     return {name for name, module in model.named_modules() if registered(module)}
 

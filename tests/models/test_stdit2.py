@@ -1,33 +1,17 @@
 """What is STDiT2's own: what it is told about a clip, and the order of rotation and norm."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_transformers import CLIP, SIZES, build, inputs
 
-from opensora.errors import OpenSoraError
-from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit2 import STDiT2
-
-CONDITIONS = replace(CLIP, aspect_ratio=32 / 48)
 
 
 @pytest.fixture(scope="module")
 def shared() -> STDiT2:
     return build(STDiT2, input_sq_size=64).requires_grad_(False)
-
-
-@pytest.mark.parametrize("name", asdict(CONDITIONS))
-def test_conditions_matter(shared, name):
-    changed = replace(CONDITIONS, **{name: getattr(CONDITIONS, name) * 0.5})
-    plain = shared(**inputs(), clip_conditions=CONDITIONS).sample
-    assert not torch.allclose(plain, shared(**inputs(), clip_conditions=changed).sample)
-
-
-def test_timestep_matters(shared):
-    earlier = {**inputs(), "timestep": inputs()["timestep"] * 0.5}
-    assert not torch.allclose(shared(**inputs(), **SIZES).sample, shared(**earlier, **SIZES).sample)
 
 
 def test_conditions_are_not_rounded():
@@ -41,33 +25,9 @@ def test_conditions_are_not_rounded():
 
 def test_ratio_follows_from_the_size(shared):
     plain = shared(**inputs(), **SIZES).sample
-    torch.testing.assert_close(shared(**inputs(), clip_conditions=CONDITIONS).sample, plain, rtol=0, atol=0)
-
-
-def test_each_sample_has_its_own_size(shared):
-    """Sizes, lengths and frame rates may differ within a batch, or be one number."""
-    arguments = inputs()
-    conditions = {name: torch.tensor([value, value * 2]) for name, value in asdict(CONDITIONS).items()}
-    both = shared(**arguments, clip_conditions=ClipConditions(**conditions)).sample
-    mixed = shared(**arguments, clip_conditions=ClipConditions(**{**conditions, "height": 32.0})).sample
-    torch.testing.assert_close(mixed[0], both[0], atol=1e-6, rtol=1e-5)
-    for i in range(2):
-        one = {name: value[i : i + 1] for name, value in arguments.items()}
-        alone = ClipConditions(**{name: value[i].item() for name, value in conditions.items()})
-        sample = shared(**one, clip_conditions=alone).sample
-        torch.testing.assert_close(sample[0], both[i], atol=1e-6, rtol=1e-5)
-
-
-def test_given_frames_ignore_the_timestep(shared):
-    """With every frame given, the blocks never see the timestep; the last layer alone still does."""
-    seen = []
-    handle = shared.blocks[-1].register_forward_hook(lambda _module, _args, out: seen.append(out))
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    for timestep, frame_mask in ((0.0, mask), (700.0, mask), (0.0, None)):
-        shared(**{**inputs(), "timestep": timestep}, **SIZES, frame_mask=frame_mask)
-    handle.remove()
-    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
-    torch.testing.assert_close(seen[0], seen[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        shared(**inputs(), clip_conditions=replace(CLIP, aspect_ratio=32 / 48)).sample, plain, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 4, 6), (3, 4, 6)])
@@ -93,10 +53,3 @@ def test_space_is_not_rotated(shared):
     torch.testing.assert_close(block(tokens[:, :, order], text, *modulation, rope=rope), plain[:, :, order])
     turned = block(tokens.flip(1), text, *modulation, rope=rope)
     assert not torch.allclose(turned.flip(1), plain)
-
-
-def test_sizes_are_required(shared):
-    with pytest.raises(TypeError, match="clip_conditions"):
-        shared(**inputs())
-    with pytest.raises(OpenSoraError, match="height"):
-        shared(**inputs(), clip_conditions=replace(CLIP, height=torch.ones(3)))

@@ -1,22 +1,27 @@
-"""What STDiT and STDiT2 share, under every concern a model of diffusers meets (STDiT3 has its own file)."""
+"""What all space-time transformers share: numbers, text, frame masks, training, mistakes.
 
+Files, offloading, caches and adapters are in `tests/contract/test_transformers.py`.
+"""
+
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import hooks
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from tiny_pipeline import make_pipeline, seeded
-from tiny_transformers import SIZES, TINY, build, inputs, some_frames_given
+from tiny_transformers import CLIP, MODELS, SIZES, TINY, build, inputs, some_frames_given
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opensora.errors import OpenSoraError
-from opensora.models import attention
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
+from opensora.models.stdit3 import STDiT3
 
-MODELS = [STDiT, STDiT2]
+CONDITIONS = replace(CLIP, aspect_ratio=32 / 48)
+TOLD: dict[Any, set[str]] = {STDiT: set(), STDiT2: set(asdict(CONDITIONS)), STDiT3: {"fps", "height", "width"}}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -38,9 +43,8 @@ def equal(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("cls", MODELS)
-@pytest.mark.parametrize(
-    ("patch_size", "size"), [((1, 2, 2), (1, 5, 7)), ((2, 2, 3), (3, 5, 7)), ((1, 2, 2), (2, 1, 1))]
-)
+@pytest.mark.parametrize("size", [(1, 4, 4), (3, 5, 7), (2, 1, 1)])
+@pytest.mark.parametrize("patch_size", [(1, 2, 2), (2, 2, 3)])
 def test_any_size_and_patch(cls, patch_size, size):
     sample = build(cls, patch_size=patch_size)(**inputs(size=size), **SIZES).sample
     assert sample.shape == (2, 6, *size)
@@ -48,9 +52,8 @@ def test_any_size_and_patch(cls, patch_size, size):
 
 
 @pytest.mark.parametrize("cls", MODELS)
-def test_pred_sigma_and_tuple(cls):
-    (sample,) = build(cls, pred_sigma=False)(**inputs(), **SIZES, return_dict=False)
-    assert sample.shape[1] == 3
+def test_without_a_learned_variance(cls):
+    assert build(cls, pred_sigma=False)(**inputs(), **SIZES).sample.shape[1] == 3
 
 
 @pytest.mark.parametrize("cls", MODELS)
@@ -63,18 +66,57 @@ def test_fresh_model_predicts_zero_from_untouched_tokens(cls):
     equal(after, before)
 
 
-def test_batch_of_two_is_two_of_one(shared):
+def test_same_seed_same_numbers(shared):
+    equal(build(type(shared))(**inputs(), **SIZES).sample, shared(**inputs(), **SIZES).sample)
+
+
+# ---- what it is told of a clip --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", asdict(CONDITIONS))
+def test_what_a_model_is_told_matters_and_nothing_else(shared, name):
+    plain = shared(**inputs(), clip_conditions=CONDITIONS).sample
+    changed = replace(CONDITIONS, **{name: getattr(CONDITIONS, name) * 0.5})
+    assert torch.allclose(shared(**inputs(), clip_conditions=changed).sample, plain) != (name in TOLD[type(shared)])
+
+
+def test_timestep_matters(shared):
+    earlier = {**inputs(), "timestep": inputs()["timestep"] * 0.5}
+    assert not torch.allclose(shared(**inputs(), **SIZES).sample, shared(**earlier, **SIZES).sample)
+
+
+def test_each_sample_has_its_own_conditions(shared):
+    """Sizes, lengths and frame rates may differ within a batch, or be one number."""
     arguments = inputs()
-    both = shared(**arguments, **SIZES, frame_mask=some_frames_given()).sample
+    conditions = {name: torch.tensor([value, value * 2]) for name, value in asdict(CONDITIONS).items()}
+    both = shared(**arguments, clip_conditions=ClipConditions(**conditions)).sample
+    mixed = shared(**arguments, clip_conditions=ClipConditions(**{**conditions, "height": 32.0})).sample
+    torch.testing.assert_close(mixed[0], both[0], atol=1e-6, rtol=1e-5)
     for i in range(2):
         one = {name: value[i : i + 1] for name, value in arguments.items()}
-        sample = shared(**one, **SIZES, frame_mask=some_frames_given()[i : i + 1]).sample
+        alone = ClipConditions(**{name: value[i].item() for name, value in conditions.items()})
+        sample = shared(**one, clip_conditions=alone).sample
         torch.testing.assert_close(sample[0], both[i], atol=1e-6, rtol=1e-5)
+
+
+# ---- frames that are given ------------------------------------------------------------------------------------------
 
 
 def test_frame_mask_of_ones_is_no_mask(shared):
     mask = torch.ones(2, 3, dtype=torch.bool)
     equal(shared(**inputs(), **SIZES, frame_mask=mask).sample, shared(**inputs(), **SIZES).sample)
+
+
+@pytest.mark.parametrize("cls", [STDiT2, STDiT3])
+def test_given_frames_ignore_the_timestep(cls):
+    """With every frame given, the blocks never see the timestep; the last layer alone still does."""
+    model, seen = build(cls).requires_grad_(False), []
+    model.blocks[-1].register_forward_hook(lambda _module, _args, out: seen.append(out))
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    for timestep, frame_mask in ((0.0, mask), (700.0, mask), (0.0, None)):
+        model(**{**inputs(), "timestep": timestep}, **SIZES, frame_mask=frame_mask)
+    equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], seen[2], rtol=1e-5, atol=1e-6)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -98,6 +140,10 @@ def test_padding_tokens_do_not_matter(shared):
     before = shared(**arguments, **SIZES).sample
     arguments["encoder_hidden_states"][arguments["encoder_attention_mask"] == 0] = 1e4
     equal(shared(**arguments, **SIZES).sample, before)
+    short = {name: value[1:] for name, value in arguments.items()}
+    for name in ("encoder_hidden_states", "encoder_attention_mask"):
+        short[name] = short[name][:, :4]
+    torch.testing.assert_close(shared(**short, **SIZES).sample, before[1:], atol=1e-6, rtol=1e-5)
 
 
 def test_drop_text_reads_the_null_text(shared):
@@ -108,7 +154,8 @@ def test_drop_text_reads_the_null_text(shared):
     equal(shared(**arguments, drop_text=torch.tensor([True, False]), **SIZES).sample, expected)
 
 
-def test_offloaded_weights_project_in_forward(model):
+def test_weights_that_are_away_project_in_forward(model):
+    """`encode_text` with its weights away stores the text; a block whose weights were away projects for itself."""
     model.requires_grad_(False)
     arguments = inputs()
     expected = model(**arguments, **SIZES).sample
@@ -140,13 +187,15 @@ def test_gradients_reach_everything(cls, learn_null_text):
     assert "rope.freqs" not in found
     assert not [name for name, gradient in found.items() if gradient is None or not gradient.any()]
     assert not found["text"][0].any(), "a dropped caption has no gradient"
+    assert found["text"][1].any()
 
 
-def test_gradient_checkpointing_equals_plain(model):
-    plain = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.enable_gradient_checkpointing()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, plain[name], msg=name)
+def test_encode_text_is_differentiable(model):
+    arguments = inputs()
+    text, mask = arguments.pop("encoder_hidden_states").requires_grad_(), arguments.pop("encoder_attention_mask")
+    model(**arguments, text_context=model.encode_text(text, mask), **SIZES).sample.sum().backward()
+    assert text.grad is not None and text.grad[0].any()
+    assert not text.grad[1, 4:].any(), "padding has no gradient"
 
 
 def test_gradient_checkpointing_by_a_function_of_ones_own(model):
@@ -189,158 +238,13 @@ def test_timesteps_are_not_rounded(model):
     assert not torch.equal(seen[0], seen[1])
 
 
-# ---- diffusers ------------------------------------------------------------------------------------------------------
-
-
-def test_save_and_load(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.to_json_string() == model.to_json_string()
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        equal(loaded.state_dict()[name], tensor)
-    # Not bit for bit: weights mapped from a file lie elsewhere in memory, and some CPUs' kernels depend on where.
-    torch.testing.assert_close(loaded(**inputs(), **SIZES).sample, model(**inputs(), **SIZES).sample)
-
-
-def steps(model: Any, timesteps: list[float]) -> Tensor:
-    """A few denoising steps of a fake sampler, which makes the tokens drift slowly."""
-    arguments = inputs()
-    context = model.encode_text(arguments.pop("encoder_hidden_states"), arguments.pop("encoder_attention_mask"))
-    sample = arguments["hidden_states"]
-    with torch.no_grad():
-        for step, timestep in enumerate(timesteps):
-            with model.cache_context("cond", step_index=step):
-                prediction = model(sample, timestep, text_context=context, **SIZES).sample
-            sample = sample - 0.01 * prediction[:, :3]
-    return sample
-
-
-TIMESTEPS = [500.0, 499.0, 498.0, 497.0]
-
-
-@pytest.mark.parametrize(
-    ("config", "part", "most"),
-    [
-        (hooks.FirstBlockCacheConfig(threshold=10.0), "mlp", 2 + 3),
-        (
-            hooks.MagCacheConfig(
-                threshold=10.0, max_skip_steps=3, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4
-            ),
-            "mlp",
-            2,
-        ),
-        (
-            hooks.TaylorSeerCacheConfig(
-                cache_interval=3,
-                disable_cache_before_step=1,
-                max_order=1,
-                taylor_factors_dtype=torch.float32,
-                cache_identifiers=[r"blocks[.][0-9]+[.](attn|attn_temp|mlp)"],
-            ),
-            "attn_temp.qkv",
-            4,
-        ),
-        (
-            hooks.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=2,
-                temporal_attention_block_skip_range=4,
-                cross_attention_block_skip_range=4,
-                spatial_attention_block_identifiers=(r"[.]attn$",),
-                temporal_attention_block_identifiers=(r"[.]attn_temp$",),
-                cross_attention_block_identifiers=(r"[.]cross_attn$",),
-                current_timestep_callback=lambda: 500,
-            ),
-            "attn_temp.qkv",
-            2,
-        ),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_caches(model, config, part, most):
-    """The cache saves work, stays near the exact result, and goes without a trace."""
-    model.requires_grad_(False)
-    exact, calls = steps(model, TIMESTEPS), []
-    model.enable_cache(config)
-    handles = [
-        block.get_submodule(part).register_forward_pre_hook(lambda *_: calls.append(1)) for block in model.blocks
-    ]
-    cached = steps(model, TIMESTEPS)
-    for handle in handles:
-        handle.remove()
-    assert 0 < len(calls) <= most < 4 * len(model.blocks)
-    drift = (exact - inputs()["hidden_states"]).abs().mean()
-    assert (cached - exact).abs().mean() < 0.2 * drift
-    with pytest.raises(OpenSoraError, match="enabled already"):
-        model.enable_cache(config)
-    model.disable_cache()
-    equal(steps(model, TIMESTEPS), exact)
-
-
-def test_caches_of_other_models_are_refused(shared):
-    with pytest.raises(OpenSoraError, match=f"does not work with {type(shared).__name__}"):
-        shared.enable_cache(hooks.FasterCacheConfig())
+# ---- as a part ------------------------------------------------------------------------------------------------------
 
 
 def test_blocks_are_registered(shared):
     assert {type(block) for block in shared.blocks} == {type(shared.blocks[0])}
     assert [type(shared.blocks[0]).__name__] == shared._no_split_modules == shared._repeated_blocks
     assert TransformerBlockRegistry.get(type(shared.blocks[0])).return_hidden_states_index == 0
-
-
-def test_layerwise_casting(model):
-    model.requires_grad_(False)
-    expected = model(**inputs(), **SIZES).sample
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert model.blocks[0].attn_temp.qkv.weight.dtype == torch.float8_e4m3fn
-    sample = model(**inputs(), **SIZES).sample
-    assert (sample - expected).abs().mean() < 0.1 * expected.abs().mean()
-
-
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload(model, level):
-    cpu = torch.device("cpu")
-    model.requires_grad_(False)
-    expected = steps(model, [500.0])
-    model.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1, use_stream=False
-    )
-    equal(steps(model, [500.0]), expected)
-
-
-def test_attention_backend(model, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_KEYS", 0)
-    expected = model(**inputs(), **SIZES).sample
-    try:
-        model.set_attention_backend("_native_math")
-        assert model.blocks[0].attn_temp.processor._attention_backend is not None
-        torch.testing.assert_close(model(**inputs(), **SIZES).sample, expected, atol=1e-5, rtol=1e-4)
-    finally:
-        model.reset_attention_backend()
-
-
-@pytest.mark.slow
-def test_compiled_blocks_equal_eager(model):
-    plain = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.compile_repeated_blocks(fullgraph=True)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, plain[name], msg=name, atol=1e-5, rtol=1e-3)
-
-
-def test_adapters(model, tmp_path):
-    """An adapter changes the result, is saved and loaded, and can be switched off."""
-    peft = pytest.importorskip("peft")
-    model.requires_grad_(False)
-    plain, name = model(**inputs(), **SIZES).sample, "pytorch_lora_weights.safetensors"
-    other = build(type(model))
-    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["qkv", "q_linear"]))
-    adapted = model(**inputs(), **SIZES).sample
-    assert (adapted - plain).abs().max() > 0.1
-    model.save_lora_adapter(tmp_path, weight_name=name)
-    other.load_lora_adapter(tmp_path, prefix=None, weight_name=name)
-    torch.testing.assert_close(other(**inputs(), **SIZES).sample, adapted)
-    other.disable_adapters()
-    torch.testing.assert_close(other(**inputs(), **SIZES).sample, plain)
 
 
 @pytest.mark.parametrize("cls", MODELS)
@@ -363,7 +267,10 @@ def test_pipeline(cls):
     [
         ({"hidden_states": torch.zeros(2, 4, 3, 4, 6)}, r"expected \(B, 3, T, H, W\)"),
         ({"encoder_hidden_states": torch.zeros(2, 6, 9)}, r"expected \(B, L, 10\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 8, 10), "encoder_attention_mask": None}, "at most 7"),
+        ({"encoder_hidden_states": torch.zeros(1, 6, 10), "encoder_attention_mask": None}, "the text has 1 samples"),
         ({"encoder_hidden_states": None}, "no text"),
+        ({"encoder_attention_mask": torch.ones(2, 5)}, r"expected \(2, 6\)"),
         ({"encoder_attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "hides every token"),
         ({"frame_mask": torch.ones(2, 4, dtype=torch.bool)}, r"expected torch.bool \(2, 3\)"),
         ({"frame_mask": torch.ones(2, 3)}, "torch.float32"),
@@ -377,6 +284,16 @@ def test_mistakes(shared, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cls", [STDiT2, STDiT3])
+def test_mistakes_of_what_is_told(cls):
+    model = build(cls)
+    with pytest.raises(TypeError, match="clip_conditions"):
+        model(**inputs())
+    for name in ("fps", "height"):
+        with pytest.raises(OpenSoraError, match=rf"{name}.*\(2,\)"):
+            model(**inputs(), clip_conditions=replace(CLIP, **{name: torch.ones(3)}))
+
+
 @pytest.mark.parametrize("cls", MODELS)
 def test_mistakes_of_configuration(cls):
     with pytest.raises(OpenSoraError, match="hidden_size 26"):
@@ -385,3 +302,8 @@ def test_mistakes_of_configuration(cls):
         cls(**{**TINY, "patch_size": (2, 2)})
     with pytest.raises(OpenSoraError, match="patches of one frame"):
         build(cls, patch_size=(3, 2, 2))(**inputs(), **SIZES, frame_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_one_text_or_the_other(shared):
+    with pytest.raises(OpenSoraError, match="give either"):
+        shared(**inputs(), **SIZES, text_context=shared.encode_text(torch.zeros(2, 1, 10)))
