@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from opensora.checkpoints.fit import PipelineReport, inspect_model
-from opensora.checkpoints.identify import Identity, identify, read_header
-from opensora.checkpoints.key_maps import class_that_runs, find_config
+from opensora.checkpoints.identify import identify, read_header
+from opensora.checkpoints.key_maps import find_config
 from opensora.checkpoints.loading import find_class, load_component, load_pipeline
 from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, published_as
@@ -24,6 +24,8 @@ from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_publ
 from opensora.checkpoints.weights import cast_weights, fingerprint, read_weights
 from opensora.errors import OpenSoraError
 from opensora.files import use_default_permissions
+from opensora.models.families import format_of
+from opensora.models.format import Identity
 
 _NETWORKS = ("transformer", "autoencoder", "text_encoder")
 
@@ -108,7 +110,7 @@ def _write_component(
 ) -> None:
     """One network."""
     identity = _identify(path)
-    cls: Any = find_class(identity.kind, *class_that_runs(identity))
+    cls: Any = find_class(identity.kind, *identity.runner)
     config = find_config(path, cls, read_weights(path), _assumed(path, identity, model))
     network = load_component(path, cls, dtype or _dtype_of(path), config=config)
     network.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -162,7 +164,8 @@ def _assumed(path: Path, identity: Identity, model: str | None) -> Mapping[str, 
     if name is not None:
         return getattr(PUBLISHED[name], identity.kind).config
     open_questions = [option for option in identity.unsure if option != "exact_gelu"]
-    told_enough = identity.kind == "text_encoder" or bool(identity.config.get("temporal"))
+    cls = find_class(identity.kind, *identity.runner)
+    told_enough = identity.kind == "text_encoder" or format_of(cls).assumes_published(identity.config)
     if (path / "config.json").is_file() or told_enough or not open_questions:
         return None
     raise OpenSoraError(

@@ -28,6 +28,7 @@ from opensora.checkpoints.weights import StoredWeights, fingerprint, weight_file
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.families import format_of
 from opensora.pipeline import OpenSoraPipeline
 
 _PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer", "scheduler")  # in the order of a report
@@ -192,11 +193,11 @@ def _check_latents(report: PipelineReport, found: Mapping[str, Any]) -> None:
         published = PUBLISHED[name].autoencoder
         origin = f"for {name}, whose shapes the transformer has"
         trained = LatentSpace.from_dict(published.config["latent_space"])
-        if bool(published.config.get("temporal")) != (autoencoder.temporal_factor > 1):
-            kind = "no part" if autoencoder.temporal_factor == 1 else "a part"
+        family = format_of(type(autoencoder))
+        difference = family.difference(autoencoder.config, published.config)
+        if difference is not None:
             report.fit.append(
-                f"wrong autoencoder: it has {kind} over time, unlike {published.repository}, the one {origin}; "
-                "put that one in"
+                f"wrong autoencoder: {difference}, unlike {published.repository}, the one {origin}; put that one in"
             )
             return
     else:

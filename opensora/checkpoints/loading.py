@@ -36,13 +36,13 @@ from opensora.checkpoints.sources import (
 )
 from opensora.checkpoints.weights import cast_weights, first_line, load_weights, read_object, read_weights
 from opensora.errors import OpenSoraError
+from opensora.models.families import may_hold_components
+from opensora.models.format import LIBRARIES
 from opensora.staging import Stages
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
     from opensora.pipeline import OpenSoraPipeline
-
-_LIBRARIES = ("diffusers", "transformers")
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -289,15 +289,16 @@ def find_class(name: str, library: str, class_name: str) -> type:
     from transformers import PreTrainedTokenizerBase
 
     wanted = f"{name} is to be a {class_name} of {library!r}"
-    if library not in _LIBRARIES and not library.startswith("opensora."):
-        raise OpenSoraError(f"{wanted}; components come from opensora, {' and '.join(_LIBRARIES)} only")
+    if not may_hold_components(library):
+        raise OpenSoraError(f"{wanted}; components come from opensora, {' and '.join(LIBRARIES)} only")
     try:
         found = getattr(importlib.import_module(library), class_name)
     except (ImportError, AttributeError) as error:
         raise OpenSoraError(f"{wanted}, which has none") from error
     if not isinstance(found, type):
         raise OpenSoraError(f"{wanted}, which is no class")
-    kind = {"scheduler": SchedulerMixin, "tokenizer": PreTrainedTokenizerBase}.get(name, nn.Module)
+    place = name.rstrip("_0123456789")  # a pipeline may have a second one: "tokenizer_2"
+    kind = {"scheduler": SchedulerMixin, "tokenizer": PreTrainedTokenizerBase}.get(place, nn.Module)
     if not issubclass(found, kind):
         raise OpenSoraError(f"{wanted}, which is no {kind.__name__}")
     return found

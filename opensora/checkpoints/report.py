@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.checkpoints.identify import Identity, TensorInfo, identify, read_header
-from opensora.checkpoints.key_maps import adapt_weights, class_that_runs, find_config
+from opensora.checkpoints.identify import TensorInfo, identify, read_header
+from opensora.checkpoints.key_maps import adapt_weights, find_config
 from opensora.checkpoints.loading import build_model, find_class
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import StoredWeights, weight_files
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
-
-_NULL_TEXT = "y_embedder.y_embedding"
+from opensora.models.format import Identity
 
 OnProgress = Callable[[str, int, int], None]
 """Told what is being done, bytes done, bytes in all."""
@@ -37,6 +36,7 @@ class ComponentReport:
     Attributes:
         path: file or folder.
         summary: what they are, in a few words.
+        kind: their place in a pipeline; "" of an unknown network.
         class_name: class that holds them; the name the network is known by where this package has none.
         num_parameters: values in all tensors, buffers included.
         size_bytes: of the files.
@@ -55,6 +55,7 @@ class ComponentReport:
 
     path: str
     summary: str = "tensors of an unknown network"
+    kind: str = ""
     class_name: str = ""
     num_parameters: int = 0
     size_bytes: int = 0
@@ -105,7 +106,7 @@ def inspect_component(
         if not described:
             report.unsure = dict(identity.unsure)
         if cls is None:
-            cls = find_class(identity.kind, *class_that_runs(identity))
+            cls = find_class(identity.kind, *identity.runner)
     stored, network = StoredWeights(files), None
     if cls is not None:
         try:
@@ -184,7 +185,6 @@ def _first_look(
     values: dict[str, int] = {}
     for info in header.values():
         values[info.dtype] = values.get(info.dtype, 0) + math.prod(info.shape)
-    null_text = header.get(_NULL_TEXT)
     report = ComponentReport(
         str(path),
         num_parameters=sum(values.values()),
@@ -192,11 +192,11 @@ def _first_look(
         dtypes=sorted(values, key=lambda name: -values[name]),
         file_format="safetensors" if files[0].suffix == ".safetensors" else "pickle",
         num_files=len(files),
-        null_text=(null_text.shape[0], null_text.shape[1]) if null_text and len(null_text.shape) == 2 else None,
     )
     identity = identify(header)
     if identity is not None:
-        report.summary, report.class_name = identity.summary, identity.class_name
+        report.kind, report.summary, report.class_name = identity.kind, identity.summary, identity.class_name
+        report.null_text = identity.null_text
         report.config = dict(identity.config)
         report.same_shape_as = published_as(identity)
     return report, identity

@@ -170,7 +170,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     class_name = named[-1] if isinstance(named, list) and named else named  # [module in the folder, class], or a class
     if class_name != PIPELINE_CLASS:
         raise OpenSoraError(f"{folder / PIPELINE_INDEX} describes a {class_name}; expected an {PIPELINE_CLASS}")
-    return index
+    return index | {"_class_name": class_name}
 
 
 def is_component(value: Any) -> bool:

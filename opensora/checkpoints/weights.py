@@ -118,32 +118,6 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
-class RenamedWeights(Mapping[str, Tensor]):
-    """Other weights under other names, some left out, some replaced.
-
-    Args:
-        stored: where they come from.
-        names: name here -> name there.
-        replaced: tensors by name here, which stand for themselves.
-    """
-
-    def __init__(
-        self, stored: Mapping[str, Tensor], names: Mapping[str, str], replaced: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self._stored, self._replaced = stored, dict(replaced or {})
-        self._names = {name: there for name, there in names.items() if name not in self._replaced}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._replaced[name] if name in self._replaced else self._stored[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._names
-        yield from self._replaced
-
-    def __len__(self) -> int:
-        return len(self._names) + len(self._replaced)
-
-
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """All tensors of one component, from a file or from its folder; see `weight_files`.
 

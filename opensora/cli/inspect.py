@@ -108,12 +108,12 @@ def component_lines(report: "ComponentReport", what: str = "weights") -> Lines:
         lines.append(("sha256", report.sha256))
     if report.config:
         lines.append(("built as", describe_config(report.config)))
-    if report.class_name.startswith("STDiT"):
+    if report.kind == "transformer" and report.config:
         null_text = "present, {} tokens of width {}".format(*report.null_text) if report.null_text else "missing"
         lines.append(("null text", null_text))
     if report.latent_space is not None:
         lines.append(("latent space", describe_latent_space(report.latent_space)))
-    elif report.class_name.startswith(("AutoencoderKL", "VideoAutoencoder")):
+    elif report.kind == "autoencoder":
         lines.append(("latent space", "not in this file; its config.json or the model it belongs to tells"))
     if report.same_shape_as:
         lines.append(("shaped like", ", ".join(report.same_shape_as)))

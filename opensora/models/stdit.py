@@ -12,7 +12,9 @@ L text tokens, D_c width of the text encoder.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -27,6 +29,8 @@ from opensora.errors import OpenSoraError
 from opensora.models.attention import SelfAttention
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_code, position_embedding_2d
+from opensora.models.format import TensorShapes
+from opensora.models.spacetime_format import SpaceTimeFormat
 from opensora.models.transformer import (
     SPACE,
     TIME,
@@ -231,3 +235,38 @@ class STDiT(SpaceTimeTransformer):
             tokens = self._run_block(block, tokens, *arguments)
             frame_positions = None
         return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)
+
+
+class _STDiTFormat(SpaceTimeFormat):
+    cls = STDiT
+    summary = "transformer of Open-Sora 1.0"
+    prefixes = ("blocks.0.attn_temp.", "t_block.")
+    first_block = "blocks.0"
+    dropped = frozenset({"no_temporal_pos_emb"})
+
+    def recognises(self, shapes: TensorShapes) -> bool:
+        return super().recognises(shapes) and not shapes.has("t_block_temp.")
+
+    def read_shapes(self, shapes: TensorShapes) -> tuple[dict[str, Any], dict[str, str]]:
+        config, unsure = super().read_shapes(shapes)
+        unsure["num_heads"] = "shapes do not tell; 16 in every published model"
+        unsure["space_scale"] = "shapes do not tell; 0.5 for 16x256x256, 1 for 512x512"
+        unsure["time_scale"] = "shapes do not tell; 1 for 16 frames, 2/3 for 64"
+        patches, frames = shapes.size("pos_embed", 1), shapes.size("pos_embed_temporal", 1)
+        side = math.isqrt(patches or 0)
+        patch_size = config.get("patch_size")
+        if patches and frames and patch_size and side * side == patches:
+            config["input_size"] = [frames * patch_size[0], side * patch_size[1], side * patch_size[2]]
+        else:
+            unsure["input_size"] = "no position tables of a square in the file; needed only to size these tables"
+        return config, unsure
+
+    def translate_config(
+        self, stored: Mapping[str, Any], where: Path, base: Mapping[str, Any], assumed: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        if stored.get("no_temporal_pos_emb"):
+            raise OpenSoraError(f"{where}: no_temporal_pos_emb is set; an STDiT has positions along time")
+        return super().translate_config(stored, where, base, assumed)
+
+
+FORMAT = _STDiTFormat()

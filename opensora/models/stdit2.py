@@ -12,6 +12,7 @@ L text tokens, D_c width of the text encoder.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -25,6 +26,8 @@ from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding, SelfAttention
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
+from opensora.models.format import TensorShapes
+from opensora.models.spacetime_format import SpaceTimeFormat, read_heads
 from opensora.models.transformer import (
     SPACE,
     TIME,
@@ -238,3 +241,20 @@ class STDiT2(SpaceTimeTransformer):
             tokens = self._run_block(block, tokens, *arguments)
         # The last layer is told the size for given frames only: published weights were trained so.
         return self._output(tokens, embedding, given_space, frame_mask, (h, w), hidden_states, return_dict, shards)
+
+
+class _STDiT2Format(SpaceTimeFormat):
+    cls = STDiT2
+    summary = "transformer of Open-Sora 1.1"
+    prefixes = ("blocks.0.attn_temp.", "t_block.", "t_block_temp.")
+    first_block = "blocks.0"
+
+    def read_shapes(self, shapes: TensorShapes) -> tuple[dict[str, Any], dict[str, str]]:
+        config, unsure = super().read_shapes(shapes)
+        config |= read_heads(shapes, config, unsure, "blocks.0.attn")
+        if config["qk_norm"]:
+            unsure["qk_norm_legacy"] = "shapes do not tell; True for the published weights of 1.1"
+        return config, unsure
+
+
+FORMAT = _STDiT2Format()

@@ -14,6 +14,7 @@ tokens, D_c width of the text encoder.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -28,6 +29,8 @@ from opensora.models.attention import RotaryEmbedding
 from opensora.models.caching import CacheIdentifiers
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
+from opensora.models.format import TensorShapes
+from opensora.models.spacetime_format import SpaceTimeFormat, read_heads
 from opensora.models.transformer import (
     SPACE,
     TIME,
@@ -58,6 +61,10 @@ class STDiT3Block(SpaceTimeBlock):
     ) -> None:
         super().__init__(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, exact_gelu=exact_gelu)
         self.axis = axis
+
+    def extra_repr(self) -> str:
+        """What tells blocks apart that have the same layers."""
+        return f"axis={self.axis}"
 
     def forward(
         self,
@@ -223,3 +230,25 @@ class STDiT3(SpaceTimeTransformer):
             arguments = (text.states, modulation, text.bias, keys_values, axis_rope, shards)
             tokens = self._run_block(block, tokens, *arguments)
         return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)
+
+
+class _STDiT3Format(SpaceTimeFormat):
+    cls = STDiT3
+    summary = "transformer of Open-Sora 1.2"
+    prefixes = ("spatial_blocks.0.", "temporal_blocks.0.")
+    first_block = "spatial_blocks.0"
+
+    def recognises(self, shapes: TensorShapes) -> bool:
+        # Open-Sora 1.3 has blocks of these names too.
+        return shapes.has(*self.prefixes) and not shapes.has("x_embedder_cond.")
+
+    def read_shapes(self, shapes: TensorShapes) -> tuple[dict[str, Any], dict[str, str]]:
+        config, unsure = super().read_shapes(shapes)
+        return config | read_heads(shapes, config, unsure, "spatial_blocks.0.attn"), unsure
+
+    def name_of_ancestor(self, name: str) -> str:
+        """Blocks of an image model or an earlier generation become those within frames."""
+        return f"spatial_{name}" if name.startswith("blocks.") else name
+
+
+FORMAT = _STDiT3Format()

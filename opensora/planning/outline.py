@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from opensora.checkpoints.identify import Identity, identify, read_header
-from opensora.checkpoints.key_maps import class_that_runs, find_config
+from opensora.checkpoints.identify import identify, read_header
+from opensora.checkpoints.key_maps import find_config
 from opensora.checkpoints.loading import (
     build_model,
     check_known,
@@ -30,6 +30,8 @@ from opensora.checkpoints.published import (
 from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_model, is_component, read_index
 from opensora.checkpoints.weights import WEIGHT_SUFFIXES, read_object
 from opensora.errors import OpenSoraError
+from opensora.models.families import format_of
+from opensora.models.format import Identity
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.tracing import Tracer
 
@@ -140,9 +142,11 @@ def _identify(path: Path) -> Identity:
 def _model_with(identity: Identity, path: Path) -> str:
     """The published model that such weights are a part of, the newest if there are several."""
 
+    family = format_of(find_class(identity.kind, *identity.runner))
+
     def fits(part: PublishedPart) -> bool:
-        over_time = identity.config.get("temporal") is not None
-        return part.class_name == ".".join(class_that_runs(identity)) and ("temporal" in part.config) == over_time
+        same_class = part.class_name == ".".join(identity.runner)
+        return same_class and family.difference(identity.config, part.config) is None
 
     fitting = [name for name, model in PUBLISHED.items() if fits(model.parts[identity.kind])]
     if not fitting:

@@ -79,7 +79,7 @@ def alike(pipeline: OpenSoraPipeline, stage: str) -> list[Sequence[tuple[Any, st
     if stage == "denoise":
         groups: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
         for block in pipeline.transformer.blocks:
-            groups[repr(block), getattr(block, "axis", None)].append((block, "forward"))
+            groups[repr(block)].append((block, "forward"))
         return list(groups.values())
     if stage == "decode":
         return [[call] for call in pipeline.autoencoder.decoders()]

@@ -78,7 +78,7 @@ def layers_of(blocks: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
     """
     if len({type(block) for block in blocks}) > 1:
         return []
-    makes = [(repr(block), getattr(block, "axis", None)) for block in blocks]
+    makes = [repr(block) for block in blocks]
     for size in range(1, len(blocks) // 2 + 1):
         if len(blocks) % size == 0 and makes == makes[:size] * (len(blocks) // size):
             return [blocks[start : start + size] for start in range(0, len(blocks), size)]

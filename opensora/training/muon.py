@@ -8,7 +8,7 @@ share of the result. So ranks that share a matrix move it exactly as a single ra
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.distributed.shards import spread_like, whole
 
@@ -32,6 +32,14 @@ def orthogonalize(matrix: Tensor, iterations: int = 5, eps: float = 1e-7) -> Ten
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def hidden_matrices(network: nn.Module) -> set[str]:
+    """Names of the matrices between two hidden layers: weights of the linear layers in a network's lists of blocks."""
+    modules = dict(network.named_modules())
+    lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
+    return {f"{name}.weight" for name in linear if name.startswith(lists)}
 
 
 class Muon(torch.optim.Optimizer):

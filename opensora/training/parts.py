@@ -147,7 +147,7 @@ def transformer_class(found: Found) -> type[nn.Module]:
     if identity is None or not identity.supported or identity.kind != "transformer":
         what = "an unknown network" if identity is None else identity.summary
         raise OpenSoraError(f"{found.path} holds {what}; expected a transformer of this family")
-    return find_class("transformer", identity.library, identity.class_name)
+    return find_class("transformer", *identity.runner)
 
 
 def find_tokenizer(origin: Origin) -> Any:

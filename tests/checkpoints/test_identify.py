@@ -13,9 +13,10 @@ from tiny_pipeline import make_autoencoder
 from tiny_transformers import TINY, build
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from opensora.checkpoints.identify import Identity, TensorInfo, identify, read_header
+from opensora.checkpoints.identify import TensorInfo, identify, read_header
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.format import Identity
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from opensora.checkpoints.adapters import AdapterOrigin, fingerprint_of_layers, save_adapter
 from opensora.errors import OpenSoraError
+from opensora.models.families import format_of
 from opensora.models.transformer import SpaceTimeTransformer
-
-# Of every block: attention along its axes (1.0 and 1.1 have two of them), attention to the text, and the MLP.
-TARGETS = (
-    *("attn.qkv", "attn.proj"),
-    *("attn_temp.qkv", "attn_temp.proj"),
-    *("cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"),
-    *("mlp.fc1", "mlp.fc2"),
-)
 
 _ADAPTER = "default"  # PEFT's name of the only one
 
@@ -36,7 +29,7 @@ class LoRAConfig:
         rank: r, columns of B.
         alpha: what B A is multiplied by, times r; None for r, that is, by 1.
         targets: parts of the names of the linear layers that get an adapter, such as "attn.qkv" or "spatial_blocks";
-            what a transformer lacks is left out.
+            what a transformer lacks is left out. None for those of its family: attention and MLP of every block.
         dropout: of the adapters' inputs.
         preserve: weight of the mean absolute difference that the adapter makes to predictions. It is a threshold: what
             the clips would have changed by less than half of it stays as it was (soft thresholding), so a look is
@@ -45,7 +38,7 @@ class LoRAConfig:
 
     rank: int = 16
     alpha: float | None = None
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     preserve: float = 0.0
 
@@ -66,11 +59,12 @@ class LoRAConfig:
             OpenSoraError: there is none.
         """
         linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-        chosen = [name for name in linear if any(f".{target}." in f".{name}." for target in self.targets)]
+        targets = format_of(type(transformer)).lora_targets if self.targets is None else self.targets
+        chosen = [name for name in linear if any(f".{target}." in f".{name}." for target in targets)]
         if not chosen:
             ends = sorted({".".join(name.split(".")[-2:]) for name in linear})
             raise OpenSoraError(
-                f"LoRA's targets {', '.join(self.targets) or '(none)'} name no linear layer of this "
+                f"LoRA's targets {', '.join(targets) or '(none)'} name no linear layer of this "
                 f"{type(transformer).__name__}; it has {', '.join(ends)}"
             )
         return chosen

@@ -27,14 +27,16 @@ from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.clip_conditions import ClipConditions
+from opensora.models.format import Part
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import to_dict
-from opensora.training.diffusion.adaptation import Architecture, NewPart, build_transformer, choose_trained
+from opensora.training.diffusion.adaptation import build_transformer, choose_trained
 from opensora.training.diffusion.export import copies, origin_of_latents, save_pipeline
 from opensora.training.diffusion.lora import LoRAConfig, add_adapter, export_adapter, without_adapter
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
 from opensora.training.diffusion.text import CachedText, Captions, FrozenText, TrainedText
+from opensora.training.muon import hidden_matrices
 from opensora.training.parts import META, Untrained, build_part
 from opensora.training.task import TrainingTask
 
@@ -73,10 +75,10 @@ class DiffusionTaskConfig:
     diffusion: Flow | IDDPM
     autoencoder: str | Untrained
     text: TrainedText | FrozenText | CachedText
-    architecture: Architecture = "STDiT3"
+    architecture: str = "STDiT3"
     transformer: dict[str, Any] | None = None
     init_from: str | None = None
-    new_parts: tuple[NewPart, ...] = ()
+    new_parts: tuple[Part, ...] = ()
     train: Literal["all", "temporal", "spatial"] | LoRAConfig = "all"
     freeze_text_embedder: bool = False
     sample_posterior: bool = True
@@ -170,7 +172,7 @@ class DiffusionTask(TrainingTask):
         self.frozen = {"autoencoder": self.autoencoder}
         if self.captions.encoder is not None:
             (self.module if self.captions.trained else self.frozen)["text_encoder"] = self.captions.encoder
-        self.not_matrices = {n for n, _ in self.module.named_parameters() if not is_hidden_matrix(n)}
+        self.not_matrices = {n for n, _ in self.module.named_parameters()} - hidden_matrices(self.module)
         self.source: Source | None = None
 
     # --- batches ------------------------------------------------------------------------------------------------------
@@ -402,9 +404,3 @@ class DiffusionTask(TrainingTask):
             "tokenizer": self.captions.tokenizer,
         }
         return OpenSoraPipeline(**{**parts, **self.defaults, **changes})
-
-
-def is_hidden_matrix(name: str) -> bool:
-    """Whether a parameter of transformer or text encoder is a matrix between two hidden layers."""
-    in_block = "_blocks." in name or ".blocks." in name or ".block." in name
-    return in_block and name.endswith(".weight") and "norm" not in name and "relative_attention_bias" not in name
