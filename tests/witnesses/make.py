@@ -1,0 +1,163 @@
+"""Makes the witnesses anew, by the code that is imported: `python tests/witnesses/make.py`.
+
+To be run when behaviour was changed on purpose, and only then. It says what it made in `made.json`.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tiny_published import network, tiny
+from transformers import ByT5Tokenizer
+from witnesses import cases
+from witnesses.cases import HERE
+
+from opensora import __version__
+from opensora.checkpoints.loading import published_settings
+from opensora.checkpoints.sources import model_hash
+from opensora.cli.main import main as opensora
+from opensora.manifest import ClipRow, write_manifest
+from opensora.media.read import read_video
+from opensora.media.write import write_video
+from opensora.pipeline import OpenSoraPipeline
+
+KEPT_OF_RUN = ("recipe.json", "frozen.json", "metrics.jsonl", "cache", "checkpoints")
+
+
+def run(*arguments: str) -> None:
+    print("opensora", shlex.join(arguments)[:150], flush=True)
+    if opensora(list(arguments)) != 0:
+        raise SystemExit("that did not go well")
+
+
+def fresh(name: str) -> Path:
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def make_models() -> dict[str, str]:
+    """A pipeline of each family, in miniature; returns their hashes."""
+    fresh("models")
+    for family, name in (("1.0", "opensora-1.0-16x256x256"), ("1.1", "opensora-1.1-stage3"), ("1.2", "opensora-1.2")):
+        model = tiny(name)
+        sizes = {"hidden_size": 12, "depth": 1, "num_heads": 1, "mlp_ratio": 1.0, "model_max_length": 120}
+        text = {"num_layers": 1, "d_ff": 16, "vocab_size": 384}
+        autoencoder = dict(model.autoencoder.config)
+        spatial = {"block_out_channels": [4, 4], "down_block_types": ["DownEncoderBlock2D"] * 2}
+        autoencoder["spatial"] = {**autoencoder["spatial"], **spatial, "up_block_types": ["UpDecoderBlock2D"] * 2}
+        if "temporal" in autoencoder:
+            autoencoder["temporal"] = {**autoencoder["temporal"], "channel_multipliers": [1, 1, 1, 1]}
+        parts = {
+            "transformer": (model.transformer, {**model.transformer.config, **sizes}),
+            "autoencoder": (model.autoencoder, autoencoder),
+            "text_encoder": (model.text_encoder, {**model.text_encoder.config, **text}),
+        }
+        networks = {
+            part: network(type(published)(**{**vars(published), "config": config}), seed).to(torch.bfloat16)
+            for seed, (part, (published, config)) in enumerate(parts.items())
+        }
+        scheduler, defaults = published_settings(model)
+        defaults = {**defaults, "height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 3}
+        pipeline = OpenSoraPipeline(**networks, scheduler=scheduler, tokenizer=ByT5Tokenizer(), **defaults)
+        pipeline.save_pretrained(HERE / "models" / family)
+    return {name: model_hash(folder) for name, folder in cases.MODELS.items()}
+
+
+def make_latents() -> dict[str, str]:
+    made = {name: cases.make_latents(case) for name, case in cases.LATENTS.items()}
+    save_file({name: latents.contiguous() for name, latents in made.items()}, HERE / "latents.safetensors")
+    return {name: cases.sha256(latents) for name, latents in made.items()}
+
+
+def make_loops() -> dict[str, str]:
+    made = {name: cases.make_loops(*loops) for name, loops in cases.LOOPS.items()}
+    rounded = {name: (video * 255).round().byte().contiguous() for name, video in made.items()}
+    save_file(rounded, HERE / "loops.safetensors")
+    return {name: cases.sha256(video) for name, video in made.items()}
+
+
+def make_runs(work: Path) -> dict[str, Any]:
+    """Runs as they lie when they were killed after half of their steps, and what the whole run came to."""
+    folder, footage = fresh("runs"), fresh("footage")
+    rows = []
+    for name, caption in cases.CAPTIONS.items():
+        size = ["--height", "32", "--width", "32", "--num-frames", "17", "--num-sampling-steps", "4"]
+        run("generate", caption, *size, "--no-metadata", "--output", name)
+        shutil.copy(name, footage / name)
+        rows.append(ClipRow(Path(name), caption, 17, 32, 32, 8.0))
+    write_manifest(Path("clips.csv"), rows)
+    run("data", "precompute", "v1_2_debug", *cases.PRECOMPUTE, "--output", "cache", "--device", "cpu", "--workers", "1")
+    shutil.copy("clips.csv", footage)
+    shutil.copytree("cache", footage / "cache")
+    made = {}
+    for name, (recipe, *settings) in cases.RUNS.items():
+        run("train", recipe, *settings, "--output", name, "--device", "cpu", "--threads", "1")
+        for file in KEPT_OF_RUN if name in cases.STOPPED_RUNS else ():
+            if (work / name / file).is_dir():
+                shutil.copytree(work / name / file, folder / name / file)
+            elif (work / name / file).exists():
+                (folder / name).mkdir(exist_ok=True)
+                shutil.copy(work / name / file, folder / name / file)
+        shutil.rmtree(folder / name / "checkpoints" / "step-00000004", ignore_errors=True)
+        weights = load_file(cases.trained_weights(work / name))
+        if name in cases.STOPPED_RUNS:
+            save_file(weights, folder / f"{name}.safetensors")
+        losses = [json.loads(line)["loss"] for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+        made[name] = {"losses": losses, "weights": cases.sha256_of_all(weights)}
+    return made
+
+
+def make_clips() -> dict[str, str]:
+    """Clips of the command line, each with its record inside and beside it."""
+    folder = fresh("clips")
+    shutil.copytree("adapter/model", folder / "adapter")
+    shutil.move("adapter", "run_of_adapter")
+    shutil.copytree(folder / "adapter", "adapter")
+    (folder / "given").mkdir()
+    write_video(folder / "given" / "picture.png", cases.picture(40, 48), 1)
+    run("generate", *cases.CLIPS["plain.mp4"], "--no-metadata", "--output", str(folder / "given" / "plain.mp4"))
+    shutil.copytree(folder / "given", "given")
+    hashes = {}
+    for name, arguments in cases.CLIPS.items():
+        run("generate", *arguments, "--device", "cpu", "--output", str(folder / name))
+        hashes[name] = cases.sha256(torch.from_numpy(read_video(folder / name)[0]))
+    return hashes
+
+
+def make_losses() -> None:
+    folder = fresh("losses")
+    for name, model in cases.LOSSES_OF.items():
+        run("evaluate", "loss", model, *cases.LOSSES, "--output", str(folder / name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True, help="of the code that is imported")
+    commit = parser.parse_args().commit
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work), cases.one_thread():
+        made: dict[str, Any] = {"opensora": __version__, "commit": commit, "arithmetic": cases.arithmetic()}
+        made["models"] = make_models()
+        shutil.copytree(HERE / "models", "models")
+        made["latents"] = make_latents()
+        made["loops"] = make_loops()
+        made["runs"] = make_runs(Path(work))
+        made["clips"] = make_clips()
+        make_losses()
+    (HERE / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
