@@ -6,11 +6,13 @@ carry the key to somebody else.
 """
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -124,6 +126,26 @@ class Refiner:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "...") if self.key else text
+
+
+def read_key(file: Path | None, variable: str | None) -> str | None:
+    """The key in a file or in an environment variable that the user names; None if neither is named.
+
+    Raises:
+        OpenSoraError: no such file or variable, or no text in it.
+    """
+    if variable is not None:
+        if variable not in os.environ:
+            raise OpenSoraError(f"the environment variable {variable} (`refine_key_env`) is not set")
+        return os.environ[variable].strip()
+    if file is None:
+        return None
+    try:
+        return file.expanduser().read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise OpenSoraError(f"key file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OpenSoraError(f"key file {file} cannot be read: it is not text") from None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -9,8 +9,8 @@ from torch import nn
 from opensora import load_pipeline
 from opensora.conditioning import condition
 from opensora.errors import OpenSoraError
+from opensora.generation.loops import generate_loops
 from opensora.geometry import VideoSize
-from opensora.long_video import generate_loops
 from opensora.staging import Stages
 
 CPU = torch.device("cpu")

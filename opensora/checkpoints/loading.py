@@ -195,6 +195,16 @@ def published_settings(model: PublishedModel) -> tuple[Any, dict[str, Any]]:
     return scheduler(**model.scheduler_config), {**model.defaults, "trained_on": trained_on}
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; for None an accelerator if there is one, else the CPU.
+
+    Raises:
+        OpenSoraError: no such device, or it is absent here.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return resolve_device(name or accelerator or "cpu")
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of that name.
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from opensora.cli.options import option
-from opensora.cli.record import DTYPES
 from opensora.errors import OpenSoraError
+from opensora.generation.request import DTYPES
 from opensora.settings import nearest_name
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from opensora.cli.devices import choose_device
 from opensora.cli.evaluate import check_count
 from opensora.cli.options import FLAG, option
 from opensora.cli.parallel import speaking_once
@@ -68,6 +67,7 @@ class DataPrecompute:
     """cpu, cuda or mps."""
 
     def run(self) -> None:
+        from opensora.checkpoints.loading import choose_device
         from opensora.distributed.mesh import launched
         from opensora.recipes import find_recipe
         from opensora.settings import apply_overrides

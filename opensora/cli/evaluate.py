@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from opensora.cli.devices import choose_device
-from opensora.cli.loading import parse_adapter
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
@@ -45,8 +43,10 @@ class EvaluateToybox:
 
     def run(self) -> None:
         import opensora
+        from opensora.checkpoints.loading import choose_device
         from opensora.evaluation import toybox
         from opensora.evaluation.judge import load_judge
+        from opensora.generation.loading import parse_adapter
 
         check_count("--num-prompts", self.num_prompts, least=0)
         check_count("--batch-size", self.batch_size)
@@ -55,7 +55,8 @@ class EvaluateToybox:
         check_output("--contact-sheet", self.contact_sheet, ".png")
         device = choose_device(self.device)
         judge = load_judge(device=device)
-        adapters = {path: 1.0 if scale is None else scale for path, scale in map(parse_adapter, self.adapter)}
+        asked_for = map(parse_adapter, self.adapter)
+        adapters = {adapter.path: 1.0 if adapter.scale is None else adapter.scale for adapter in asked_for}
         pipeline = opensora.load_pipeline(self.model, device=device, adapters=adapters)
         samples = toybox.held_out_samples(self.num_prompts, self.seed)
         results = toybox.Results(toybox.describe(pipeline, self.model, self.seed, adapters), samples)
@@ -101,7 +102,7 @@ class EvaluateToyboxVae:
     def run(self) -> None:
         import torch
 
-        from opensora.checkpoints.loading import load_component
+        from opensora.checkpoints.loading import choose_device, load_component
         from opensora.evaluation.judge import load_judge
         from opensora.models.autoencoders.video import VideoAutoencoder
 
@@ -131,6 +132,7 @@ class EvaluateGivenFrames:
 
     def run(self) -> None:
         import opensora
+        from opensora.checkpoints.loading import choose_device
         from opensora.evaluation.given_frames import EDIT_STRENGTHS, WAYS, edits_follow, given_frames_survive
         from opensora.evaluation.judge import load_judge
 
@@ -188,6 +190,7 @@ class EvaluateLoss:
 
     def run(self) -> None:
         import opensora
+        from opensora.checkpoints.loading import choose_device
         from opensora.evaluation import held_out, loss
         from opensora.settings import read_json
 

@@ -1,8 +1,7 @@
 """`opensora generate`: a prompt becomes a video file.
 
 Mistakes that can be seen without the model (prompt, files, output, options) are found before it is loaded, those that
-need the model (sizes, channels, frames that do not fit) before sampling starts. The options come in groups, each beside
-what is done with it: `sizes.py`, `sampling.py`, `conditions.py`, `refinement.py`, `loading.py`.
+need the model (sizes, channels, frames that do not fit) before sampling starts.
 """
 
 import dataclasses
@@ -10,43 +9,43 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from opensora.checkpoints.published import BUNDLED
-from opensora.cli.conditions import FrameOptions, LoopOptions, ReferenceOptions, frames_of_loops, notes_on_files
-from opensora.cli.given_files import GivenFiles
-from opensora.cli.jobs import Job, check_bundled_words, check_words, plan, read_prompts
-from opensora.cli.loading import MachineOptions, MemoryOptions, ModelOptions
+from opensora.cli.generate_options import (
+    FrameOptions,
+    LoopOptions,
+    MachineOptions,
+    MemoryOptions,
+    ModelOptions,
+    ReferenceOptions,
+    RefinementOptions,
+    SamplingOptions,
+    ScoreOptions,
+    SizeOptions,
+)
 from opensora.cli.options import FLAG, flag, given_options, option
 from opensora.cli.parallel import ParallelOptions, from_first, own_device
-from opensora.cli.record import (
-    NamedFrames,
-    PlacedReferences,
-    Record,
-    Sampling,
-    changed_versions,
-    read_record,
-    sidecar_path,
-    versions,
-)
-from opensora.cli.refinement import RefinementOptions, refine_jobs
-from opensora.cli.sampling import SamplingOptions, ScoreOptions, resolve_sampling, sample, total_frames
-from opensora.cli.sizes import SizeOptions, describe_size
+from opensora.cli.progress import StepBar, quiet_libraries, say
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
+from opensora.generation.batch import output_paths, read_prompts, requests_of
+from opensora.generation.inputs import InputFiles, find_files
+from opensora.generation.loading import locate_model
+from opensora.generation.record import Record, changed_versions, read_record, request_of, sidecar_path
+from opensora.generation.request import DEFAULT_SEED, ClipRequest, split_paths
+from opensora.generation.resolve import describe_size
+from opensora.generation.words import check_bundled_words
 from opensora.geometry import VideoSize
-from opensora.media.write import FORMATS, check_fps, check_size, format_of, write_video
-from opensora.settings import nearest_name, save_settings
+from opensora.media.write import FORMATS, check_fps, check_size, format_of
+from opensora.settings import nearest_name
 
 if TYPE_CHECKING:
-    from opensora.pipeline import OpenSoraPipeline
+    from opensora.generation.engine import Engine, PreparedClip
 
-DEFAULT_SEED = 42
 DEFAULT_FOLDER = "outputs/"
-
-Given = NamedFrames | PlacedReferences | None
 
 # What may stand beside --from: where things are and go, not what they are.
 _FILES_WITH_FROM = ("image", "last_image", "extend", "edit", "reference_path")
@@ -123,86 +122,51 @@ class Generate:
     def _make(self, is_first: bool) -> None:
         """Makes the clips; the first process writes them."""
         record = self._record()
-        self._check()
-        jobs = self._jobs(record)
-        model = self.model.name(record)
-        negative_prompt = record.negative_prompt if record else self.negative_prompt
+        if self.format is not None and self.format not in FORMATS:
+            raise OpenSoraError(f"unknown format {self.format!r}{nearest_name(self.format, FORMATS)}")
+        self.parallel.check(device=self.machine.device, sequential_guidance=self.memory.sequential_guidance)
+        requests, paths = self._clips(record)
+        request = requests[0]  # model and machine are those of all
+        model = request.model_name
         refiner = self.refinement.refiner(closed_vocabulary=model if model in BUNDLED else None)
-        texts = [text for job in jobs for text in self._texts(job, record)]
-        texts += [negative_prompt] if negative_prompt else []
+        kind = format_of(paths[0], self.format)  # all have the same ending
+        for one in requests:
+            one.check(kind)
         if model in BUNDLED:
-            check_bundled_words(model, texts)
-        kind = format_of(jobs[0].path, self.format)  # all have the same ending
-        self.size.check(kind)
-        files = GivenFiles()
-        given = [self._given(job, record, files) for job in jobs]
-        for job in jobs:
-            files.check_not_overwritten(job.path)
-            check_writable(job.path)
-            check_writable(sidecar_path(job.path))
-        self.model.locate(record)
+            texts = [text for one in requests for text in one.texts()]
+            check_bundled_words(model, [*texts, *filter(None, [request.negative_prompt])])
+        files = InputFiles()
+        for one, path in zip(requests, paths, strict=True):
+            files.read(one)
+            files.check_not_overwritten(path)
+            check_writable(path)
+            check_writable(sidecar_path(path))
+        self._locate(request, record)
         if refiner is not None:
-            jobs = from_first(lambda: refine_jobs(refiner, jobs))
-            texts = [text for job in jobs for text in self._texts(job, record)]
-            for prompt in dict.fromkeys(job.shown for job in jobs):
-                _say(f"refined prompt: {prompt}")
-
-        device, dtype = (record.device, record.dtype) if record else (None, None)
-        place = (self.machine.device or own_device(device), self.machine.dtype or dtype)
-        pipe, model_hash = self.model.load(*place, self.memory, record)
-        self.parallel.set_up(pipe)
+            refined = from_first(lambda: {text: refiner.refine(text) for text in {one.prompt: 0 for one in requests}})
+            requests = [dataclasses.replace(one, refined_prompt=refined[one.prompt]) for one in requests]
+            for prompt in refined.values():
+                say(f"refined prompt: {prompt}")
+        engine = self._engine(request, record)
         if record and (changed := changed_versions(record)):
-            _say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
-        check_words(pipe, texts)
-        sampling = self._sampling(pipe, given, files, record)
-        num_frames = total_frames(pipe, sampling)
-        check_fps(sampling.file_fps, kind)
-        check_size(kind, num_frames, sampling.height, sampling.width)
-        size = describe_size(VideoSize(num_frames, sampling.height, sampling.width), sampling.nominal_size)
-        if self.size.names_a_size:
-            _say(f"making {size}")
-        given = [_with_alignment(of_job, pipe) for of_job in given]
-        for note in dict.fromkeys(note for of_job in given for note in notes_on_files(of_job, files, sampling)):
-            _say(f"note: {note}")
-        with pipe.resident("autoencoder"):
-            frames_of = {of_job: frames_of_loops(pipe, of_job, files, sampling) for of_job in dict.fromkeys(given)}
+            say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
+        clips = engine.prepare(requests, files)
+        size = self._say_what_is_made(clips, kind)
 
-        sampling_s = 0.0
-        for job, of_job in zip(jobs, given, strict=True):
+        sampling_s, metadata = 0.0, not self.no_metadata
+        for clip, path in zip(clips, paths, strict=True):
             before = time.perf_counter()
-            frames, settings = sample(pipe, job.shown, negative_prompt, job.seed, sampling, frames_of[of_job])
+            with StepBar() as bar:
+                made = engine.make(clip, on_progress=bar.update)
             sampling_s += time.perf_counter() - before
-            if not is_first:
-                continue
-            made = None
-            if not self.no_metadata:
-                made = Record(
-                    prompt=job.prompt,
-                    negative_prompt=negative_prompt,
-                    seed=job.seed,
-                    model=self.model.recorded_name(record),
-                    model_hash=model_hash,
-                    sampling=sampling,
-                    device=str(pipe.device),
-                    dtype=settings["dtype"],
-                    pipeline={name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
-                    versions=versions(),
-                    refined_prompt=job.refined_prompt,
-                    given=of_job,
-                    components={name: path.name for name, path in self.model.components.items()},
-                    adapters=tuple(self.model.adapters(record).values()),
-                )
-            write_video(job.path, frames, sampling.file_fps, made.as_metadata() if made else None, format=kind)
-            if made:
-                save_settings(made, sidecar_path(job.path))
-            else:  # one that is there tells of the clip that was there
-                sidecar_path(job.path).unlink(missing_ok=True)
-            print(job.path, flush=True)
-        clips = "" if len(jobs) == 1 else f"{len(jobs)} times "
-        _say(
-            f"{clips}{size}; {sampling.file_fps:g} fps, {sampling.num_inference_steps} steps: "
-            f"{_process_seconds():.1f} s from start to end, {sampling_s:.1f} s of it sampling and decoding; "
-            f"peak memory {_peak_memory(pipe)}"
+            if is_first:
+                made.save(path, format=kind, metadata=metadata)
+                print(path, flush=True)
+        sampling = clips[0].sampling
+        say(
+            f"{'' if len(clips) == 1 else f'{len(clips)} times '}{size}; {sampling.file_fps:g} fps, "
+            f"{sampling.num_inference_steps} steps: {_process_seconds():.1f} s from start to end, "
+            f"{sampling_s:.1f} s of it sampling and decoding; peak memory {_peak_memory(engine.pipeline.device)}"
         )
 
     def _record(self) -> Record | None:
@@ -214,79 +178,85 @@ class Generate:
                 raise OpenSoraError(f"--from makes the same clip again, so it cannot be combined with {given}")
         return read_record(self.from_)
 
-    def _check(self) -> None:
-        """What can be said of the options without knowing the model."""
-        if self.format is not None and self.format not in FORMATS:
-            raise OpenSoraError(f"unknown format {self.format!r}{nearest_name(self.format, FORMATS)}")
-        self.machine.check()
-        self.memory.check()
-        self.parallel.check(device=self.machine.device, sequential_guidance=self.memory.sequential_guidance)
-        self.sampling.check()
-        self.scores.parse()
-        if self.from_ is None:
-            self.frames.check()
-            self.loops.check(self.frames)
-
-    def _jobs(self, record: Record | None) -> list[Job]:
+    def _clips(self, record: Record | None) -> tuple[list[ClipRequest], list[Path]]:
+        """What is to be made, and where."""
         output = self.output or DEFAULT_FOLDER
         if record and self.from_:
             clip = self.from_.with_suffix("") if self.from_.suffix.lower() == ".json" else self.from_
             suffix = clip.suffix.lower()
             suffix = suffix if suffix.removeprefix(".") in FORMATS else ".mp4"
-            path = plan(read_prompts([record.prompt], None), 1, record.seed, output, self.format, suffix)[0].path
-            return [Job(record.prompt, record.seed, path, refined_prompt=record.refined_prompt)]
+            requests = [self._request_of(record, self.from_)]
+            return requests, output_paths(requests, output, self.format, suffix)
         if self.prompt is not None and self.prompts is not None:
             raise OpenSoraError("PROMPT and --prompt both say what to show; give one of them")
         given = self.prompts or (() if self.prompt is None else (self.prompt,))
         prompts = read_prompts(given, self.prompt_path, self.start_index, self.end_index)
         num_videos = 1 if self.num_videos is None else self.num_videos
-        return plan(prompts, num_videos, DEFAULT_SEED if self.seed is None else self.seed, output, self.format, ".mp4")
+        requests = requests_of(prompts, self._request(), num_videos)
+        numbers = range(prompts.start * num_videos, prompts.end * num_videos)
+        several = num_videos * len(prompts.texts) > 1
+        return requests, output_paths(requests, output, self.format, ".mp4", numbers=numbers if several else None)
 
-    def _texts(self, job: Job, record: Record | None) -> list[str]:
-        """The prompt of a job, or its texts for loops."""
-        loops = LoopOptions(loop=record.sampling.num_loops) if record else self.loops
-        return loops.check_prompt(job.shown)
+    def _request(self) -> ClipRequest:
+        """What the options say of every clip."""
+        names = {field.name for field in dataclasses.fields(ClipRequest)} - {"prompt", "model"}
+        wishes: dict[str, Any] = {name: value for name, value in given_options(self) if name in names}
+        wishes |= self.model.wishes() | {"scores": self.scores.parse()}
+        wishes["reference_path"] = split_paths(self.references.reference_path or "")
+        return ClipRequest("", **wishes)
 
-    def _given(self, job: Job, record: Record | None, files: GivenFiles) -> Given:
-        """The frames given for a job, with their files read."""
-        if record and self.from_:
-            where = [value for name, value in given_options(self) if name in _FILES_WITH_FROM]
-            paths = [Path(path) for value in where for path in str(value).split(";") if path]
-            files.find(record.given.files if record.given else (), paths, self.from_)
-            return record.given
-        named = self.frames.read(files)
-        placed = self.references.read(job.references, self.loops.num_loops, files)
-        if named and placed:
-            raise OpenSoraError(
-                "frames are given in two ways: by --image, --extend or --edit, and by references with a mask strategy; "
-                "use one of them"
-            )
-        return named or placed
+    def _request_of(self, record: Record, clip: Path) -> ClipRequest:
+        """What a record says, of files and a model that may be elsewhere now."""
+        where = [value for name, value in given_options(self) if name in _FILES_WITH_FROM]
+        places = [path for value in where for path in split_paths(str(value))]
+        request = request_of(record, find_files(record, places, clip))
+        device, dtype = self.machine.device or own_device(record.device), self.machine.dtype or record.dtype
+        return dataclasses.replace(request, **self.model.wishes(), device=device, dtype=dtype)
 
-    def _sampling(
-        self, pipe: "OpenSoraPipeline", given: list[Given], files: GivenFiles, record: Record | None
-    ) -> Sampling:
-        """The recorded settings, or what was asked for completed by the model's own."""
-        if record:
-            if record.sampling.sampler is not None:
-                pipe.use_sampler(record.sampling.sampler)
-            record.sampling.size.check(pipe.size_rule())
-            return record.sampling
-        if self.sampling.sampler is not None:
-            pipe.use_sampler(self.sampling.sampler)
-        edit = given[0].edit if isinstance(given[0], NamedFrames) else None
-        length = len(files[edit].frames) if edit else None
-        size = self.size.resolve(pipe.config, pipe.size_rule(), length)
-        if length is not None and size.num_frames < length:
-            _say(f"note: the first {size.num_frames} of {length} frames are edited")
-        return resolve_sampling(pipe, size, self.sampling, self.scores, self.loops)
+    def _locate(self, request: ClipRequest, record: Record | None) -> None:
+        try:
+            locate_model(request, download=self.model.download, ask=_ask_to_fetch, record=record)
+        except OpenSoraError as error:
+            if record is None or self.model.model is not None:
+                raise
+            raise OpenSoraError(f"{error}; --model says where the model is that made this clip") from error
+
+    def _engine(self, request: ClipRequest, record: Record | None) -> "Engine":
+        from opensora.generation.engine import Engine
+
+        quiet_libraries()
+        memory = {name: getattr(self.memory, name) for name in ("offload", "sequential_guidance", "micro_batch_size")}
+        engine = Engine.load(request, **memory, record=record)
+        self.parallel.set_up(engine.pipeline)
+        return engine
+
+    def _say_what_is_made(self, clips: "list[PreparedClip]", kind: str) -> str:
+        """Says what may be otherwise than the user expects; returns the size of the clips, which is the same for all.
+
+        Raises:
+            OpenSoraError: a file of that kind cannot hold it.
+        """
+        sampling, num_frames = clips[0].sampling, clips[0].num_frames
+        check_fps(sampling.file_fps, kind)
+        check_size(kind, num_frames, sampling.height, sampling.width)
+        size = describe_size(VideoSize(num_frames, sampling.height, sampling.width), sampling.nominal_size)
+        if self.size.names_a_size:
+            say(f"making {size}")
+        for note in dict.fromkeys(note for clip in clips for note in clip.notes):
+            say(f"note: {note}")
+        return size
 
 
-def _with_alignment(given: Given, pipe: "OpenSoraPipeline") -> Given:
-    """Placed references take the model's alignment where they have none of their own."""
-    if isinstance(given, PlacedReferences) and given.alignment is None:
-        return dataclasses.replace(given, alignment=pipe.config.frame_alignment)
-    return given
+def _ask_to_fetch(missing: str) -> bool:
+    """Whether a user at a terminal wants what is missing fetched.
+
+    Raises:
+        OpenSoraError: nobody is there to be asked.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise OpenSoraError(missing)
+    print(f"{missing}\nFetch now? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _process_seconds() -> float:
@@ -296,11 +266,11 @@ def _process_seconds() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def _peak_memory(pipe: "OpenSoraPipeline") -> str:
+def _peak_memory(device: Any) -> str:
     import torch
 
-    if pipe.device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(pipe.device) / 2**30:.2f} GB on the device"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GB on the device"
     try:
         import resource
 
@@ -311,7 +281,3 @@ def _peak_memory(pipe: "OpenSoraPipeline") -> str:
 
         memory = psutil.Process().memory_info()
         return f"{getattr(memory, 'peak_wset', memory.rss) / 2**30:.2f} GB"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -76,10 +76,15 @@ def _run(args: list[str]) -> int:
         what = "option" if command.startswith("-") else "command"
         known = ["--help", "--version"] if command.startswith("-") else COMMANDS
         raise OpenSoraError(f"unknown {what} {command!r}{nearest_name(command, known)}")
+    from opensora.cli.options import with_flags
     from opensora.cli.parsing import parse
 
-    options = getattr(importlib.import_module(f"opensora.cli.{command}"), command.capitalize())
-    parse(options, args[1:], f"opensora {command}").run()
+    kind = getattr(importlib.import_module(f"opensora.cli.{command}"), command.capitalize())
+    options = parse(kind, args[1:], f"opensora {command}")
+    try:
+        options.run()
+    except OpenSoraError as error:
+        raise OpenSoraError(with_flags(str(error), options)) from error
     return 0
 
 

@@ -1,6 +1,7 @@
-"""How options look on a help page, and which of them were given."""
+"""How options look on a help page, which of them were given, and what they are called in errors."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,14 +17,27 @@ def option(metavar: str, default: str = "", **more: Any) -> Any:
 
 def given_options(options: Any) -> Iterator[tuple[str, Any]]:
     """(field, value) of what was given, groups included; what was not is None, False for a flag, () for a list."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from given_options(value)
-        elif value is not None and value is not False and value != ():
-            yield field.name, value
+    for name, value in _fields(options):
+        if value is not None and value is not False and value != ():
+            yield name, value
 
 
 def flag(field: str) -> str:
     """`num_frames` -> `--num-frames`."""
     return f"--{field.strip('_').replace('_', '-')}"
+
+
+def with_flags(message: str, options: Any) -> str:
+    """An error as the command line says it: where it names a field in backticks, the option of that name."""
+    known = {name for name, _ in _fields(options)}
+    return re.sub(r"`(\w+)`", lambda match: flag(match[1]) if match[1] in known else match[0], message)
+
+
+def _fields(options: Any) -> Iterator[tuple[str, Any]]:
+    """(field, value) of all options, groups included."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value)
+        else:
+            yield field.name, value

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from opensora.cli.loading import MachineOptions, ModelOptions
-from opensora.cli.options import FLAG, option
-from opensora.cli.sizes import SizeOptions, describe_size
+from opensora.cli.generate_options import MachineOptions, ModelOptions, SizeOptions
+from opensora.cli.options import FLAG, given_options, option
 from opensora.errors import OpenSoraError
+from opensora.generation.request import ClipRequest
+from opensora.generation.resolve import describe_size, resolve_size
 
 if TYPE_CHECKING:
     from opensora.planning.planner import Planner
@@ -40,22 +41,25 @@ class Plan:
 
     def run(self) -> None:
         """Prints the plan."""
-        self.size.check("mp4")
-        self.machine.check()
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise OpenSoraError(f"--guidance-scale is {self.guidance_scale:g}, expected 0 or more")
+        self.request.check()
         if self.model.download:
             raise OpenSoraError("a plan needs no weights; leave out --download")
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
         plan = _predict(self, self._device(), memory_bytes)
         print(json.dumps(plan, indent=2) if self.json else "\n".join(_lines(plan)))
 
+    @property
+    def request(self) -> ClipRequest:
+        """A clip of this size; what it shows takes no memory."""
+        wishes = dict(given_options(self.size)) | dict(given_options(self.machine)) | self.model.wishes()
+        return ClipRequest("a clip", guidance_scale=self.guidance_scale, **wishes)
+
     def _device(self) -> str:
         """Where it will run; not checked, for a plan may be made elsewhere."""
         if self.machine.device is None and self.device_memory is not None:
             return "accelerator"
         if self.machine.device is None:
-            from opensora.cli.devices import choose_device
+            from opensora.checkpoints.loading import choose_device
 
             return choose_device(None).type
         return _device_type(self.machine.device)
@@ -93,9 +97,9 @@ def _predict(options: Plan, device: str, memory_bytes: int | None) -> dict[str, 
     from opensora.planning.tracing import Tracer
 
     tracer = Tracer()
-    outlined = outline(tracer, options.model.name(None), options.model.components)
+    outlined = outline(tracer, options.request.model_name, options.request.components)
     config = outlined.pipeline.config
-    made = options.size.resolve(config, outlined.pipeline.size_rule())
+    made = resolve_size(options.request, config, outlined.pipeline.size_rule())
     scale = config.guidance_scale if options.guidance_scale is None else options.guidance_scale
     clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
     on_cpu = device == "cpu"

@@ -2,6 +2,10 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opensora.generation.engine import Progress as GenerationProgress
 
 
 class Progress:
@@ -41,3 +45,45 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
+
+
+class StepBar:
+    """How far the sampling of a clip is: a bar in a terminal, nothing elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self.bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task("sampling", total=None)
+
+    def update(self, progress: "GenerationProgress") -> None:
+        """Shows an event of the engine."""
+        which = f" loop {progress.loop + 1} of {progress.num_loops}" if progress.num_loops > 1 else ""
+        doing = "decoding" if progress.stage == "decoding" else "sampling"
+        total = progress.num_steps or None
+        self.bar.update(self.task, completed=progress.step, total=total, description=doing + which)
+
+    def __enter__(self) -> "StepBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """diffusers and transformers say nothing but errors."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from opensora.cli.devices import choose_device
 from opensora.cli.dry_run import DryRunOptions
 from opensora.cli.options import option
 from opensora.cli.parallel import speaking_once
@@ -56,6 +55,7 @@ class Train:
         """One of the ranks, of which the first shows how far all of them are."""
         import torch
 
+        from opensora.checkpoints.loading import choose_device
         from opensora.recipes import find_recipe
         from opensora.settings import apply_overrides
         from opensora.training.trainer import Trainer

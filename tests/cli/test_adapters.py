@@ -9,10 +9,11 @@ import torch
 from tiny_pipeline import make_pipeline
 
 from opensora.checkpoints.adapters import ADAPTER_FILE
-from opensora.cli.loading import parse_adapter
 from opensora.cli.main import main
-from opensora.cli.record import read_record
 from opensora.errors import OpenSoraError
+from opensora.generation.loading import parse_adapter
+from opensora.generation.record import read_record
+from opensora.generation.request import Adapter
 from opensora.media.read import read_video
 from opensora.training.diffusion.lora import LoRAConfig, add_adapter, export_adapter
 
@@ -101,10 +102,10 @@ def test_wrong_adapters_are_one_line(model, capsys):
 
 
 def test_scales_are_read_off_the_end(tmp_path):
-    assert parse_adapter("look") == (Path("look"), None)
-    assert parse_adapter("runs/look:0.5") == (Path("runs/look"), 0.5)
-    assert parse_adapter("look:-1") == (Path("look"), -1.0)
-    assert parse_adapter(r"C:\look") == (Path(r"C:\look"), None)
+    assert parse_adapter("look") == Adapter(Path("look"))
+    assert parse_adapter("runs/look:0.5") == Adapter(Path("runs/look"), 0.5)
+    assert parse_adapter("look:-1") == Adapter(Path("look"), -1.0)
+    assert parse_adapter(r"C:\look") == Adapter(Path(r"C:\look"))
     with pytest.raises(OpenSoraError):
         parse_adapter("look:inf")
 

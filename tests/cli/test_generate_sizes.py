@@ -1,151 +1,13 @@
-"""Sizes, lengths, rates and scores as each model means them, from the published models' own defaults."""
-
-import inspect
-from types import SimpleNamespace
-from typing import Any
+"""Sizes, rates, scores and the scripts' names through `opensora generate`, and what is said of them."""
 
 import pytest
 import torch
 
-from opensora.checkpoints.published import PUBLISHED
-from opensora.cli.conditions import LoopOptions
 from opensora.cli.main import main
-from opensora.cli.sampling import SamplingOptions, ScoreOptions, resolve_sampling
-from opensora.cli.sizes import SizeOptions
 from opensora.errors import OpenSoraError
-from opensora.geometry import SizeRule
 from opensora.media.read import read_metadata, read_video
-from opensora.pipeline import OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
-V1_0, V1_1, V1_2 = "opensora-1.0-hq-16x256x256", "opensora-1.1-stage3", "opensora-1.2"
-RULE = SizeRule(spatial_multiple=8)
-
-
-def pipe_of(config: Any) -> Any:
-    return SimpleNamespace(config=config, default_cfg_channels=config.cfg_channels)
-
-
-def config_of(model: str):
-    parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
-    defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    if model == "toybox":
-        return SimpleNamespace(**defaults | {"height": 64, "width": 64, "num_frames": 17, "fps": 8})
-    return SimpleNamespace(**defaults | dict(PUBLISHED[model].defaults))
-
-
-@pytest.mark.parametrize(
-    ("model", "wishes", "made", "told"),
-    [
-        (V1_2, {}, (240, 424), (240, 426)),
-        (V1_2, {"resolution": "240p", "aspect_ratio": "9:16"}, (240, 424), (240, 426)),
-        (V1_2, {"resolution": "240p", "aspect_ratio": "16:9"}, (424, 240), (426, 240)),
-        (V1_2, {"resolution": "720p"}, (720, 1280), (720, 1280)),
-        (V1_2, {"resolution": "480p", "aspect_ratio": "9:16"}, (480, 848), (480, 854)),
-        (V1_2, {"resolution": "360p", "aspect_ratio": "1:1"}, (480, 480), (480, 480)),
-        (V1_2, {"height": 240, "width": 424}, (240, 424), (240, 426)),
-        (V1_2, {"height": 256, "width": 256}, (256, 256), (256, 256)),
-        (V1_2, {"aspect_ratio": "9:16"}, (240, 424), (240, 426)),
-        (V1_1, {"image_size": (240, 426)}, (240, 424), (240, 426)),
-        (V1_1, {"image_size": (240, 424)}, (240, 424), (240, 424)),
-        (V1_1, {"resolution": "144p", "aspect_ratio": "16:9"}, (256, 144), (256, 144)),
-        (V1_0, {}, (256, 256), None),
-        (V1_0, {"resolution": "512"}, (512, 512), None),
-        ("toybox", {"resolution": "240p", "aspect_ratio": "9:16"}, (424, 240), None),
-        ("toybox", {"aspect_ratio": "2:1"}, (48, 88), None),
-        ("toybox", {"image_size": (60, 90)}, (56, 88), None),
-    ],
-)
-def test_each_model_means_its_own_sizes(model, wishes, made, told):
-    size = SizeOptions(**wishes).resolve(config_of(model), RULE)
-    assert (size.height, size.width) == made and size.nominal_size == told
-
-
-@pytest.mark.parametrize(
-    ("model", "text", "expected"),
-    [
-        (V1_2, "4s", 102),
-        (V1_2, "2x", 102),
-        (V1_2, "8s", 204),
-        (V1_2, "51", 51),
-        (V1_2, None, 51),
-        (V1_1, "2s", 16),  # of a file at 24 / 3 frames per second
-        (V1_1, None, 16),
-        ("toybox", "2s", 16),
-        ("toybox", None, 17),
-    ],
-)
-def test_each_model_means_its_own_seconds(model, text, expected):
-    assert SizeOptions(num_frames=text).resolve(config_of(model), RULE).num_frames == expected
-
-
-@pytest.mark.parametrize(
-    ("model", "text", "message"),
-    [
-        (V1_2, "3s", "nearest valid is 4s"),
-        (V1_1, "2x", "neither a count such as 17 nor a duration"),
-        (V1_2, "0", "neither a count such as 51"),
-    ],
-)
-def test_lengths_that_mean_nothing_to_a_model(model, text, message):
-    with pytest.raises(OpenSoraError, match=message):
-        SizeOptions(num_frames=text).resolve(config_of(model), RULE)
-
-
-@pytest.mark.parametrize(
-    ("length", "rule", "expected"),
-    [(20, RULE, 20), (40, SizeRule(max_frames=34), 34), (20, SizeRule(frame_multiple=4, frame_offset=1), 17)],
-)
-def test_an_edited_clip_keeps_its_length_as_far_as_can_be(length, rule, expected):
-    assert SizeOptions().resolve(config_of("toybox"), rule, edited_frames=length).num_frames == expected
-    assert SizeOptions(num_frames="5").resolve(config_of("toybox"), rule, edited_frames=length).num_frames == 5
-
-
-@pytest.mark.parametrize(
-    ("model", "wishes", "file_fps", "told"),
-    [
-        (V1_1, {}, 8, 24),
-        (V1_1, {"fps": 12}, 4, 12),
-        (V1_1, {"frame_interval": 2}, 12, 24),
-        (V1_1, {"fps": 10}, 10 / 3, 10),
-        (V1_2, {}, 24, 24),
-        (V1_2, {"save_fps": 10}, 10, 24),
-    ],
-)
-def test_rate_of_the_file_and_rate_told(model, wishes, file_fps, told):
-    config = config_of(model)
-    size = SizeOptions(**wishes).resolve(config, RULE)
-    sampling = resolve_sampling(pipe_of(config), size, SamplingOptions(), ScoreOptions(), LoopOptions())
-    assert (sampling.file_fps, sampling.fps) == (file_fps, told)
-
-
-@pytest.mark.parametrize(
-    ("model", "wishes", "expected"),
-    [
-        (V1_2, {}, {"aesthetic": 6.5, "flow": None, "camera_motion": None}),
-        (V1_2, {"aes": "none"}, {"aesthetic": None, "flow": None, "camera_motion": None}),
-        (V1_2, {"flow": "2", "camera_motion": "pan left"}, {"aesthetic": 6.5, "flow": 2, "camera_motion": "pan left"}),
-        (V1_1, {}, None),
-        (V1_1, {"aes": "7"}, {"aesthetic": 7}),  # which the pipeline refuses
-    ],
-)
-def test_scores_take_the_place_of_the_models_own(model, wishes, expected):
-    config = config_of(model)
-    size = SizeOptions().resolve(config, RULE)
-    sampling = resolve_sampling(pipe_of(config), size, SamplingOptions(), ScoreOptions(**wishes), LoopOptions())
-    assert sampling.scores == expected
-
-
-def test_loops_carry_what_the_model_likes():
-    config = config_of(V1_2)
-    size = SizeOptions().resolve(config, RULE)
-    parts = (pipe_of(config), size, SamplingOptions(), ScoreOptions())
-    assert resolve_sampling(*parts, LoopOptions()).condition_frames is None
-    assert resolve_sampling(*parts, LoopOptions(loop=2)).condition_frames is None  # extending has another default
-    assert resolve_sampling(*parts, LoopOptions(loop=2, condition_frame_length=3)).condition_frames == 3
-
-
-# --- through the command ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -209,7 +71,7 @@ def test_parts_of_a_model_can_be_replaced(pipe, tmp_path):
     }
     assert read_metadata("a.png")["components"]["transformer"] == "w.pth"
     pipe.hash = "b" * 64
-    with pytest.raises(OpenSoraError, match=r"with --model, its transformer was w\.pth"):
+    with pytest.raises(OpenSoraError, match=r"with .model., its transformer was w\.pth"):
         main_raising(["generate", "--from", "a.png"])
 
 
@@ -297,7 +159,9 @@ def test_at_a_terminal_a_user_is_asked(monkeypatch, capsys, tmp_path, answer, fe
     from huggingface_hub import constants
 
     from opensora.checkpoints import hub
-    from opensora.cli.loading import ModelOptions
+    from opensora.cli.generate import _ask_to_fetch
+    from opensora.generation.loading import locate_model
+    from opensora.generation.request import ClipRequest
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -314,7 +178,7 @@ def test_at_a_terminal_a_user_is_asked(monkeypatch, capsys, tmp_path, answer, fe
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     monkeypatch.setattr(sys, "stderr", Terminal())
     with pytest.raises(OpenSoraError, match="no network" if fetched else "was not fetched"):
-        ModelOptions(model="opensora-1.2").locate()
+        locate_model(ClipRequest("", model="opensora-1.2"), ask=_ask_to_fetch)
     assert bool(asked) is fetched
 
 

@@ -9,8 +9,8 @@ from tiny_pipeline import make_pipeline, seeded
 
 from opensora.conditioning import condition, encode_in_place
 from opensora.errors import OpenSoraError
+from opensora.generation.loops import generate_loops
 from opensora.geometry import VideoSize
-from opensora.long_video import generate_loops
 
 PROMPT = "a small red ball rolls left"
 SIZE = VideoSize(17, 16, 24)

@@ -5,19 +5,18 @@ Fields that were added later have defaults, so that older records stay readable.
 """
 
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from opensora import __version__
 from opensora.errors import OpenSoraError
+from opensora.generation.request import ClipRequest, DType
 from opensora.geometry import VideoSize
 from opensora.media.read import read_metadata
 from opensora.settings import from_dict, to_dict
-
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = get_args(DType)
 
 # Libraries whose version can change the numbers.
 _LIBRARIES = ("torch", "diffusers", "transformers")
@@ -183,11 +182,83 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def request_of(record: Record, files: Mapping[GivenFile, Path]) -> ClipRequest:
+    """The request that makes a clip again.
+
+    What the record holds by content alone, the request names: adapters and replaced components are left for the caller
+    to name.
+
+    Args:
+        record: of the clip.
+        files: where the files are now that it was made from, see `inputs.find_files`.
+    """
+    sampling, given = record.sampling, record.given
+    named = given if isinstance(given, NamedFrames) else NamedFrames()
+    placed = given if isinstance(given, PlacedReferences) else None
+
+    def place(file: GivenFile | None) -> Path | None:
+        return None if file is None else files[file]
+
+    return ClipRequest(
+        prompt=record.prompt,
+        negative_prompt=record.negative_prompt,
+        seed=record.seed,
+        refined_prompt=record.refined_prompt,
+        model=record.model,
+        device=record.device,
+        dtype=record.dtype,
+        num_frames=sampling.num_frames,
+        height=sampling.height,
+        width=sampling.width,
+        nominal_size=sampling.nominal_size,
+        fps=sampling.fps,
+        frame_interval=sampling.frame_interval,
+        save_fps=sampling.save_fps,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        cfg_channels=sampling.cfg_channels,
+        sampler=sampling.sampler,
+        scores=sampling.scores or {},
+        image=place(named.image),
+        last_image=place(named.last_image),
+        extend=place(named.extend),
+        backwards=named.backwards,
+        edit=place(named.edit),
+        strength=named.strength,
+        reference_path=tuple(files[file] for file in placed.files) if placed else (),
+        mask_strategy=placed.mask_strategy if placed else None,
+        align=placed.alignment if placed else None,
+        loop=sampling.num_loops,
+        condition_frame_length=sampling.condition_frames,
+        condition_frame_edit=sampling.condition_strength,
+    )
+
+
 def check_same_model(record: Record, found: str) -> None:
     """Raises `OpenSoraError` if the model is not the one the clip was made with."""
     if record.model_hash != found:
         parts = "".join(f", its {name} was {file}" for name, file in record.components.items())
         raise OpenSoraError(
             f"model {record.model} is not the one this clip was made with (hash {found[:12]}, was "
-            f"{record.model_hash[:12]}); give the right one with --model{parts}, or generate anew from the prompt"
+            f"{record.model_hash[:12]}); give the right one with `model`{parts}, or generate anew from the prompt"
+        )
+
+
+def check_same_adapters(record: Record, given: Sequence[UsedAdapter]) -> None:
+    """Raises `OpenSoraError` if adapters are not those that a clip was made with."""
+    were = {used.sha256: used for used in record.adapters}
+    for used in given:
+        if used.sha256 not in were:
+            made = ", ".join(f"{was.name} ({was.sha256[:12]})" for was in were.values()) or "none"
+            raise OpenSoraError(f"adapter {used.name} ({used.sha256[:12]}) is not one this clip was made with: {made}")
+        if used.scale != were[used.sha256].scale:
+            raise OpenSoraError(
+                f"adapter {used.name} acted at {were[used.sha256].scale:g} in this clip, not at {used.scale:g}; "
+                "leave out the scale"
+            )
+    missing = [was for sha256, was in were.items() if sha256 not in {used.sha256 for used in given}]
+    if missing:
+        raise OpenSoraError(
+            f"this clip was made with the adapter {missing[0].name} (hash {missing[0].sha256[:12]}); "
+            "say where it is with `adapter`"
         )

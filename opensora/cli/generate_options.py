@@ -1,0 +1,225 @@
+"""The groups of options of `opensora generate`, some of which `opensora plan` has as well.
+
+What they say is a `generation.request.ClipRequest`, whose fields have the same names; it is checked there.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import UseAppendAction
+
+from opensora.cli.options import FLAG, given_options, option
+from opensora.errors import OpenSoraError
+from opensora.generation.loading import parse_adapter
+from opensora.generation.request import DEFAULT_MODEL
+from opensora.models.schedulers import SAMPLERS
+
+if TYPE_CHECKING:
+    from opensora.refinement import Refiner
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What `opensora models` lists, or a folder; each part of it can be replaced."""
+
+    model: Annotated[str | None, option("NAME|PATH", DEFAULT_MODEL)] = None
+    """toybox, toybox-iddpm, opensora-1.0, opensora-1.1, opensora-1.2, ..., or a model's folder."""
+    download: Annotated[bool, FLAG] = False
+    """Fetch what this machine lacks of a published model."""
+    transformer: Annotated[Path | None, option("PATH", aliases=["--ckpt-path"])] = None
+    """Weights (file or folder) in place of the model's diffusion transformer."""
+    autoencoder: Annotated[Path | None, option("PATH", aliases=["--vae-path"])] = None
+    """Likewise, its autoencoder."""
+    text_encoder: Annotated[Path | None, option("PATH", aliases=["--text-encoder-path"])] = None
+    """Likewise, its text encoder."""
+    tokenizer: Annotated[Path | None, option("PATH", aliases=["--tokenizer-path"])] = None
+    """Likewise, its tokenizer."""
+    adapter: Annotated[UseAppendAction[tuple[str, ...]], option("PATH[:SCALE]", "none")] = ()
+    """Fine-tuning beside the transformer's weights (LoRA), half as strong with :0.5; may be given several times."""
+
+    def wishes(self) -> dict[str, Any]:
+        """As fields of a request."""
+        parts = {name: getattr(self, name) for name in ("transformer", "autoencoder", "text_encoder", "tokenizer")}
+        components = {name: path for name, path in parts.items() if path is not None}
+        model = {} if self.model is None else {"model": self.model}
+        return {**model, "components": components, "adapters": tuple(map(parse_adapter, self.adapter))}
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """A size is height x width; what was made stands in the closing line."""
+
+    num_frames: Annotated[str | None, option("N|4s|2x")] = None
+    """Frames (of each loop), seconds, or for 1.2 clips of 51 frames; an edited clip keeps its own number."""
+    resolution: Annotated[str | None, option("NAME")] = None
+    """Named number of pixels: 144p, 240p, 256, 360p, 480p, 512, 720p, ..."""
+    aspect_ratio: Annotated[str | None, option("A:B")] = None
+    """Width to height, so that 16:9 lies; for 1.1 and 1.2 height to width as in their tables, so that 9:16 lies."""
+    height: Annotated[int | None, option("PX")] = None
+    """Height in pixels."""
+    width: Annotated[int | None, option("PX")] = None
+    """Width in pixels."""
+    image_size: Annotated[tuple[int, int] | None, option("H W")] = None
+    """Both at once, rounded down to what the model can make, as Open-Sora's scripts do."""
+    fps: Annotated[float | None, option("F")] = None
+    """Frames per second that the model is told."""
+    frame_interval: Annotated[int | None, option("N")] = None
+    """The file plays at the model's frames per second divided by this."""
+    save_fps: Annotated[float | None, option("F")] = None
+    """The file plays at this many frames per second instead."""
+
+    @property
+    def names_a_size(self) -> bool:
+        """Whether the size was said in words that a user may read otherwise than the model."""
+        return any(said is not None for said in (self.resolution, self.aspect_ratio, self.image_size))
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How noise becomes a clip."""
+
+    num_inference_steps: Annotated[str | None, option("N", aliases=["--num-sampling-steps"])] = None
+    """Sampling steps; for IDDPM models also a respacing such as ddim50."""
+    guidance_scale: Annotated[float | None, option("S", aliases=["--cfg-scale"])] = None
+    """How strongly the prompt is followed; 1 switches guidance off."""
+    cfg_channels: Annotated[str | None, option("K|0,2|all", aliases=["--cfg-channel"])] = None
+    """Latent channels that guidance touches: the first K, a list of indices ("2," for one), or all."""
+    sampler: Annotated[str | None, option("|".join(SAMPLERS))] = None
+    """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What the captions that 1.2 was trained on ended in; "none" switches a default off."""
+
+    aes: Annotated[str | None, option("SCORE")] = None
+    """How beautiful, about 4 to 7."""
+    flow: Annotated[str | None, option("SCORE")] = None
+    """How much moves, 0 and up."""
+    camera_motion: Annotated[str | None, option("WORDS")] = None
+    """How the camera moves: "pan left", "zoom in", "static", ..."""
+
+    def parse(self) -> dict[str, float | str | None]:
+        """What was given, by the names that pipelines know.
+
+        Raises:
+            OpenSoraError: a score that is no number.
+        """
+        given: dict[str, float | str | None] = {}
+        for name, text in given_options(self):
+            is_off = text.strip().lower() == "none"
+            given["aesthetic" if name == "aes" else name] = (
+                None if is_off else text if name == "camera_motion" else _score(name, text)
+            )
+        return given
+
+
+def _score(name: str, text: str) -> float:
+    score = float("nan")
+    with contextlib.suppress(ValueError):
+        score = float(text)
+    if not abs(score) < float("inf"):
+        raise OpenSoraError(f"`{name}` is {text!r}, expected a number such as 6.5, or none")
+    return score
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """Resized and cropped to the clip's size. Pictures, or any video: mp4, gif, webp, our png sheets."""
+
+    image: Annotated[Path | None, option("FILE")] = None
+    """The clip begins with this picture."""
+    last_image: Annotated[Path | None, option("FILE")] = None
+    """The clip ends with this picture; with --image it connects the two."""
+    extend: Annotated[Path | None, option("FILE")] = None
+    """The clip goes on where this video ends, repeating its last frames."""
+    backwards: Annotated[bool, FLAG] = False
+    """With --extend: the clip ends where the video begins."""
+    edit: Annotated[Path | None, option("FILE")] = None
+    """This video is made anew after the prompt; needs --strength."""
+    strength: Annotated[float | None, option("S")] = None
+    """How much of the edited video is made anew: 0 nothing, 1 everything."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """A long video is made of clips (loops) that go on from one another; a prompt for each: "|0|a cat|2|a dog"."""
+
+    loop: Annotated[int | None, option("N", "1")] = None
+    """Number of loops."""
+    condition_frame_length: Annotated[int | None, option("K")] = None
+    """Latent frames carried over from loop to loop, or taken over from --extend."""
+    condition_frame_edit: Annotated[float | None, option("E", "0")] = None
+    """How much of the frames carried over is made anew, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Given frames as Open-Sora's scripts name them; a prompt may also end in a JSON object with these two."""
+
+    reference_path: Annotated[str | None, option("A;B")] = None
+    """Pictures and videos, separated by semicolons."""
+    mask_strategy: Annotated[str | None, option("L,R,S,T,N,E;...")] = None
+    """Each entry: in loop L put N latent frames of reference R, from its frame S on, at frame T; E of them anew."""
+    align: Annotated[int | None, option("N")] = None
+    """Starts move to the nearest multiple of so many latent frames."""
+
+
+@dataclass(frozen=True)
+class RefinementOptions:
+    """A language model of your choice writes the prompt out first; off unless an endpoint is named."""
+
+    refine_endpoint: Annotated[str | None, option("URL")] = None
+    """Server that speaks OpenAI's chat completions, such as http://localhost:8000/v1."""
+    refine_model: Annotated[str | None, option("NAME")] = None
+    """Name of the language model there."""
+    refine_key_file: Annotated[Path | None, option("FILE")] = None
+    """File that holds the key, if one is needed; it is never shown or recorded."""
+    refine_key_env: Annotated[str | None, option("NAME")] = None
+    """Environment variable that holds the key instead."""
+
+    def refiner(self, closed_vocabulary: str | None) -> "Refiner | None":
+        """What refines prompts; None if that was not asked for.
+
+        Args:
+            closed_vocabulary: name of a model that knows few words; None for any other.
+
+        Raises:
+            OpenSoraError: half of the options, an unreadable key, or a model that would not know the words.
+        """
+        from opensora.refinement import Refiner, read_key
+
+        if not any(given_options(self)):
+            return None
+        if self.refine_endpoint is None or self.refine_model is None:
+            raise OpenSoraError("refining the prompt needs both --refine-endpoint URL and --refine-model NAME")
+        if closed_vocabulary is not None:
+            raise OpenSoraError(f"{closed_vocabulary} knows a closed list of words, so its prompts cannot be refined")
+        if self.refine_key_file is not None and self.refine_key_env is not None:
+            raise OpenSoraError("`refine_key_file` and `refine_key_env` both say the key; give one of them")
+        key = read_key(self.refine_key_file, self.refine_key_env)
+        return Refiner(self.refine_endpoint, self.refine_model, key)
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where it runs, and in which numbers."""
+
+    device: Annotated[str | None, option("NAME", "an accelerator if there is one, else cpu")] = None
+    """cpu, cuda, cuda:1, mps."""
+    dtype: Annotated[str | None, option("NAME", "float32 on the cpu, else bfloat16")] = None
+    """Numbers the networks compute in: float32, bfloat16, float16."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """For what would not fit otherwise; `opensora plan` says which of them a clip needs."""
+
+    offload: Annotated[bool, FLAG] = False
+    """Each network is in memory only while it works."""
+    sequential_guidance: Annotated[bool, FLAG] = False
+    """The branches of guidance one after the other instead of at once."""
+    micro_batch_size: Annotated[int | None, option("N")] = None
+    """Frames that the 2D autoencoder works on at once."""

@@ -1,0 +1,81 @@
+"""A clip that was made, and the one way from it to a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opensora.errors import OpenSoraError
+from opensora.files import check_writable
+from opensora.generation.record import Record, sidecar_path
+from opensora.media.write import write_video
+from opensora.settings import save_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opensora.pipeline import OpenSoraPipelineOutput
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames, and how they were made.
+
+    Attributes:
+        frames: uint8, (T, H, W, 3).
+        fps: frames per second.
+        record: how the clip was made, enough to make it again; None if nobody knows.
+    """
+
+    frames: np.ndarray
+    fps: float
+    record: Record | None = None
+
+    @classmethod
+    def of(cls, output: "OpenSoraPipelineOutput", fps: float, number: int = 0) -> "Clip":
+        """A video that a pipeline returned with `output_type` "pt" (the default) or "np".
+
+        Args:
+            output: of a call.
+            fps: frames per second it plays at.
+            number: of the video, of several.
+        """
+        frames = output.frames[number]
+        if isinstance(frames, np.ndarray):
+            return cls(np.clip(frames * 255, 0, 255).round().astype(np.uint8), fps)
+        return cls(to_uint8(frames), fps)
+
+    def save(self, path: str | Path, *, format: str | None = None, metadata: bool = True) -> Path:
+        """Writes the clip, with its record inside the file and beside it (`clip.mp4.json`), and returns its path.
+
+        Args:
+            path: where; the ending names the format unless `format` does.
+            format: mp4, gif, webp or png (one sheet of all frames).
+            metadata: keep the record; otherwise no record is left, nor that of a clip that was there.
+
+        Raises:
+            OpenSoraError: an unknown format, one that cannot hold the clip, or a place that cannot be written.
+        """
+        path, record = Path(path), self.record if metadata else None
+        check_writable(sidecar_path(path))
+        write_video(path, self.frames, self.fps, record.as_metadata() if record else None, format=format)
+        if record:
+            save_settings(record, sidecar_path(path))
+        else:  # one that is there tells of the clip that was there
+            sidecar_path(path).unlink(missing_ok=True)
+        return path
+
+
+def to_uint8(video: "Tensor") -> np.ndarray:
+    """Frames (T, 3, H, W) in [0, 1] as uint8 (T, H, W, 3), rounded.
+
+    Raises:
+        OpenSoraError: values that are not finite.
+    """
+    frames = video.permute(0, 2, 3, 1).cpu().numpy()
+    if not np.isfinite(frames).all():
+        raise OpenSoraError(
+            "the decoded frames hold NaN or infinite values; try float32 as `dtype`, or check the weights"
+        )
+    return np.clip(frames * 255, 0, 255).round().astype(np.uint8)

@@ -1,0 +1,310 @@
+"""From a request to a clip: what every front end calls.
+
+    engine = Engine.load(ClipRequest("", model="opensora-1.2"))
+    engine.generate(ClipRequest("a red ball rolls left", num_frames="4s")).save("ball.mp4")
+
+An engine may be called from several threads at once: all state of a clip lives in the call. A program that must not
+wait runs it in a thread (`await asyncio.to_thread(engine.generate, request, cancelled=stop.is_set)`).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from opensora.errors import OpenSoraError
+from opensora.generation.clip import Clip, to_uint8
+from opensora.generation.inputs import InputFiles, Inputs, frames_of_loops, notes_on_files
+from opensora.generation.loading import LoadedModel, load_model
+from opensora.generation.loops import generate_loops
+from opensora.generation.record import NamedFrames, PlacedReferences, Record, Sampling, versions
+from opensora.generation.request import ClipRequest
+from opensora.generation.resolve import resolve, total_frames
+from opensora.generation.words import check_words
+
+if TYPE_CHECKING:
+    from opensora.conditioning import GivenFrames
+    from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
+
+Stage = Literal["encoding", "denoising", "decoding"]
+
+# What an engine is loaded for; a request may leave it out, or must ask for the same.
+_OF_THE_MODEL = ("model", "components", "adapters", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a clip is.
+
+    Attributes:
+        stage: what is being done; text is encoded first.
+        step: steps of the loop that are done.
+        num_steps: steps of the loop; 0 while it is not known.
+        loop: number of the loop, from 0.
+        num_loops: of a long video; 1 for a clip.
+    """
+
+    stage: Stage
+    step: int
+    num_steps: int
+    loop: int
+    num_loops: int
+
+
+class Cancelled(Exception):
+    """The caller asked to stop; nothing was made."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedClip:
+    """A request that this model can grant: all that is left is to sample it.
+
+    Attributes:
+        pipeline: makes it, with the sampler asked for.
+        request: as asked for.
+        sampling: completed by the model's defaults.
+        num_frames: of the whole video, all loops together.
+        inputs: what it is made from besides text, as its record tells it.
+        conditioning: the frames of `inputs`, encoded, for each loop.
+        notes: what may be otherwise than the user expects, a sentence each.
+    """
+
+    pipeline: "OpenSoraPipeline"
+    request: ClipRequest
+    sampling: Sampling
+    num_frames: int
+    inputs: Inputs
+    conditioning: "list[GivenFrames | None]"
+    notes: tuple[str, ...]
+
+
+class Engine:
+    """Makes clips with one model.
+
+    Args:
+        pipeline: makes them; nobody else changes it meanwhile.
+        model: what records say of the model; None for a pipeline that the caller put together, of whose clips no record
+            is kept.
+        loaded_for: the request that the model was loaded for.
+    """
+
+    def __init__(
+        self,
+        pipeline: "OpenSoraPipeline",
+        model: LoadedModel | None = None,
+        loaded_for: ClipRequest | None = None,
+    ) -> None:
+        self.pipeline, self.model, self._loaded_for = pipeline, model, loaded_for
+
+    @classmethod
+    def load(
+        cls,
+        request: ClipRequest,
+        *,
+        offload: bool = False,
+        sequential_guidance: bool = False,
+        micro_batch_size: int | None = None,
+        record: Record | None = None,
+    ) -> "Engine":
+        """An engine for requests of one model.
+
+        Args:
+            request: names model, replaced components, adapters, device and dtype; what this machine lacks of a
+                published model is fetched by `loading.locate_model`.
+            offload: each network is in memory only while it works.
+            sequential_guidance: the branches of guidance one after the other instead of at once.
+            micro_batch_size: frames that the 2D autoencoder works on at once; None for its own choice.
+            record: of the clip that is made again; any other model or adapter is refused.
+
+        Raises:
+            OpenSoraError: no such model, missing or damaged files, or an absent device.
+        """
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise OpenSoraError(f"`micro_batch_size` is {micro_batch_size}, expected 1 or more")
+        pipeline, model = load_model(request, offload=offload, record=record)
+        pipeline.sequential_guidance = sequential_guidance
+        if micro_batch_size is not None:
+            pipeline.autoencoder.micro_batch_size = micro_batch_size
+        return cls(pipeline, model, request)
+
+    def generate(
+        self,
+        request: ClipRequest,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Clip:
+        """Makes one clip.
+
+        Args:
+            request: what to make.
+            on_progress: called in this thread whenever a stage begins or a step is done.
+            cancelled: asked in this thread between all steps; true stops the work.
+
+        Raises:
+            OpenSoraError: wishes that contradict each other, or that this model cannot grant.
+            Cancelled: `cancelled` said so.
+        """
+        return self.make(self.prepare([request])[0], on_progress=on_progress, cancelled=cancelled)
+
+    def prepare(self, requests: Sequence[ClipRequest], files: InputFiles | None = None) -> list[PreparedClip]:
+        """Checks and completes requests, reads and encodes the files that they name; each is encoded once.
+
+        Args:
+            requests: of clips that will be made.
+            files: that were read already.
+
+        Raises:
+            OpenSoraError: the first that cannot be granted.
+        """
+        files = files or InputFiles()
+        requests = [request.separated() for request in requests]
+        for request in requests:
+            self._check_same_model(request)
+            request.check()
+        texts = [text for request in requests for text in request.texts()]
+        texts += [request.negative_prompt for request in requests if request.negative_prompt]
+        check_words(self.pipeline, texts)
+        encoded: dict[Any, list[GivenFrames | None]] = {}
+        prepared = []
+        for request in requests:
+            pipeline = self._pipeline(request.sampler)
+            inputs = files.read(request)
+            if isinstance(inputs, PlacedReferences) and inputs.alignment is None:
+                inputs = replace(inputs, alignment=pipeline.config.frame_alignment)
+            edit = inputs.edit if isinstance(inputs, NamedFrames) else None
+            sampling = resolve(pipeline, request, len(files[edit].frames) if edit else None)
+            num_frames = total_frames(pipeline, sampling)
+            key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames)
+            if key not in encoded:
+                with pipeline.resident("autoencoder"):
+                    encoded[key] = frames_of_loops(pipeline, inputs, files, sampling)
+            notes = tuple(notes_on_files(inputs, files, sampling))
+            prepared.append(PreparedClip(pipeline, request, sampling, num_frames, inputs, encoded[key], notes))
+        return prepared
+
+    def make(
+        self,
+        prepared: PreparedClip,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Clip:
+        """As `generate`, for a request that is prepared."""
+        sampling = prepared.sampling
+        watch = _Watch(sampling.num_loops, on_progress, cancelled)
+        try:
+            output = _sample(prepared, watch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OpenSoraError(
+                f"out of memory for {sampling.num_frames} frames of {sampling.height}x{sampling.width}; "
+                "choose fewer `num_frames`, or a smaller `resolution` or `height` and `width`"
+            ) from error
+        watch.check()
+        return Clip(to_uint8(output.frames[0]), sampling.file_fps, self._record(prepared, output.settings))
+
+    def _pipeline(self, sampler: str | None) -> "OpenSoraPipeline":
+        """The pipeline with another sampler: the same networks, and a scheduler that nobody else uses."""
+        if sampler is None:
+            return self.pipeline
+        pipeline = copy.copy(self.pipeline)
+        pipeline.use_sampler(sampler)
+        return pipeline
+
+    def _check_same_model(self, request: ClipRequest) -> None:
+        """A request may leave the model out, or must ask for the one that is loaded."""
+        defaults = {field.name: getattr(ClipRequest(""), field.name) for field in fields(ClipRequest)}
+        for name in _OF_THE_MODEL:
+            asked, loaded = getattr(request, name), getattr(self._loaded_for or ClipRequest(""), name)
+            if asked != defaults[name] and asked != loaded:
+                raise OpenSoraError(
+                    f"`{name}` is {asked!r}, but this engine was loaded with {loaded!r}; leave it out, or load another"
+                )
+
+    def _record(self, prepared: PreparedClip, settings: dict[str, Any]) -> Record | None:
+        if self.model is None:
+            return None
+        request = prepared.request
+        return Record(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            model=self.model.name,
+            model_hash=self.model.sha256,
+            sampling=prepared.sampling,
+            device=str(self.pipeline.device),
+            dtype=settings["dtype"],
+            pipeline={name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
+            versions=versions(),
+            refined_prompt=request.refined_prompt,
+            given=prepared.inputs,
+            components=self.model.components,
+            adapters=self.model.adapters,
+        )
+
+
+class _Watch:
+    """Tells how far a clip is, and stops it when the caller wants."""
+
+    def __init__(
+        self,
+        num_loops: int,
+        on_progress: Callable[[Progress], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.num_loops, self.on_progress, self.cancelled = num_loops, on_progress, cancelled
+        self.loop = 0
+
+    def check(self) -> None:
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled("the clip was cancelled")
+
+    def tell(self, stage: Stage, step: int, num_steps: int) -> None:
+        self.check()
+        if self.on_progress is not None:
+            self.on_progress(Progress(stage, step, num_steps, self.loop, self.num_loops))
+
+    def loop_begins(self, loop: int) -> None:
+        self.loop = loop
+        self.tell("encoding", 0, 0)
+
+    def step_done(self, pipe: "OpenSoraPipeline", step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        num_steps = len(pipe.scheduler.timesteps)
+        self.tell("denoising", step + 1, num_steps)
+        if step + 1 == num_steps:
+            self.tell("decoding", num_steps, num_steps)
+        return values
+
+
+def _sample(prepared: PreparedClip, watch: _Watch) -> "OpenSoraPipelineOutput":
+    """Every clip is alone in its batch, so that it does not depend on its neighbours."""
+    sampling, request = prepared.sampling, prepared.request
+    return generate_loops(
+        prepared.pipeline,
+        request.shown,
+        request.negative_prompt,
+        num_loops=sampling.num_loops,
+        size=sampling.size,
+        condition_frames=sampling.condition_frames,
+        condition_strength=sampling.condition_strength,
+        given=lambda loop: prepared.conditioning[loop],
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        on_loop=watch.loop_begins,
+        nominal_size=sampling.nominal_size,
+        fps=sampling.fps,
+        scores=sampling.scores,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        cfg_channels=sampling.cfg_channels,
+        callback_on_step_end=watch.step_done,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Accelerators have an exception of their own; the CPU's allocator and some backends only say it."""
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)

@@ -1,0 +1,157 @@
+"""The model of a request: found on this machine, checked against the record of a clip that is made again, loaded."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensora.errors import OpenSoraError
+from opensora.generation.record import Record, UsedAdapter, check_same_adapters, check_same_model
+from opensora.generation.request import Adapter, ClipRequest
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What the records of clips say of the model that made them.
+
+    Attributes:
+        name: as it is known by, or that of its folder.
+        sha256: over weights and configuration, see `checkpoints.sources.model_hash`.
+        components: parts that took the place of the model's own, by the name of their file or folder.
+        adapters: merged into the transformer.
+    """
+
+    name: str
+    sha256: str
+    components: dict[str, str] = dataclasses.field(default_factory=dict)
+    adapters: tuple[UsedAdapter, ...] = ()
+
+
+def locate_model(
+    request: ClipRequest,
+    *,
+    download: bool = False,
+    ask: Callable[[str], bool] | None = None,
+    record: Record | None = None,
+) -> None:
+    """Makes sure that the model is on this machine.
+
+    Args:
+        request: names the model, replaced components and adapters.
+        download: fetch what is missing of a published model.
+        ask: called with what is missing of it; returns whether to fetch that. None for no.
+        record: of the clip that is made again.
+
+    Raises:
+        OpenSoraError: no such model, or parts are missing.
+    """
+    from opensora.checkpoints.adapters import read_adapter
+    from opensora.checkpoints.identify import read_header
+    from opensora.checkpoints.published import published_name
+    from opensora.checkpoints.sources import find_model, find_published
+
+    name, components = request.model_name, request.components
+    for path in used_adapters(request, record):
+        read_adapter(path)
+    for part, path in components.items():
+        if part != "tokenizer" and path.expanduser().exists():
+            read_header(path.expanduser())  # a wrong file is told before anything is fetched
+    if published_name(name) is None:
+        if download:
+            raise OpenSoraError(f"`download` fetches published models, and {name} is none; leave it out")
+        find_model(name)
+        return
+    if ask is not None and not download and all(path.expanduser().exists() for path in components.values()):
+        try:
+            find_published(name, components)
+        except OpenSoraError as missing:
+            if not ask(str(missing)):
+                raise OpenSoraError(f"{name} was not fetched") from None
+            download = True
+    find_published(name, components, download=download)
+
+
+def load_model(
+    request: ClipRequest, *, offload: bool = False, record: Record | None = None
+) -> "tuple[OpenSoraPipeline, LoadedModel]":
+    """The pipeline of a request, ready to run, and what records will say of it.
+
+    Args:
+        request: names the model, and where it runs.
+        offload: each network is in memory only while it works.
+        record: of the clip that is made again.
+
+    Raises:
+        OpenSoraError: damaged files, an absent device, or another model than the recorded one.
+    """
+    import torch
+
+    from opensora.checkpoints import loading, sources
+
+    device = loading.choose_device(request.device)
+    found = sources.model_hash(request.model_name, request.components)
+    if record is not None:
+        check_same_model(record, found)
+    adapters = used_adapters(request, record)
+    pipe = loading.load_pipeline(
+        request.model_name,
+        device=device,
+        dtype=getattr(torch, request.dtype) if request.dtype else None,
+        components=request.components,
+        adapters={path: used.scale for path, used in adapters.items()},
+        offload=offload,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    components = {name: path.name for name, path in request.components.items()}
+    return pipe, LoadedModel(_recorded_name(request.model_name), found, components, tuple(adapters.values()))
+
+
+def used_adapters(request: ClipRequest, record: Record | None = None) -> dict[Path, UsedAdapter]:
+    """The adapters asked for; of a clip that is made again, those that it was made with.
+
+    Raises:
+        OpenSoraError: a file that is not there, one named twice, or not the ones of the record.
+    """
+    from opensora.checkpoints.adapters import adapter_hash
+
+    strengths = {used.sha256: used.scale for used in record.adapters} if record else {}
+    used: dict[Path, UsedAdapter] = {}
+    for adapter in request.adapters:
+        path = adapter.path.expanduser()
+        if path in used:
+            raise OpenSoraError(f"`adapter` {path} is given twice")
+        sha256 = adapter_hash(path)
+        scale = strengths.get(sha256, 1.0) if adapter.scale is None else adapter.scale
+        used[path] = UsedAdapter(path.resolve().name, sha256, scale)
+    if record is not None:
+        check_same_adapters(record, list(used.values()))
+    return used
+
+
+def parse_adapter(text: str) -> Adapter:
+    """`"look:0.5"` -> look and 0.5, `"look"` -> look and None.
+
+    Raises:
+        OpenSoraError: a scale that is not finite.
+    """
+    path, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon and path else None
+    except ValueError:  # a colon within a path
+        strength = None
+    if strength is None:
+        return Adapter(Path(text).expanduser())
+    if not abs(strength) < float("inf"):
+        raise OpenSoraError(f"`adapter` {text} has the scale {scale}; expected a number such as 0.5")
+    return Adapter(Path(path).expanduser(), strength)
+
+
+def _recorded_name(name: str) -> str:
+    """A name as it is; of a folder its name alone."""
+    from opensora.checkpoints.published import BUNDLED, published_name
+
+    return name if name in BUNDLED else published_name(name) or Path(name).expanduser().resolve().name

@@ -1,0 +1,360 @@
+"""What a clip is to be: `ClipRequest`, plain data that goes to JSON and back, and what is wrong with one on its face.
+
+A request says what a user wants in the user's words ("4s", "240p", a file to begin with); what it leaves out is as the
+model likes it best. `resolve` completes it by the model's defaults, `inputs` reads its files, and the record of a clip
+becomes a request again (`record.request_of`). Names of fields stand in backticks in errors, so that a front end may
+show its own names for them.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from opensora.errors import OpenSoraError
+from opensora.geometry import num_pixels, parse_aspect_ratio
+from opensora.media.write import check_fps
+from opensora.models.schedulers import SAMPLERS
+from opensora.models.text.prompts import parse_mask_strategy, split_loops, split_references
+from opensora.settings import from_dict, nearest_name, to_dict
+
+DEFAULT_MODEL = "toybox"
+DEFAULT_SEED = 42
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(DType)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter (LoRA) that is merged into the transformer.
+
+    Attributes:
+        path: folder or file.
+        scale: how strongly it acts; None for 1, or as strongly as in the clip that is made again.
+    """
+
+    path: Path
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip, as it is asked for. None stands for the model's own default unless it says otherwise.
+
+    Attributes:
+        prompt: a sentence; one for each loop (`|0|a cat|2|a dog`); at its end there may be a JSON object with
+            `reference_path` and `mask_strategy`, which take the place of the fields.
+        negative_prompt: what to steer away from; None for nothing.
+        seed: of the noise.
+        refined_prompt: what a language model made of the prompt; then the clip shows this.
+        model: name or folder; None for the one at hand, or `DEFAULT_MODEL`.
+        components: parts that take the place of the model's own: transformer, autoencoder, text_encoder, tokenizer.
+        adapters: merged into the transformer.
+        device: where it is made; None for an accelerator if there is one.
+        dtype: numbers the networks compute in; None for float32 on a CPU, else bfloat16.
+        num_frames: of each loop: a number, or as its users say it ("4s", "2x").
+        resolution: named number of pixels, such as "240p".
+        aspect_ratio: "16:9", in the order in which the model's users write it.
+        height: in pixels.
+        width: in pixels.
+        image_size: (height, width), rounded down to what the model can make.
+        nominal_size: (height, width) that the network is told.
+        fps: frames per second that the network is told.
+        frame_interval: the file plays at `fps / frame_interval`,
+        save_fps: or at this rate.
+        num_inference_steps: a number, or a respacing ("ddim50").
+        guidance_scale: 1 = none.
+        cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), "all" or None for all;
+            "default" for the model's own.
+        sampler: as `OpenSoraPipeline.use_sampler` takes it.
+        scores: in place of the model's defaults, by name; None switches one off.
+        image: the clip begins with this picture.
+        last_image: it ends with this one.
+        extend: it goes on where this video ends,
+        backwards: or ends where it begins.
+        edit: this video is denoised anew after the prompt,
+        strength: from 0 (kept) to 1 (everything).
+        reference_path: pictures and videos that `mask_strategy` places.
+        mask_strategy: "L,R,S,T,N,E;...", see `models.text.prompts.FramePlacement`.
+        align: starts move to the nearest multiple of so many latent frames.
+        loop: number of clips that a long video is made of; None for one.
+        condition_frame_length: latent frames carried over from loop to loop, or taken over from `extend`.
+        condition_frame_edit: denoising strength of the frames carried over; None for 0.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = DEFAULT_SEED
+    refined_prompt: str | None = None
+
+    model: str | None = None
+    components: dict[str, Path] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
+    device: str | None = None
+    dtype: DType | None = None
+
+    num_frames: int | str | None = None
+    resolution: str | None = None
+    aspect_ratio: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image_size: tuple[int, int] | None = None
+    nominal_size: tuple[int, int] | None = None
+    fps: float | None = None
+    frame_interval: int | None = None
+    save_fps: float | None = None
+
+    num_inference_steps: int | str | None = None
+    guidance_scale: float | None = None
+    cfg_channels: int | list[int] | str | None = "default"
+    sampler: str | None = None
+    scores: dict[str, float | str | None] = field(default_factory=dict)
+
+    image: Path | None = None
+    last_image: Path | None = None
+    extend: Path | None = None
+    backwards: bool = False
+    edit: Path | None = None
+    strength: float | None = None
+    reference_path: tuple[Path, ...] = ()
+    mask_strategy: str | None = None
+    align: int | None = None
+
+    loop: int | None = None
+    condition_frame_length: int | None = None
+    condition_frame_edit: float | None = None
+
+    @property
+    def shown(self) -> str:
+        """The prompt that the clip is made from."""
+        return self.prompt if self.refined_prompt is None else self.refined_prompt
+
+    @property
+    def num_loops(self) -> int:
+        """As asked for, or 1."""
+        return 1 if self.loop is None else self.loop
+
+    @property
+    def model_name(self) -> str:
+        """The model asked for, or the default."""
+        return self.model or DEFAULT_MODEL
+
+    def to_json(self) -> str:
+        """The request as a JSON object."""
+        return json.dumps(to_dict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ClipRequest":
+        """The request of a JSON object; what is missing there takes its default.
+
+        Raises:
+            OpenSoraError: no JSON, an unknown field (names the nearest), or a value of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OpenSoraError(f"the request is not valid JSON: {error.msg} at line {error.lineno}") from None
+        return from_dict(cls, data, where="the request")
+
+    def separated(self) -> "ClipRequest":
+        """The same with what the JSON object at the end of the prompt says in the fields, and a prompt without it.
+
+        Raises:
+            OpenSoraError: a broken object, or nothing beside it.
+        """
+        text, named = split_references(self.prompt)
+        if not text.strip():
+            what = " but for the JSON object" if self.prompt.strip() else ""
+            raise OpenSoraError(f"the prompt is empty{what}; say what the video should show")
+        paths = split_paths(named.reference_path or "")
+        return replace(
+            self,
+            prompt=text.strip(),
+            reference_path=paths or self.reference_path,
+            mask_strategy=named.mask_strategy or self.mask_strategy,
+        )
+
+    def texts(self) -> list[str]:
+        """The texts of the prompt for all loops.
+
+        Raises:
+            OpenSoraError: a text for a loop that is not made, or a mistake in `|0|...`.
+        """
+        texts, starts = split_loops(self.shown)
+        if starts and starts[-1] >= self.num_loops:
+            raise OpenSoraError(
+                f"the prompt says what loop {starts[-1]} shows (0 is the first), but `loop` is {self.num_loops}"
+            )
+        if not all(texts):
+            raise OpenSoraError(f"a text of the prompt {self.shown!r} is empty; say what that loop shows")
+        return texts
+
+    def check(self, file_format: str = "mp4") -> None:
+        """Finds what no model can do, and wishes that contradict each other.
+
+        Args:
+            file_format: of the file that the clip will be written to.
+
+        Raises:
+            OpenSoraError: the first mistake.
+        """
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OpenSoraError(f"unknown dtype {self.dtype!r}{nearest_name(self.dtype, DTYPES)}")
+        if not 0 <= self.seed < 2**63:
+            raise OpenSoraError(f"`seed` is {self.seed}, expected a number from 0 to 2^63 - 1")
+        _check_size(self, file_format)
+        _check_sampling(self)
+        _check_conditioning(self)
+        _check_loops(self)
+        _check_references(self)
+        self.texts()
+
+
+def split_paths(text: str) -> tuple[Path, ...]:
+    """`"a.png;b.mp4"` -> both."""
+    return tuple(Path(path.strip()) for path in text.split(";") if path.strip())
+
+
+def parse_steps(steps: int | str) -> int | str:
+    """`"20"` -> 20, `"ddim50"` and `"10,15,20"` as they are.
+
+    Raises:
+        OpenSoraError: anything else.
+    """
+    if isinstance(steps, str) and re.fullmatch(r"ddim\d+|\d+(,\d+)+", steps):
+        return steps
+    if not re.fullmatch(r"\d+", str(steps)) or int(steps) < 1:
+        raise OpenSoraError(
+            f"`num_inference_steps` is {steps!r}, expected a number of at least 1 (or a respacing: ddim50)"
+        )
+    return int(steps)
+
+
+def parse_cfg_channels(channels: int | list[int] | str | None) -> int | list[int] | str | None:
+    """`"3"` -> 3, `"0,2"` -> [0, 2], `"2,"` -> [2]; "all", None, and what is parsed already, as they are.
+
+    Raises:
+        OpenSoraError: anything else.
+    """
+    if channels is None or channels == "all":
+        return channels
+    text = channels if isinstance(channels, str | int) else f"{','.join(map(str, channels))},"
+    parts = [part.strip() for part in str(text).split(",")]
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()
+    if not all(re.fullmatch(r"-?\d+", part) for part in parts):
+        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected a number such as 3, indices such as 0,2, or all")
+    numbers, are_indices = [int(part) for part in parts], "," in str(text)
+    if min(numbers) < (0 if are_indices else 1):
+        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected at least one channel and no negative index")
+    return numbers if are_indices else numbers[0]
+
+
+def _check_size(request: ClipRequest, file_format: str) -> None:
+    if request.image_size is not None:
+        others = (request.height, request.width, request.resolution, request.aspect_ratio)
+        if any(other is not None for other in others):
+            raise OpenSoraError("`image_size` says the whole size; leave out `height`, `width` and the like")
+        if min(request.image_size) < 1:
+            raise OpenSoraError(f"`image_size` is {request.image_size[0]} {request.image_size[1]}, expected two sides")
+    if request.resolution is not None:
+        num_pixels(request.resolution)
+    if request.aspect_ratio is not None:
+        parse_aspect_ratio(request.aspect_ratio)
+    frames = request.num_frames
+    if isinstance(frames, str) and not re.fullmatch(r"[-+]?\d+(\.\d+)?[sx]?", frames.strip()):
+        raise OpenSoraError(
+            f"num_frames {frames!r} is neither a count such as 17, a duration such as 4s nor 2x (clips)"
+        )
+    if request.frame_interval is not None and request.frame_interval < 1:
+        raise OpenSoraError(f"`frame_interval` is {request.frame_interval}, expected 1 or more")
+    if request.fps is not None and not 0 < request.fps < math.inf:
+        check_fps(request.fps, file_format)
+    if request.save_fps is not None:
+        check_fps(request.save_fps, file_format)
+
+
+def _check_sampling(request: ClipRequest) -> None:
+    check_guidance_scale(request.guidance_scale)
+    if request.sampler is not None and request.sampler not in SAMPLERS:
+        raise OpenSoraError(f"unknown sampler {request.sampler!r}{nearest_name(request.sampler, SAMPLERS)}")
+    if request.num_inference_steps is not None:
+        parse_steps(request.num_inference_steps)
+    if request.cfg_channels != "default":
+        parse_cfg_channels(request.cfg_channels)
+
+
+def check_guidance_scale(scale: float | None) -> None:
+    """Raises `OpenSoraError` for a scale that no model can be guided by."""
+    if scale is not None and not 0 <= scale < math.inf:
+        raise OpenSoraError(f"`guidance_scale` is {scale:g}, expected 0 or more")
+
+
+def _check_conditioning(request: ClipRequest) -> None:
+    if request.edit is not None and (request.image or request.last_image or request.extend):
+        raise OpenSoraError("`edit` gives all frames; leave out `image`, `last_image` and `extend`")
+    if request.edit is not None and request.strength is None:
+        raise OpenSoraError("`edit` needs `strength`: how much is made anew, from 0 (nothing) to 1 (everything)")
+    if request.edit is None and request.strength is not None:
+        raise OpenSoraError("`strength` says how much of a clip is edited; give the clip as `edit`")
+    _check_share("strength", request.strength)
+    if request.backwards and request.extend is None:
+        raise OpenSoraError("`backwards` says where a clip is extended; give the clip as `extend`")
+    end, name = ("last", "last_image") if request.backwards else ("first", "image")
+    if request.extend is not None and getattr(request, name) is not None:
+        raise OpenSoraError(f"the {end} frames come from `extend` already; leave out `{name}`")
+
+
+def _check_references(request: ClipRequest) -> None:
+    paths, strategy = request.reference_path, request.mask_strategy or ""
+    placements = parse_mask_strategy(strategy)
+    if not paths and not placements:
+        if request.align is not None:
+            raise OpenSoraError("`align` moves the frames of `reference_path`; give one, and `mask_strategy`")
+        return
+    if not placements:
+        raise OpenSoraError('which frames of the reference go where? give `mask_strategy`, "0" to begin with it')
+    if not paths:
+        raise OpenSoraError("`mask_strategy` places frames of references; give them as `reference_path`")
+    if request.align is not None and request.align < 1:
+        raise OpenSoraError(f"`align` is {request.align}, expected 1 or more")
+    for placement in placements:
+        if placement.loop >= request.num_loops:
+            raise OpenSoraError(
+                f"the mask strategy {strategy!r} is for loop {placement.loop} too (0 is the first), "
+                f"but `loop` is {request.num_loops}"
+            )
+        if not -len(paths) <= placement.reference < len(paths):
+            raise OpenSoraError(
+                f"the mask strategy {strategy!r} takes reference {placement.reference} (0 is the first), "
+                f"but `reference_path` names {len(paths)}"
+            )
+    if request.image or request.last_image or request.extend or request.edit:
+        raise OpenSoraError(
+            "frames are given in two ways: by `image`, `extend` or `edit`, and by references with a mask strategy; "
+            "use one of them"
+        )
+
+
+def _check_loops(request: ClipRequest) -> None:
+    if request.num_loops < 1:
+        raise OpenSoraError(f"`loop` is {request.loop}, expected 1 or more")
+    length = request.condition_frame_length
+    if length is not None:
+        if length < 1:
+            raise OpenSoraError(f"`condition_frame_length` is {length}, expected 1 or more")
+        if request.loop is None and request.extend is None:
+            raise OpenSoraError("`condition_frame_length` is for `loop` and `extend`; give one of them")
+    _check_share("condition_frame_edit", request.condition_frame_edit)
+    if request.condition_frame_edit is not None and request.loop is None:
+        raise OpenSoraError("`condition_frame_edit` is for long videos; give `loop`")
+    if request.edit is not None and request.num_loops > 1:
+        raise OpenSoraError("`edit` makes one clip as long as the one given; leave out `loop`")
+
+
+def _check_share(name: str, share: float | None) -> None:
+    if share is not None and not 0 <= share <= 1:
+        raise OpenSoraError(f"`{name}` is {share:g}, expected 0 (nothing) to 1 (everything)")

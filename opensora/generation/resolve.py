@@ -1,0 +1,155 @@
+"""What a request comes to with a model's own defaults: how large, how long, how fast, and how it is sampled.
+
+Names mean what they mean to the users of the model at hand: whether 9:16 is landscape or portrait, and how many frames
+`4s` are. The published 1.1 and 1.2 models are told the size of their tables (240x426) though they make whole latent
+cells (240x424); so are they here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from opensora.errors import OpenSoraError
+from opensora.generation.record import Sampling
+from opensora.generation.request import ClipRequest, parse_cfg_channels, parse_steps
+from opensora.geometry import (
+    SizeRule,
+    VideoSize,
+    named_num_frames,
+    parse_num_frames,
+    resolve_image_size,
+    table_size,
+)
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Size and rate of a clip.
+
+    Attributes:
+        num_frames: of each loop.
+        height: in pixels.
+        width: in pixels.
+        nominal_size: (height, width) that the network is told; None for a model that is told what it makes.
+        fps: frames per second that the network is told.
+        frame_interval: the file is written at `fps / frame_interval`,
+        save_fps: or at this rate.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    nominal_size: tuple[int, int] | None
+    fps: float
+    frame_interval: int
+    save_fps: float | None
+
+
+def resolve_size(request: ClipRequest, config: Any, rule: SizeRule, edited_frames: int | None = None) -> ClipSize:
+    """The size asked for, completed by the model's defaults.
+
+    Args:
+        request: checked already.
+        config: of the pipeline.
+        rule: what the model can make.
+        edited_frames: length of the clip that is edited, if one is.
+
+    Raises:
+        OpenSoraError: what this model cannot make; names the nearest it can.
+    """
+    fps = float(config.fps if request.fps is None else request.fps)
+    interval = config.frame_interval if request.frame_interval is None else request.frame_interval
+    (height, width), nominal = _image_size(request, config, rule)
+    num_frames = _num_frames(request, config, rule, fps / interval, edited_frames)
+    VideoSize(num_frames, height, width).check(rule)
+    return ClipSize(num_frames, height, width, nominal, fps, interval, request.save_fps)
+
+
+def _image_size(request: ClipRequest, config: Any, rule: SizeRule) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """The size made, and the size told."""
+    default = (config.height, config.width)
+    if request.image_size is not None:
+        nominal, multiple = request.image_size, rule.spatial_multiple
+        made = (max(nominal[0] // multiple, 1) * multiple, max(nominal[1] // multiple, 1) * multiple)
+    else:
+        order = config.aspect_ratio_order
+        wishes = {"resolution": request.resolution, "aspect_ratio": request.aspect_ratio}
+        made = resolve_image_size(default, height=request.height, width=request.width, order=order, rule=rule, **wishes)
+        nominal = config.nominal_size if made == default else made
+        if request.resolution is not None:
+            nominal = table_size(default, request.resolution, request.aspect_ratio, order)
+    if config.nominal_size is None:
+        return made, None
+    nominal = request.nominal_size or nominal
+    return made, (nominal[0], nominal[1])
+
+
+def _num_frames(request: ClipRequest, config: Any, rule: SizeRule, rate: float, edited_frames: int | None) -> int:
+    if request.num_frames is not None:
+        if config.clip_frames is not None:
+            return named_num_frames(request.num_frames, config.clip_frames, config.clip_s)
+        return parse_num_frames(request.num_frames, rate, rule)
+    if edited_frames is None:
+        return config.num_frames
+    nearest = rule.nearest_frames(edited_frames)
+    return nearest if nearest <= edited_frames else max(nearest - rule.frame_multiple, 1)
+
+
+def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: int | None = None) -> Sampling:
+    """What was asked for, completed by the model's own defaults.
+
+    Args:
+        pipe: with the sampler of the request.
+        request: checked already.
+        edited_frames: length of the clip that is edited, if one is.
+
+    Raises:
+        OpenSoraError: what this model cannot make; names the nearest it can.
+    """
+    config, steps, channels = pipe.config, request.num_inference_steps, request.cfg_channels
+    default_channels: Any = pipe.default_cfg_channels
+    return Sampling(
+        **asdict(resolve_size(request, config, pipe.size_rule(), edited_frames)),
+        num_inference_steps=config.num_inference_steps if steps is None else parse_steps(steps),
+        guidance_scale=config.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        cfg_channels=default_channels if channels == "default" else parse_cfg_channels(channels),
+        sampler=request.sampler,
+        scores={**(config.scores or {}), **request.scores} or None,
+        num_loops=request.num_loops,
+        condition_frames=request.condition_frame_length,
+        condition_strength=request.condition_frame_edit or 0.0,
+    )
+
+
+def total_frames(pipe: "OpenSoraPipeline", sampling: Sampling) -> int:
+    """Frames of the whole video: those carried over from loop to loop are shown once.
+
+    Raises:
+        OpenSoraError: more frames carried over than a clip has to spare.
+    """
+    if sampling.num_loops == 1:
+        return sampling.num_frames
+    longest = pipe.autoencoder.latent_frames(sampling.num_frames)
+    if longest < 2:
+        raise OpenSoraError(
+            "a clip of one latent frame has nothing to carry over to the next loop; give more `num_frames`, or leave "
+            "out `loop`"
+        )
+    carried = pipe.config.condition_frames if sampling.condition_frames is None else sampling.condition_frames
+    if not 0 < carried < longest:
+        raise OpenSoraError(
+            f"`condition_frame_length` is {carried}, expected 1 to {longest - 1} for clips of "
+            f"{sampling.num_frames} frames ({longest} latent frames)"
+        )
+    repeated = pipe.autoencoder.frames_before(carried, sampling.num_frames)
+    return sampling.num_frames + (sampling.num_loops - 1) * (sampling.num_frames - repeated)
+
+
+def describe_size(size: VideoSize, nominal_size: tuple[int, int] | None) -> str:
+    """`51 frames of 240x424 (height x width), lying; the network is told 240x426`."""
+    made = (size.height, size.width)
+    shape = "square" if size.height == size.width else "lying" if size.width > size.height else "standing"
+    told = "" if nominal_size in (None, made) else "; the network is told {}x{}".format(*nominal_size)
+    return f"{size}, {shape}{told}"

@@ -1,0 +1,42 @@
+"""Words of a prompt that a model does not know, found before anything is sampled."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+
+def check_bundled_words(model: str, texts: Sequence[str]) -> None:
+    """What `check_words` would find of a bundled model, before it is loaded, and the shapes it was never shown.
+
+    Raises:
+        OpenSoraError: an unknown word, or none at all.
+    """
+    from opensora.toybox.captions import describe_vocabulary, unknown_words, words_of
+
+    unknown = list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
+    if unknown:
+        raise OpenSoraError(f"{model} does not know: {', '.join(unknown)}. It knows {describe_vocabulary()}")
+    for text in texts:
+        if not words_of(text):
+            raise OpenSoraError(f"the prompt {text!r} holds no word. {model} knows {describe_vocabulary()}")
+
+
+def check_words(pipe: "OpenSoraPipeline", texts: Sequence[str]) -> None:
+    """All prompts, before the first of them is sampled.
+
+    Raises:
+        OpenSoraError: a word that the model's tokenizer does not know.
+    """
+    from opensora.models.text import encoders
+    from opensora.toybox.captions import VOCABULARY, describe_vocabulary
+
+    try:
+        encoders.check_words(pipe.tokenizer, list(texts))
+    except OpenSoraError as error:
+        if set(VOCABULARY) <= pipe.tokenizer.get_vocab().keys():
+            raise OpenSoraError(f"{error}. It knows {describe_vocabulary()}") from None
+        raise
