@@ -219,7 +219,7 @@ class EvaluateLoss:
                 for portion in held_out.toybox_portions(pipeline, size, self.num_clips, self.batch_size)
             ]
         settings = {**loss.describe(pipeline, self.model, self.seed), **clips}
-        results = loss.LossResults(settings, loss.fixed_timesteps(pipeline.scheduler))
+        results = loss.new_results(pipeline, settings)
         if self.output is not None:
             results.resume(self.output)
         with Progress("measuring") as progress:

@@ -10,6 +10,8 @@ Papers: Liu et al. 2022, https://arxiv.org/abs/2209.03003 (flow); Esser et al. 2
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,25 +53,6 @@ def euler_step(sample: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tens
         t_next: s <= t, likewise; 0 at the last step.
     """
     return sample + (_per_sample(t, sample) - _per_sample(t_next, sample)) * velocity
-
-
-def masked_mse(prediction: Tensor, target: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of every sample over its generated frames.
-
-    Args:
-        prediction: (B, C, T, H, W), or (B, 2C, T, H, W) of a network with variance channels, which are ignored.
-        target: (B, C, T, H, W).
-        frame_mask: (B, T) bool; frames where it is False are left out of the mean.
-
-    Returns:
-        (B,); 0 for a sample without any generated frame, which has nothing to learn from.
-    """
-    error = (prediction[:, : target.shape[1]] - target).square()
-    if frame_mask is None:
-        return error.flatten(1).mean(dim=1)
-    per_frame = error.mean(dim=(1, 3, 4))
-    weight = frame_mask.to(per_frame.dtype)
-    return (per_frame * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 # --- the time shift ---------------------------------------------------------------------------------------------------
@@ -114,6 +97,49 @@ def time_shift_ratio(
         if not (value > 0 and math.isfinite(value)):
             raise OpenSoraError(f"got {name}={value} for the time shift; expected a positive number")
     return scale * math.sqrt(height * width) / base_size * math.sqrt(shift_frames)
+
+
+@dataclass(frozen=True)
+class TimeShift:
+    """The shift of a model by size and length of the video, for sampling and for training alike.
+
+    Attributes:
+        scale: a further factor on the ratio.
+        base_size: side in pixels of the square image that is not shifted.
+        frames: "latent" counts the autoencoder's latent frames (Open-Sora 1.2), "after_first" those after the first,
+            and applies ``scale`` to videos only (1.3).
+        temporal_factor: video frames to one latent frame of the autoencoder.
+        micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
+    """
+
+    scale: float = 1.0
+    base_size: int = 512
+    frames: Literal["latent", "after_first"] = "latent"
+    temporal_factor: int = 4
+    micro_frame_size: int | None = 17
+
+    def ratio(self, height: float, width: float, num_frames: int) -> float:
+        """Shift ratio of a video of this size, in pixels and video frames."""
+        scale = self.scale
+        if self.frames == "latent":
+            frames = latent_frames(num_frames, self.temporal_factor, self.micro_frame_size)
+        else:
+            frames = frames_after_first(num_frames, self.temporal_factor)
+            scale = scale if num_frames > 1 else 1.0
+        return time_shift_ratio(height, width, frames, scale=scale, base_size=self.base_size)
+
+    def __call__(self, t: Tensor, height: float | None, width: float | None, num_frames: int | None) -> Tensor:
+        """Times in [0, 1], any shape, shifted for a video of this size.
+
+        Raises:
+            OpenSoraError: a missing or impossible size.
+        """
+        if height is None or width is None or num_frames is None:
+            raise OpenSoraError(
+                f"got height={height}, width={width}, num_frames={num_frames}; this model's timesteps are shifted by "
+                "the size of the video, which needs all three, in pixels and video frames"
+            )
+        return time_shift(t, self.ratio(height, width, num_frames))
 
 
 def latent_frames(num_frames: int, temporal_factor: int, micro_frame_size: int | None = None) -> int:
@@ -183,7 +209,8 @@ def sample_logit_normal(
 
 def _per_sample(t: Tensor | float, like: Tensor) -> Tensor:
     """(B,) or a number -> (B or 1, 1, 1, ...) of the dtype and device of ``like``."""
-    t = torch.as_tensor(t, device=like.device).to(like.dtype)
+    # Cast before the move: not every device has float64.
+    t = torch.as_tensor(t).to(like.dtype).to(like.device)
     return t.reshape(-1, *(1,) * (like.ndim - 1))
 
 

@@ -115,7 +115,7 @@ def variational_bound(
     kl = normal_kl(true.mean, true.log_variance, reverse.mean, reverse.log_variance)
     nll = -discretized_log_likelihood(clean, reverse.mean, reverse.log_variance / 2)
     kl, nll = mean_per_sample(kl, frame_mask), mean_per_sample(nll, frame_mask)
-    return torch.where(t == 0, nll, kl) / LN2
+    return torch.where((t == 0).to(kl.device), nll, kl) / LN2
 
 
 def mean_per_sample(values: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -125,9 +125,18 @@ def mean_per_sample(values: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """
     if frame_mask is None:
         return values.flatten(1).mean(dim=1)
-    per_frame = values.mean(dim=(1, 3, 4))
+    per_frame = zero_masked(values, frame_mask).mean(dim=(1, 3, 4))
+    return per_frame.sum(dim=1) / frame_mask.to(device=values.device, dtype=torch.bool).sum(dim=1).clamp(min=1)
+
+
+def zero_masked(values: Tensor, frame_mask: Tensor) -> Tensor:
+    """``values``, (B, C, T, H, W), with zeros in the frames where ``frame_mask``, (B, T), is False.
+
+    Chosen, not multiplied: 0 times NaN is NaN. For the same reason a loss masks its arguments and not only its result,
+    or the gradient through what was computed of the NaN would be one too.
+    """
     mask = frame_mask.to(device=values.device, dtype=torch.bool)
-    return per_frame.where(mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return torch.where(mask[:, None, :, None, None], values, 0.0)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from opensora.checkpoints.sources import model_hash
 from opensora.data.batch import LatentBatch
-from opensora.diffusion import flow, gaussian
-from opensora.diffusion.losses import training_losses
+from opensora.diffusion.process import NoiseProcess
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.schedulers.iddpm import IDDPMScheduler
-from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
+from opensora.models.schedulers.base import process_of
 from opensora.models.text.cleaning import clean_text
 from opensora.models.text.encoders import encode_prompts
 
@@ -115,10 +113,10 @@ def held_out_losses(
         num_timesteps: n.
         seed: of the noise.
     """
-    results = LossResults({}, fixed_timesteps(pipeline.scheduler, num_timesteps))
+    results = new_results(pipeline, {}, num_timesteps)
     for batch in batches:
         known = results.losses.setdefault(batch.label, [])
-        known += batch_losses(pipeline, batch, results.timesteps, len(known), seed).tolist()
+        known += batch_losses(pipeline, batch, num_timesteps, len(known), seed).tolist()
     return {label: row[-1] for label, row in results.table().items()}
 
 
@@ -147,7 +145,7 @@ def measure(
     for portion in portions:
         known = results.losses.setdefault(portion.label, [])
         if len(known) < portion.first + portion.count:
-            losses = batch_losses(pipeline, portion.load(), results.timesteps, portion.first, seed)
+            losses = batch_losses(pipeline, portion.load(), len(results.timesteps), portion.first, seed)
             known += losses[len(known) - portion.first :].tolist()
             if output is not None:
                 results.save(output)
@@ -157,21 +155,15 @@ def measure(
     return results
 
 
-def fixed_timesteps(scheduler: Any, n: int = NUM_TIMESTEPS) -> list[float]:
-    """`n` timesteps from clean to noise, evenly spaced: 0 to N for rectified flow, whole steps 0 to N - 1 otherwise.
+def new_results(
+    pipeline: "OpenSoraPipeline", settings: dict[str, Any], num_timesteps: int = NUM_TIMESTEPS
+) -> LossResults:
+    """No losses yet, at timesteps that lie evenly between clean and noise.
 
     Raises:
-        OpenSoraError: fewer than two, or a scheduler that nothing is trained with.
+        OpenSoraError: fewer than two timesteps, or a scheduler that nothing is trained with.
     """
-    if n < 2:
-        raise OpenSoraError(f"{n} timesteps asked for; give 2 or more")
-    if isinstance(scheduler, RectifiedFlowScheduler):
-        return torch.linspace(0, scheduler.num_train_timesteps, n, dtype=torch.float64).tolist()
-    if isinstance(scheduler, IDDPMScheduler):
-        return torch.linspace(0, scheduler.num_train_timesteps - 1, n, dtype=torch.float64).round().tolist()
-    raise OpenSoraError(
-        f"no training loss for a {type(scheduler).__name__}; the suite knows RectifiedFlowScheduler and IDDPMScheduler"
-    )
+    return LossResults(settings, process_of(pipeline.scheduler).fixed_timesteps(num_timesteps).double().tolist())
 
 
 def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, Any]:
@@ -182,15 +174,13 @@ def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, A
 
 
 @torch.no_grad()
-def batch_losses(
-    pipeline: "OpenSoraPipeline", batch: LatentBatch, timesteps: Sequence[float], first: int, seed: int
-) -> Tensor:
+def batch_losses(pipeline: "OpenSoraPipeline", batch: LatentBatch, num_timesteps: int, first: int, seed: int) -> Tensor:
     """Losses of every clip at every timestep, (B, n) float64 on the CPU.
 
     Args:
         pipeline: what is measured.
         batch: the clips.
-        timesteps: see `fixed_timesteps`.
+        num_timesteps: n.
         first: clips of this size that came before, which decides the noise.
         seed: of the noise.
     """
@@ -198,43 +188,39 @@ def batch_losses(
     clean = batch.latents.to(device, torch.float32)
     states, mask = text_of(pipeline, batch)
     clip = ClipConditions(batch.fps.to(device), batch.height.to(device), batch.width.to(device), batch.num_frames)
+    process = process_of(pipeline.scheduler).to(device)
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return network(noisy.to(network.dtype), timestep.to(device), states, mask, clip_conditions=clip).sample.float()
+
     columns = []
-    for i, timestep in enumerate(timesteps):
+    for i, t in enumerate(process.fixed_timesteps(num_timesteps)):
         noise = torch.stack(
             [
                 torch.randn(clean.shape[1:], generator=generator(seed, "held-out loss", batch.label, first + row, i))
                 for row in range(len(clean))
             ]
         ).to(device)
-
-        def predict(noisy: Tensor, t: float = timestep) -> Tensor:
-            steps = torch.full((len(noisy),), t, device=device)
-            return network(noisy.to(network.dtype), steps, states, mask, clip_conditions=clip).sample.float()
-
-        columns.append(loss_at(pipeline.scheduler, timestep, clean, noise, predict).double().cpu())
+        columns.append(loss_at(process, t, clean, noise, predict).double().cpu())
     return torch.stack(columns, dim=1)
 
 
 def loss_at(
-    scheduler: Any, timestep: float, clean: Tensor, noise: Tensor, predict: Callable[[Tensor], Tensor]
+    process: NoiseProcess, t: Tensor, clean: Tensor, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The unweighted training loss of every clip at one timestep, (B,)."""
-    if isinstance(scheduler, RectifiedFlowScheduler):
-        noisy = flow.interpolate(clean, noise, timestep / scheduler.num_train_timesteps)
-        return flow.masked_mse(predict(noisy), flow.velocity_target(clean, noise))
-    tables = scheduler.train_tables.to(clean.device)
-    t = torch.full((len(clean),), int(timestep), device=clean.device)
-    noisy = gaussian.q_sample(tables, clean, t, noise)
-    return training_losses(
-        tables,
-        predict(noisy),
-        clean=clean,
-        noisy=noisy,
-        noise=noise,
-        t=t,
-        prediction_type=scheduler.prediction_type,
-        variance_type=scheduler.variance_type,
-    ).loss
+    """The unweighted training loss of every clip at one time, (B,).
+
+    Args:
+        process: how the network was trained.
+        t: the time, one of `NoiseProcess.fixed_timesteps`.
+        clean, noise: (B, C, T, h, w).
+        predict: the network, of noisy latents and the timesteps (B,) it is told.
+    """
+    t = t.expand(len(clean))
+    noisy = process.corrupt(clean, noise, t)
+    prediction = predict(noisy, process.timesteps(t))
+    terms = process.losses(prediction, clean=clean, noisy=noisy, noise=noise, t=t)
+    return torch.stack([term for name, term in terms.items() if not name.startswith("_")]).sum(dim=0)
 
 
 def text_of(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[Tensor, Tensor]:

@@ -71,30 +71,6 @@ def test_euler_converges_with_order_one_on_a_known_equation():
     assert orders == pytest.approx([1.0] * 3, abs=0.05)
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
-
-
-def test_loss_counts_generated_frames_only_and_ignores_variances():
-    target, other = latents()
-    prediction = torch.cat([target + 2.0, other], dim=1)
-    assert flow.masked_mse(prediction, target).tolist() == pytest.approx([4.0, 4.0])
-    frame_mask = torch.tensor([[True, False, False], [True, True, False]])
-    prediction[:, :, ~frame_mask[0] & ~frame_mask[1]] += 100.0
-    prediction[0, :, 1] += 100.0
-    assert flow.masked_mse(prediction, target, frame_mask).tolist() == pytest.approx([4.0, 4.0])
-    assert torch.equal(
-        flow.masked_mse(prediction, target, torch.ones(2, 3, dtype=torch.bool)),
-        flow.masked_mse(prediction, target, torch.ones(2, 3)),
-    )
-
-
-def test_sample_without_generated_frames_costs_nothing():
-    target, prediction = latents()
-    frame_mask = torch.tensor([[False] * 3, [True] * 3])
-    loss = flow.masked_mse(prediction, target, frame_mask)
-    assert loss[0] == 0 and loss[1] > 0
-
-
 # --- the time shift ---------------------------------------------------------------------------------------------------
 
 

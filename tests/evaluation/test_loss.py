@@ -17,15 +17,15 @@ from opensora.evaluation.held_out import toybox_portions
 from opensora.evaluation.loss import (
     LossResults,
     batch_losses,
-    fixed_timesteps,
     held_out_losses,
     loss_at,
     measure,
+    new_results,
     text_of,
 )
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
-from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
+from opensora.models.schedulers.base import process_of
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 
@@ -33,44 +33,46 @@ CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
 
 
 def fresh(pipeline, num_timesteps: int = 3, seed: int = 0) -> LossResults:
-    return LossResults({"seed": seed}, fixed_timesteps(pipeline.scheduler, num_timesteps))
+    return new_results(pipeline, {"seed": seed}, num_timesteps)
 
 
 def test_ten_timesteps_lie_evenly_between_clean_and_noise():
-    flow = fixed_timesteps(RectifiedFlowScheduler())
+    flow = new_results(make_pipeline(), {}).timesteps
     assert len(flow) == 10 and flow[0] == 0 and flow[-1] == 1000
     assert flow[1] == pytest.approx(1000 / 9)
-    steps = fixed_timesteps(IDDPMScheduler())
-    assert steps == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    pipeline = make_pipeline("iddpm")
+    assert new_results(pipeline, {}).timesteps == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     with pytest.raises(OpenSoraError, match="1 timesteps"):
-        fixed_timesteps(RectifiedFlowScheduler(), 1)
+        new_results(pipeline, {}, 1)
+    pipeline.use_sampler("dpm-solver++")
     with pytest.raises(OpenSoraError, match="DPMSolverScheduler"):
-        fixed_timesteps(DPMSolverScheduler())
+        new_results(pipeline, {})
 
 
 def test_a_network_that_knows_the_answer_has_no_flow_loss_and_one_that_says_nothing_has_the_targets_power():
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 5, 6, generator=generator), torch.randn(2, 3, 4, 5, 6, generator=generator)
-    scheduler = RectifiedFlowScheduler()
+    process, t = process_of(RectifiedFlowScheduler()), torch.tensor(250.0)
     told = []
 
-    def oracle(noisy):
-        told.append(noisy)
+    def oracle(noisy, timestep):
+        told.append((noisy, timestep))
         return clean - noise
 
-    assert loss_at(scheduler, 250.0, clean, noise, oracle).tolist() == [0, 0]
-    torch.testing.assert_close(told[0], 0.75 * clean + 0.25 * noise)
-    silent = loss_at(scheduler, 250.0, clean, noise, torch.zeros_like)
+    assert loss_at(process, t, clean, noise, oracle).tolist() == [0, 0]
+    torch.testing.assert_close(told[0][0], 0.75 * clean + 0.25 * noise)
+    assert told[0][1].tolist() == [250, 250]
+    silent = loss_at(process, t, clean, noise, lambda noisy, _: torch.zeros_like(noisy))
     torch.testing.assert_close(silent, (clean - noise).square().flatten(1).mean(dim=1))
 
 
 def test_the_discrete_loss_is_squared_error_and_bound():
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 5, 6, generator=generator), torch.randn(2, 3, 4, 5, 6, generator=generator)
-    scheduler = IDDPMScheduler(variance_type="fixed_small")
-    torch.testing.assert_close(loss_at(scheduler, 500, clean, noise, lambda noisy: noise + 0.5), torch.full((2,), 0.25))
-    learned = IDDPMScheduler()
-    found = loss_at(learned, 500, clean, noise, lambda noisy: torch.cat([noise + 0.5, -torch.ones_like(noise)], dim=1))
+    fixed, t = process_of(IDDPMScheduler(variance_type="fixed_small")), torch.tensor(500)
+    torch.testing.assert_close(loss_at(fixed, t, clean, noise, lambda *_: noise + 0.5), torch.full((2,), 0.25))
+    answer = torch.cat([noise + 0.5, -torch.ones_like(noise)], dim=1)
+    found = loss_at(process_of(IDDPMScheduler()), t, clean, noise, lambda *_: answer)
     # The variance is right at -1 (the smaller bound), so that the bound holds what the mean misses and no more.
     assert ((found > 0.25) & (found < 0.26)).all()
 
@@ -115,11 +117,10 @@ def test_the_weights_decide():
 def test_text_states_that_a_batch_brings_are_used():
     pipeline = make_pipeline()
     batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
-    timesteps = fixed_timesteps(pipeline.scheduler, 3)
     with torch.no_grad():
         states, mask = text_of(pipeline, batch)
     brought = replace(batch, captions=["", ""], text_states=states, text_mask=mask)
-    assert torch.equal(batch_losses(pipeline, brought, timesteps, 0, 0), batch_losses(pipeline, batch, timesteps, 0, 0))
+    assert torch.equal(batch_losses(pipeline, brought, 3, 0, 0), batch_losses(pipeline, batch, 3, 0, 0))
 
 
 def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path):

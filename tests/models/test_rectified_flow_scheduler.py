@@ -8,6 +8,7 @@ from diffusers import SchedulerMixin
 
 from opensora.diffusion import flow
 from opensora.errors import OpenSoraError
+from opensora.models.schedulers.base import process_of
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 
 SHIFTED: dict[str, Any] = {"height": 240, "width": 426, "num_frames": 51}
@@ -67,7 +68,7 @@ def test_short_clips_have_a_schedule(rule, num_frames):
 
 def test_frames_are_counted_as_the_autoencoder_makes_them():
     ratio = {
-        factor: RectifiedFlowScheduler(temporal_factor=factor, micro_frame_size=None).time_shift_ratio(512, 512, 16)
+        factor: RectifiedFlowScheduler(temporal_factor=factor, micro_frame_size=None).time_shift.ratio(512, 512, 16)
         for factor in (1, 4)
     }
     assert ratio[1] == 4.0 and ratio[4] == 2.0
@@ -76,8 +77,8 @@ def test_frames_are_counted_as_the_autoencoder_makes_them():
 def test_scale_is_for_videos_only_under_the_later_rule():
     for rule, image in [("latent", 3.0), ("after_first", 1.0)]:
         scheduler = RectifiedFlowScheduler(transform_frames=rule, transform_scale=3.0)
-        assert scheduler.time_shift_ratio(512, 512, 1) == image
-        assert scheduler.time_shift_ratio(512, 512, 5) == pytest.approx(3.0 * (2**0.5 if rule == "latent" else 1.0))
+        assert scheduler.time_shift.ratio(512, 512, 1) == image
+        assert scheduler.time_shift.ratio(512, 512, 5) == pytest.approx(3.0 * (2**0.5 if rule == "latent" else 1.0))
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -170,11 +171,11 @@ def test_drawn_timesteps_are_shifted_like_the_sampled_ones(options):
     drawn, sampled = [], []
     for shift in (False, True):
         scheduler = RectifiedFlowScheduler(use_timestep_transform=shift, transform_scale=2.0, **options)
-        drawn.append(scheduler.draw_timesteps(64, **SHIFTED, generator=torch.Generator().manual_seed(0)))
+        drawn.append(process_of(scheduler).draw_times(64, **SHIFTED, generator=torch.Generator().manual_seed(0)))
         scheduler.set_timesteps(10, **SHIFTED)
         sampled.append(scheduler.timesteps)
     assert drawn[0].min() >= 0 and drawn[0].max() <= 1000 and drawn[0].shape == (64,)
-    ratio = 2.0 * RectifiedFlowScheduler().time_shift_ratio(**SHIFTED)
+    ratio = 2.0 * RectifiedFlowScheduler().time_shift.ratio(**SHIFTED)
     for plain, shifted in (drawn, sampled):
         torch.testing.assert_close(flow.time_shift(plain / 1000, ratio) * 1000, shifted)
 
@@ -232,7 +233,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(OpenSoraError, match="needs all three"):
         scheduler.set_timesteps(5, height=240, width=426)
     with pytest.raises(OpenSoraError, match="needs all three"):
-        scheduler.draw_timesteps(2)
+        process_of(scheduler).draw_times(2)
     scheduler.set_timesteps(5, **SHIFTED)
     with pytest.raises(OpenSoraError, match="nearest"):
         scheduler.step(clean, 123.0, noise)

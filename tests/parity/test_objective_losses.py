@@ -4,6 +4,7 @@ The objective is fed the fixture's latents, noise, times and masks, and the fixt
 """
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from opensora.diffusion.process import GaussianProcess
 from opensora.distributed.seeding import BatchKey
 from opensora.recipes.debug import debug_objective
-from opensora.training.diffusion.noise import IDDPM, Flow, GaussianDiffusion
+from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.task import Batch, DiffusionTask
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -100,10 +102,9 @@ def test_iddpm(name: str, golden) -> None:
             prediction_type="sample" if case == "xstart" else "epsilon", float32_tables=name != "iddpm_v1_0_core"
         )
         objective, toy = objective_of(fixture, model, diffusion)
-        kernel = objective.diffusion
-        assert isinstance(kernel, GaussianDiffusion)
+        assert isinstance(objective.noise_process, GaussianProcess)
         if "weights" in case:
-            kernel.timestep_weights, kernel.weighted = fixture["in.weights"], True
+            objective.noise_process = replace(objective.noise_process, timestep_weights=fixture["in.weights"])
         mask = fixture["in.mask"].bool() if "mask" in case else None
         terms = losses(objective, fixture, mask)
         assert_close(total(terms), expected_of(fixture, key, mask), **TOLERANCE)
@@ -119,8 +120,7 @@ def test_speed_draws_what_the_reference_draws(golden) -> None:
     if "out.speed.p" not in fixture:
         pytest.skip("the fixture holds no SpeeD tables")
     objective = debug_objective("opensora-1.1-stage2", IDDPM(steps="speed", float32_tables=True)).build("cpu")
-    clips = SimpleNamespace(latents=torch.zeros(4001, 1))
-    drawn = objective.diffusion.draw_times(clips, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    drawn = objective.noise_process.draw_times(4001, generator=torch.Generator().manual_seed(0))
     half, meaningful = 2001, int(fixture["out.speed.meaningful_steps"])
     first, mirrored = drawn[:half], drawn[half:]
     assert torch.equal(mirrored, (meaningful - first).abs()[: len(mirrored)])

@@ -147,7 +147,7 @@ def test_exports_sample_like_the_published_models() -> None:
         ("v1_2_stage3", "opensora-1.2"),
     ):
         objective, released = outline(name), PUBLISHED[model]
-        scheduler = objective.diffusion.scheduler
+        scheduler = objective.scheduler
         assert type(scheduler).__name__ == released.scheduler_class.rpartition(".")[2]
         config = dict(scheduler.config)
         assert {key: config[key] for key in released.scheduler_config} == dict(released.scheduler_config)

@@ -11,6 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from opensora.diffusion.process import NoiseProcess
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers import SAMPLERS
 
@@ -47,6 +48,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         """How many of the first latent channels a model is guided on that does not say; ``None`` for all."""
         return None
 
+    def noise_process(self) -> NoiseProcess:
+        """See :func:`process_of`."""
+        raise OpenSoraError(
+            f"nothing is trained with a {type(self).__name__}; expected a RectifiedFlowScheduler or an IDDPMScheduler"
+        )
+
     def with_sampler(self, name: str) -> "Scheduler":
         """Another way to sample the same model.
 
@@ -64,6 +71,16 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         raise OpenSoraError(
             f"the sampler {name} is for models that predict noise; this one has a {type(self).__name__}"
         )
+
+
+def process_of(scheduler: Any) -> NoiseProcess:
+    """How the networks that a scheduler samples are trained.
+
+    Raises:
+        OpenSoraError: a scheduler that nothing is trained with, or of another library.
+    """
+    check_scheduler(scheduler)
+    return scheduler.noise_process()
 
 
 def check_scheduler(scheduler: Any) -> None:

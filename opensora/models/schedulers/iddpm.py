@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils.outputs import BaseOutput
 
 from opensora.diffusion import gaussian
+from opensora.diffusion.process import GaussianProcess
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
@@ -105,6 +106,10 @@ class IDDPMScheduler(Scheduler):
     def default_cfg_channels(self, latent_channels: int) -> int | None:
         """3, as the published samplers guide."""
         return min(3, latent_channels)
+
+    def noise_process(self) -> GaussianProcess:
+        """What such networks are trained with: steps are drawn alike, and have the same weight."""
+        return GaussianProcess(self.train_tables, self.prediction_type, self.variance_type)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from diffusers.schedulers.scheduling_utils import (
 )
 
 from opensora.diffusion import flow
+from opensora.diffusion.process import RectifiedFlowProcess
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
@@ -76,17 +77,26 @@ class RectifiedFlowScheduler(Scheduler):
         self.num_train_timesteps = num_train_timesteps
         self.use_discrete_timesteps = use_discrete_timesteps
         self.use_timestep_transform = use_timestep_transform
-        self.transform_scale = transform_scale
-        self.transform_base_size = transform_base_size
-        self.transform_frames = transform_frames
         self.temporal_factor = temporal_factor
         self.micro_frame_size = micro_frame_size
-        self.sample_method = sample_method
-        self.sample_loc = sample_loc
-        self.sample_scale = sample_scale
+        self.time_shift = flow.TimeShift(
+            transform_scale, transform_base_size, transform_frames, temporal_factor, micro_frame_size
+        )
+        """How times are shifted under ``use_timestep_transform``."""
+        self._process = RectifiedFlowProcess(
+            num_train_timesteps,
+            times="discrete" if use_discrete_timesteps else sample_method,
+            loc=sample_loc,
+            scale=sample_scale,
+            time_shift=self.time_shift if use_timestep_transform else None,
+        )
         self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps: the training grid.
         self._schedule(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), device=None)
+
+    def noise_process(self) -> RectifiedFlowProcess:
+        """What such networks are trained with: times are drawn and shifted as the configuration says."""
+        return self._process
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -121,64 +131,11 @@ class RectifiedFlowScheduler(Scheduler):
             if steps > grid:
                 raise OpenSoraError(f"got num_inference_steps={steps}; a discrete schedule has at most {grid}")
             timesteps = timesteps.round()
-        timesteps = self._shift(timesteps / grid, height, width, num_frames) * grid
+        t = timesteps / grid
+        if self.use_timestep_transform:
+            t = self.time_shift(t, height, width, num_frames)
         self.num_inference_steps = steps
-        self._schedule(timesteps, device)
-
-    def time_shift_ratio(self, height: float, width: float, num_frames: int) -> float:
-        """Shift ratio of a video of this size (pixels, video frames), for sampling and for training alike."""
-        scale, factor = self.transform_scale, self.temporal_factor
-        if self.transform_frames == "latent":
-            frames = flow.latent_frames(num_frames, factor, self.micro_frame_size)
-        else:
-            frames = flow.frames_after_first(num_frames, factor)
-            scale = scale if num_frames > 1 else 1.0
-        return flow.time_shift_ratio(height, width, frames, scale=scale, base_size=self.transform_base_size)
-
-    def draw_timesteps(
-        self,
-        batch_size: int,
-        *,
-        height: float | None = None,
-        width: float | None = None,
-        num_frames: int | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> torch.Tensor:
-        """Timesteps to train on, (B,) float32 in [0, N], drawn and shifted as the configuration says.
-
-        Args:
-            batch_size: B.
-            height: of the videos in pixels; the sizes matter only under ``use_timestep_transform``.
-            width: of the videos in pixels.
-            num_frames: of the videos (not of the latents).
-            generator: source of the random numbers.
-            device: of the result, and of ``generator``.
-
-        Raises:
-            OpenSoraError: a missing or impossible size.
-        """
-        if self.use_discrete_timesteps:
-            t = flow.sample_discrete(batch_size, self.num_train_timesteps, generator=generator, device=device)
-        elif self.sample_method == "uniform":
-            t = flow.sample_uniform(batch_size, generator=generator, device=device)
-        else:
-            t = flow.sample_logit_normal(
-                batch_size, loc=self.sample_loc, scale=self.sample_scale, generator=generator, device=device
-            )
-        return self._shift(t, height, width, num_frames) * self.num_train_timesteps
-
-    def _shift(
-        self, t: torch.Tensor, height: float | None, width: float | None, num_frames: int | None
-    ) -> torch.Tensor:
-        if not self.use_timestep_transform:
-            return t
-        if height is None or width is None or num_frames is None:
-            raise OpenSoraError(
-                f"got height={height}, width={width}, num_frames={num_frames}; this scheduler shifts its timesteps "
-                "by the size of the video and needs all three, in pixels and video frames"
-            )
-        return flow.time_shift(t, self.time_shift_ratio(height, width, num_frames))
+        self._schedule(t * grid, device)
 
     def _schedule(self, timesteps: torch.Tensor, device: torch.device | str | None) -> None:
         """Cast the float64 table once; look-ups use the same float32 values the caller iterates over."""

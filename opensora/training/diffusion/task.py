@@ -152,7 +152,8 @@ class DiffusionTask(TrainingTask):
         self.defaults = {**getattr(config.data, "defaults", dict)(), **config.defaults}
         frozen_dtype = getattr(torch, config.frozen_dtype)
         self.autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, device, frozen_dtype)
-        self.diffusion = config.diffusion.build(self.autoencoder, device)
+        self.scheduler, noise_process = config.diffusion.build(self.autoencoder)
+        self.noise_process = noise_process.to(device)
         self.transformer = build_transformer(
             config.architecture, config.transformer, config.init_from, config.new_parts, device
         )
@@ -212,7 +213,13 @@ class DiffusionTask(TrainingTask):
         return Batch(
             latents=clips.latents.to(device),
             noise=noise.to(device),
-            t=self.diffusion.draw_times(clips, key.generator("t")).to(device),
+            t=self.noise_process.draw_times(
+                size,
+                height=float(clips.height[0]),
+                width=float(clips.width[0]),
+                num_frames=clips.num_frames,
+                generator=key.generator("t"),
+            ).to(device),
             text=text,
             text_mask=text_mask,
             drop_text=drop_text.to(device),
@@ -253,9 +260,9 @@ class DiffusionTask(TrainingTask):
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, key: BatchKey) -> dict[str, Tensor]:
-        noisy = self.diffusion.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
-        prediction = self.predict(noisy, self.diffusion.timesteps(batch.t), batch)
-        terms = self.diffusion.losses(
+        noisy = self.noise_process.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
+        prediction = self.predict(noisy, self.noise_process.timesteps(batch.t), batch)
+        terms = self.noise_process.losses(
             prediction,
             clean=batch.latents,
             noisy=noisy,
@@ -266,7 +273,7 @@ class DiffusionTask(TrainingTask):
         )
         if isinstance(self.config.train, LoRAConfig) and self.config.train.preserve:
             with torch.no_grad(), without_adapter(self.transformer):
-                before = self.predict(noisy, self.diffusion.timesteps(batch.t), batch)
+                before = self.predict(noisy, self.noise_process.timesteps(batch.t), batch)
             change = (prediction - before)[:, : batch.latents.shape[1]].abs().flatten(1).mean(1)
             terms["change"] = self.config.train.preserve * change
         return terms
@@ -294,7 +301,7 @@ class DiffusionTask(TrainingTask):
 
     def groups(self, batch: Batch) -> dict[str, list[str]]:
         """Each clip's size, and the tenth of the time that it was corrupted to."""
-        timesteps = self.diffusion.timesteps(batch.t)
+        timesteps = self.noise_process.timesteps(batch.t)
         tenths = (timesteps * TIME_BINS / 1000).long().clamp(0, TIME_BINS - 1).tolist()
         return {
             "bucket": [batch.label] * len(tenths),
@@ -328,11 +335,13 @@ class DiffusionTask(TrainingTask):
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
 
-        whole = isinstance(self.config.diffusion, IDDPM)
+        t = self.noise_process.draw_times(
+            size, height=shape.height, width=shape.width, num_frames=shape.num_frames, generator=torch.Generator()
+        )
         return Batch(
             latents=empty(size, self.autoencoder.latent_channels, *cells),
             noise=empty(size, self.autoencoder.latent_channels, *cells),
-            t=empty(size, dtype=torch.int64 if whole else torch.float32),
+            t=t.to(device),
             text=empty(*tokens, dtype=torch.int64) if self.captions.trained else empty(*tokens, width),
             text_mask=empty(*tokens, dtype=torch.int64) + 1,
             drop_text=empty(size, dtype=torch.bool),
@@ -398,7 +407,7 @@ class DiffusionTask(TrainingTask):
         """
         parts = {
             "transformer": self.transformer,
-            "scheduler": self.diffusion.scheduler,
+            "scheduler": self.scheduler,
             "autoencoder": self.autoencoder,
             "text_encoder": self.captions.load(),
             "tokenizer": self.captions.tokenizer,

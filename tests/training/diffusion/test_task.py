@@ -219,9 +219,7 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
     def mean_time(size: str, shift: bool) -> float:
         data = ManifestClips({size: {"5": (1.0, 8)}}, manifest, num_workers=0)
         objective = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
-        assert objective.source is not None
-        drawn = objective.diffusion.draw_times(objective.source.batch(BatchKey(0, 0)), BatchKey(0, 0).generator("t"))
-        return float(drawn.mean())
+        return float(objective.prepare(BatchKey(0, 0)).t.mean())
 
     small, large = mean_time("32x32", True), mean_time("64x64", True)
     assert small < large < mean_time("64x64", False) == mean_time("32x32", False)
