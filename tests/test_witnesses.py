@@ -18,7 +18,7 @@ from witnesses.cases import CLIPS, HERE, LATENTS, LOOPS, LOSSES, LOSSES_OF, MODE
 
 from opensora.checkpoints.sources import model_hash
 from opensora.cli.main import main as opensora
-from opensora.cli.record import read_record
+from opensora.generation.record import read_record
 from opensora.media.read import read_video
 
 MADE: dict[str, Any] = json.loads((HERE / "made.json").read_text())

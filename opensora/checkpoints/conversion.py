@@ -65,7 +65,7 @@ def convert(
     components = dict(components or {})
     whole = published_name(str(source)) is not None or _index_of(source).is_file()
     if whole and model is not None:
-        raise OpenSoraError(f"{source} is a whole model and knows its defaults; leave out --model")
+        raise OpenSoraError(f"{source} is a whole model and knows its defaults; leave out `model`")
     if not components:  # else the parts given may be what puts a model right
         _refuse_problems(inspect_model(source).problems)
     with _writing_folder(output) as folder:
@@ -125,7 +125,7 @@ def _model_of(path: Path, model: str | None) -> str:
     if identity.kind != "transformer":
         raise OpenSoraError(
             f"{path} is no transformer but a {identity.summary}; a whole model is made of a transformer, with "
-            "--autoencoder, --text-encoder and --tokenizer beside it"
+            "`autoencoder`, `text_encoder` and `tokenizer` beside it"
         )
     if model is None:
         model = _only_model_like(path, identity)
@@ -133,10 +133,10 @@ def _model_of(path: Path, model: str | None) -> str:
     if name is None:
         raise OpenSoraError(
             f"no published model has the shapes of {path}, so its defaults are unknown; name the one that it was "
-            f"derived from with --model, one of {', '.join(PUBLISHED)}"
+            f"derived from with `model`, one of {', '.join(PUBLISHED)}"
         )
     if PUBLISHED[name].transformer.class_name.rsplit(".", 1)[1] != identity.class_name:
-        raise OpenSoraError(f"{path} is a {identity.summary}, which {name} is not; name another one with --model")
+        raise OpenSoraError(f"{path} is a {identity.summary}, which {name} is not; name another one with `model`")
     return name
 
 
@@ -144,7 +144,7 @@ def _only_model_like(path: Path, identity: Identity) -> str | None:
     """A published model of these shapes; several are as good as one if they differ in their weights alone."""
     names = published_as(identity)
     if len({_all_but_weights(PUBLISHED[name]) for name in names}) > 1:
-        raise OpenSoraError(f"{path} has the shapes of {', '.join(names)}; say which it is with --model")
+        raise OpenSoraError(f"{path} has the shapes of {', '.join(names)}; say which it is with `model`")
     return names[0] if names else None
 
 
@@ -170,7 +170,7 @@ def _assumed(path: Path, identity: Identity, model: str | None) -> Mapping[str, 
         return None
     raise OpenSoraError(
         f"{path} has no config.json, and shapes do not tell {', '.join(open_questions)}; name the published model it "
-        f"is like with --model, one of {', '.join(PUBLISHED)}"
+        f"is like with `model`, one of {', '.join(PUBLISHED)}"
     )
 
 

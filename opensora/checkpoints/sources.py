@@ -109,8 +109,8 @@ def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSor
     commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for _, part in parts))
     total = hub.gigabytes(sum(part.size_bytes for _, part in parts))
     return OpenSoraError(
-        f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with --download "
-        f"(download=True), or by: {commands}"
+        f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with `download`, "
+        f"or by: {commands}"
     )
 
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from opensora.cli.inspect import print_lines
 from opensora.cli.options import option
+from opensora.cli.progress import ReadingBar, quiet_libraries
 from opensora.errors import OpenSoraError
 from opensora.generation.request import DTYPES
 from opensora.settings import nearest_name
@@ -40,12 +42,9 @@ class Convert:
 
     def run(self) -> None:
         import torch
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
 
         from opensora.checkpoints.conversion import convert
-        from opensora.checkpoints.fit import PipelineReport
-        from opensora.cli.inspect import Progress, component_lines, pipeline_lines, print_lines
+        from opensora.checkpoints.wording import report_lines
 
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OpenSoraError(f"unknown dtype {self.dtype!r}{nearest_name(self.dtype, DTYPES)}")
@@ -53,11 +52,9 @@ class Convert:
             raise OpenSoraError(
                 f"--max-shard-size is {self.max_shard_size!r}; give a number of KB, MB or GB such as 5GB"
             )
-        for logging in (diffusers_logging, transformers_logging):
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+        quiet_libraries()
         parts = {name: getattr(self, name) for name in ("autoencoder", "text_encoder", "tokenizer")}
-        with Progress() as progress:
+        with ReadingBar() as progress:
             report = convert(
                 self.source,
                 self.output,
@@ -68,5 +65,4 @@ class Convert:
                 on_progress=progress.update,
             )
         print(f"written: {self.output}")
-        is_pipeline = isinstance(report, PipelineReport)
-        print_lines(pipeline_lines(report) if is_pipeline else component_lines(report), [])
+        print_lines(report_lines(report), [])

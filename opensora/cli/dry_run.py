@@ -1,20 +1,17 @@
 """`opensora train RECIPE --dry-run`: what a run would take, before anything is loaded, downloaded or trained."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from opensora.cli.options import FLAG, flag, given_options, option
+from opensora.cli.options import FLAG, flag, given_options, option, with_flags
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe
-    from opensora.training.plan import TrainingPlan
 
 _MFU = 0.4
-_ROWS = 8  # of the table of batches
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,22 @@ class DryRunOptions:
             OpenSoraError: an unknown device, or a run that does not fit on it.
         """
         from opensora.planning.devices import find_device
+        from opensora.planning.report import gigabytes
         from opensora.training.plan import TrainingPlan
+        from opensora.training.plan_report import advice, describe_plan, plan_lines
 
         if self.settings:
             print("\n".join(_settings(recipe)))
             return
         plan = TrainingPlan(recipe, find_device(device or "cpu"), self.world_size or 1, self.mfu or _MFU)
-        told = _told(plan, recipe, folder, self.price_per_hour)
-        print(json.dumps(told, indent=2) if self.json else "\n".join(line.rstrip() for line in _lines(told)))
+        told = describe_plan(plan, recipe, folder, self.price_per_hour)
+        if self.json:
+            print(with_flags(json.dumps(told, indent=2), self))
+        else:
+            print("\n".join(line.rstrip() for line in plan_lines(told)))
         if not told["fits"]:
-            needs, has = _size(told["memory"]["total"]), _size(plan.device.memory_bytes)
-            raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {_advice(told)}")
+            needs, has = gigabytes(told["memory"]["total"]), gigabytes(plan.device.memory_bytes)
+            raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {advice(told)}")
 
 
 def _settings(recipe: "Recipe") -> list[str]:
@@ -86,196 +88,3 @@ def _settings(recipe: "Recipe") -> list[str]:
         return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
 
     return flat({key: value for key, value in to_dict(recipe).items() if key != "name"}, "")
-
-
-def _told(plan: "TrainingPlan", recipe: "Recipe", folder: Path, price: float | None) -> dict[str, Any]:
-    """The plan as plain JSON values; sizes are bytes, times seconds."""
-    from opensora.distributed.checkpoint import newest_checkpoint
-
-    checkpoint = newest_checkpoint(folder / "checkpoints")[0]
-    loop, fits = recipe.loop, plan.fits()
-    step_s = plan.step_s()
-    hours = None if step_s is None else step_s * loop.steps * plan.world_size / 3600
-    return {
-        "recipe": recipe.name,
-        "folder": str(folder),
-        "resumes_from": None if checkpoint is None else checkpoint.name,
-        "device": dataclasses.asdict(plan.device),
-        "world_size": plan.world_size,
-        "sharded": plan.is_sharded,
-        "sequence_parallel": loop.sequence_parallel,
-        "microbatches": loop.microbatches,
-        "precision": loop.precision,
-        "activation_checkpointing": loop.activation_checkpointing,
-        "parameters": [dataclasses.asdict(network) for network in plan.parameters()],
-        "memory": dataclasses.asdict(plan.memory),
-        "fits": fits,
-        "ways_to_fit": [] if fits else [{"options": o, "total": way.memory.total} for o, way in plan.ways_to_fit()],
-        "smaller_batches": {} if fits else plan.smaller_batches(),
-        "batches": [
-            {**dataclasses.asdict(cost.shape), **{k: v for k, v in dataclasses.asdict(cost).items() if k != "shape"}}
-            for cost in plan.batches
-        ],
-        "step": {
-            "clips": plan.mean(lambda cost: cost.shape.batch_size) * loop.microbatches * plan.num_data_ranks,
-            "tokens": plan.mean(lambda cost: cost.tokens or 0) * plan.num_data_ranks,
-            "flops": plan.mean(lambda cost: cost.flops),
-            "recomputed_flops": plan.mean(lambda cost: cost.recomputed_flops),
-            "frozen_flops": plan.mean(lambda cost: cost.frozen_flops),
-            "sent_bytes": plan.mean(lambda cost: cost.sent_bytes),
-            "switched_bytes": plan.mean(lambda cost: cost.switched_bytes),
-            "sending_s": plan.mean(lambda cost: cost.sending_s or 0.0),
-            "seconds": step_s,
-            "mfu": plan.mfu,
-            "logged_mfu": plan.logged_mfu(),
-        },
-        "run": {
-            "steps": loop.steps,
-            "hours": None if hours is None else hours / plan.world_size,
-            "device_hours": hours,
-            "cost": None if hours is None or price is None else hours * price,
-        },
-    }
-
-
-# --- on one screen ----------------------------------------------------------------------------------------------------
-
-
-def _lines(told: dict[str, Any]) -> list[str]:
-    return [
-        *_head(told),
-        "",
-        *_parameters(told["parameters"]),
-        "",
-        *_memory(told),
-        "",
-        *_batches(told),
-        "",
-        *_time(told),
-    ]
-
-
-def _head(told: dict[str, Any]) -> list[str]:
-    ranks, device = told["world_size"], told["device"]["name"]
-    where = f"{ranks} x {device}" if ranks > 1 else ("this machine's CPU" if device == "cpu" else f"one {device}")
-    how = [told["precision"]]
-    how += ["weights sharded over all ranks"] if told["sharded"] else []
-    how += [f"clips shared by {told['sequence_parallel']} ranks"] if told["sequence_parallel"] > 1 else []
-    how += [f"{told['microbatches']} microbatches"] if told["microbatches"] > 1 else []
-    how += [f"activation checkpointing {told['activation_checkpointing']}"]
-    return [f"{told['recipe']} on {where}", f"{', '.join(how)}; GB are 1024^3 bytes"]
-
-
-def _parameters(networks: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'parameters':<24}{'trained':>16}{'frozen':>16}"]
-    for network in networks:
-        lines.append(f"{network['name'].replace('_', ' '):<24}{network['trained']:>16,}{network['frozen']:>16,}")
-    return lines
-
-
-def _memory(told: dict[str, Any]) -> list[str]:
-    memory, has = told["memory"], told["device"]["memory_bytes"]
-    share = f" 1/{told['world_size']}" if told["sharded"] else ""
-    parts = {
-        "weights": f"weights{share}",
-        "gradients": f"gradients{share}",
-        "optimizer": f"optimiser{share}",
-        "average": f"average of weights{share}",
-        "critic": "critic and its optimiser",
-        "frozen": "frozen networks",
-        "activations": f"activations, {memory['worst']}",
-        "preparation": "frozen networks at work",
-        "communication": "gathered and sent",
-        "checkpoint": "checkpoint being written",
-        "surcharge": "process and allocator",
-    }
-    lines = [f"{'memory of a rank':<36}"]
-    lines += [f"{name:<36}{_size(memory[part]):>9}" for part, name in parts.items() if memory[part]]
-    verdict = "fits" if told["fits"] else "does not fit"
-    lines.append(f"{'at the worst moment':<36}{_size(memory['total']):>9} of {_size(has)}: {verdict}")
-    return lines
-
-
-def _batches(told: dict[str, Any]) -> list[str]:
-    step, timed = told["step"], told["step"]["seconds"] is not None
-    head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds" * timed)
-    lines = ["{:<24}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head).rstrip()]
-
-    def weight(batch: dict[str, Any]) -> float:
-        return batch["share"] * (batch["flops"] + batch["recomputed_flops"] + batch["frozen_flops"])
-
-    shown = sorted(told["batches"], key=weight, reverse=True)[:_ROWS]
-    for batch in shown:
-        lines.append(
-            f"{batch['label']:<24}{batch['share']:>7.1%}{batch['batch_size'] * told['microbatches']:>7}"
-            f"{'-' if batch['tokens'] is None else format(batch['tokens'], ','):>10}{_work(batch)}"
-            f"{_seconds(batch['seconds']):>9}"
-        )
-    left = len(told["batches"]) - len(shown)
-    if left:
-        lines.append(f"and {left} sizes that take less")
-    data_ranks = told["world_size"] // told["sequence_parallel"]
-    clips, tokens = step["clips"] / data_ranks, step["tokens"] / data_ranks
-    lines.append(
-        f"{'mean':<31}{clips:>7.0f}{format(round(tokens), ',') if tokens else '-':>10}{_work(step)}"
-        f"{_seconds(step['seconds']):>9}"
-    )
-    if told["world_size"] > 1:
-        lines.append(_sent(step))
-    return lines
-
-
-def _work(cost: dict[str, Any]) -> str:
-    return f"{_tera(cost['flops']):>10}{_tera(cost['recomputed_flops']):>12}{_tera(cost['frozen_flops']):>9}"
-
-
-def _sent(step: dict[str, Any]) -> str:
-    parts = f"{_size(step['sent_bytes'])} of weights and gradients"
-    if step["switched_bytes"]:
-        parts += f", {_size(step['switched_bytes'])} of shared clips"
-    return f"sent by each rank: {parts}" + (f", {step['sending_s']:.2g} s" if step["sending_s"] else "")
-
-
-def _time(told: dict[str, Any]) -> list[str]:
-    step, run, device = told["step"], told["run"], told["device"]
-    start = f"resumes from {told['resumes_from']}" if told["resumes_from"] else "starts at step 0"
-    first = f"{run['steps']:,} steps in {told['folder']}, {start}"
-    if step["seconds"] is None:
-        return [first, "no time is told: nobody measured this CPU; set loop.peak_tflops to what it can do"]
-    peak = f"{device['peak_tflops']:g} TFLOP/s" if device["peak_tflops"] else "loop.peak_tflops"
-    cost = "" if run["cost"] is None else f", which cost {run['cost']:,.2f}"
-    return [
-        first,
-        f"{step['seconds']:.3g} s a step at {step['mfu']:.0%} of {peak} (would be logged as mfu "
-        f"{step['logged_mfu']:.2f}: without what is recomputed or frozen)",
-        f"{_duration(run['hours'])}: {run['device_hours']:,.1f} hours of a device{cost}",
-    ]
-
-
-def _advice(told: dict[str, Any]) -> str:
-    ways = [f"{' '.join(way['options'])} ({_size(way['total'])})" for way in told["ways_to_fit"]]
-    smaller = {label: size for label, size in told["smaller_batches"].items() if size}
-    if smaller:
-        sizes = ", ".join(f"{size} of {label}" for label, size in smaller.items())
-        ways.append(f"smaller batches ({sizes})")
-    if ways:
-        return f"it fits with {', or with '.join(ways)}"
-    return "choose a larger device, or encode beforehand by opensora data precompute"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
-
-
-def _tera(flops: float) -> str:
-    return "-" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.3g}"
-
-
-def _duration(hours: float) -> str:
-    return (
-        f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-    )

@@ -1,23 +1,17 @@
 """`opensora inspect`: what a checkpoint is, and whether its parts fit together."""
 
 import json
-import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from opensora.cli.options import FLAG
+from opensora.cli.progress import ReadingBar
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
-    from opensora.checkpoints.adapters import AdapterReport
-    from opensora.checkpoints.fit import PipelineReport
-    from opensora.checkpoints.report import ComponentReport
-
-Lines = list[tuple[str, str]]
-"""What the lines of a report begin with, and what they say."""
+    from opensora.checkpoints.wording import Lines
 
 
 @dataclass(frozen=True)
@@ -35,166 +29,25 @@ class Inspect:
     """Print JSON, for programs."""
 
     def run(self) -> None:
-        from opensora.checkpoints.adapters import AdapterReport, inspect_adapter, is_adapter
-        from opensora.checkpoints.fit import PipelineReport, inspect_model
+        from opensora.checkpoints.adapters import inspect_adapter, is_adapter
+        from opensora.checkpoints.fit import inspect_model
+        from opensora.checkpoints.wording import report_lines
 
         if is_adapter(self.model):
             report = inspect_adapter(self.model)
         else:
-            with Progress() as progress:
+            with ReadingBar() as progress:
                 report = inspect_model(self.model, on_progress=None if self.quick else progress.update)
         if self.json:
             print(json.dumps(report.to_dict(), indent=2, default=list))
-        elif isinstance(report, AdapterReport):
-            print_lines(adapter_lines(report), report.problems)
         else:
-            is_pipeline = isinstance(report, PipelineReport)
-            print_lines(pipeline_lines(report) if is_pipeline else component_lines(report), report.problems)
+            print_lines(report_lines(report), report.problems)
         if report.problems:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise OpenSoraError(report.problems[0] + more)
 
 
-def pipeline_lines(report: "PipelineReport") -> Lines:
-    """A model in one screen."""
-    parts = list(report.components.values())
-    parameters, size = sum(part.num_parameters for part in parts), sum(part.size_bytes for part in parts)
-    lines = [
-        ("model", f"{report.name}, {count(parameters)} parameters, {megabytes(size)} of weights"),
-        *([("model hash", report.sha256)] if report.sha256 else []),
-        *defaults_lines(report.defaults),
-        ("scheduler", describe_scheduler(report.scheduler)),
-        ("tokenizer", "{class}, {tokens} tokens".format(**report.tokenizer) if report.tokenizer else "none"),
-    ]
-    for name, part in report.components.items():
-        lines += [("", ""), *component_lines(part, name.replace("_", " "))]
-        if name == "transformer":
-            lines.append(("trained on", describe_origin(report.trained_on)))
-    return lines + [("", "")] + [("note", note) for note in report.notes]
-
-
-def adapter_lines(report: "AdapterReport") -> Lines:
-    """An adapter in a few lines."""
-    origin = report.origin
-    what = "of an unknown network" if origin is None else f"of a {origin.class_name}, trained on {origin.base}"
-    lines = [
-        ("adapter", f"LoRA of rank {report.rank} {what}"),
-        ("at", report.path),
-        ("size", f"{count(report.num_parameters)} parameters beside {report.num_layers} layers"),
-        ("sha256", report.sha256),
-    ]
-    if origin is None:
-        lines.append(("cannot tell", "which model it belongs to; the file does not say"))
-        return lines
-    lines.append(("base", f"{describe_config(origin.config)}; weights {origin.fingerprint[:16]}..."))
-    lines.append(("fits", ", ".join(report.fits) or f"{origin.base}, if it has these weights; no bundled model has"))
-    if diffusion := origin.training.get("diffusion"):
-        lines.append(("trained with", describe_config(diffusion)))
-    return lines
-
-
-def component_lines(report: "ComponentReport", what: str = "weights") -> Lines:
-    """A component in a few lines."""
-    class_name = f" ({report.class_name})" if report.class_name else ""
-    files = f"{report.num_files} files" if report.num_files > 1 else "one file"
-    safety = "safetensors" if report.file_format == "safetensors" else "pickle, read as tensors only"
-    lines = [
-        (what, f"{report.summary}{class_name}"),
-        ("at", report.path),
-        ("size", f"{count(report.num_parameters)} parameters, {megabytes(report.size_bytes)}"),
-        ("format", f"{safety}, {files}, {' and '.join(report.dtypes)}"),
-    ]
-    if report.sha256:
-        lines.append(("sha256", report.sha256))
-    if report.config:
-        lines.append(("built as", describe_config(report.config)))
-    if report.kind == "transformer" and report.config:
-        null_text = "present, {} tokens of width {}".format(*report.null_text) if report.null_text else "missing"
-        lines.append(("null text", null_text))
-    if report.latent_space is not None:
-        lines.append(("latent space", describe_latent_space(report.latent_space)))
-    elif report.kind == "autoencoder":
-        lines.append(("latent space", "not in this file; its config.json or the model it belongs to tells"))
-    if report.same_shape_as:
-        lines.append(("shaped like", ", ".join(report.same_shape_as)))
-    lines += [("cannot tell", f"{name}: {note}") for name, note in report.unsure.items()]
-    if report.non_finite is not None:
-        lines.append(("values", "all finite" if not report.non_finite else "NaN or infinite ones"))
-    return lines
-
-
-def defaults_lines(defaults: dict[str, Any]) -> Lines:
-    """How a pipeline samples where nothing else is asked for."""
-    known = {"num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "cfg_channels"}
-    if not known <= set(defaults):
-        return [("defaults", describe_config(defaults))]
-    channels = defaults["cfg_channels"]
-    guided = "all latent channels" if channels is None else f"the first {channels} latent channels"
-    if isinstance(channels, list | tuple):
-        guided = f"latent channels {', '.join(map(str, channels))}"
-    return [
-        ("makes", "{num_frames} frames of {width}x{height} at {fps:g} fps".format(**defaults)),
-        ("samples", "{num_inference_steps} steps, guidance {guidance_scale:g} on ".format(**defaults) + guided),
-    ]
-
-
-def describe_scheduler(scheduler: dict[str, Any]) -> str:
-    """Class and keywords."""
-    options = {name: value for name, value in scheduler.items() if name != "class"}
-    return f"{scheduler['class']} ({describe_config(options)})" if scheduler else "none"
-
-
-def describe_origin(trained_on: dict[str, Any] | None) -> str:
-    """What a transformer was trained on."""
-    if not trained_on:
-        return "not recorded"
-    parts = [describe_latent_space(trained_on["latent_space"])] if "latent_space" in trained_on else []
-    if trained_on.get("autoencoder"):
-        parts.append(f"autoencoder {trained_on['autoencoder'][:16]}...")
-    return "; ".join(parts)
-
-
-def describe_latent_space(space: dict[str, Any]) -> str:
-    """A latent space in one line."""
-    parts = [f"scaling factor {space.get('scaling_factor', 1.0):g} ({space.get('convention', 'multiply')})"]
-    for name in ("shift", "scale"):
-        if space.get(name) is not None:
-            parts.append(f"{name} {' '.join(f'{value:.4g}' for value in space[name])}")
-    if space.get("replaces"):
-        parts.append(f"a user's, in place of {describe_latent_space(space['replaces'])}")
-    return ", ".join(parts)
-
-
-def describe_config(config: dict[str, Any]) -> str:
-    """Keywords that hold plain values, as `name=value`; what is nested is left to --json."""
-    named = {name: value.get("type") if isinstance(value, dict) else value for name, value in config.items()}
-    hidden = {name for name, value in config.items() if isinstance(value, dict) and "type" not in value}
-    return ", ".join(f"{name}={_short(value)}" for name, value in named.items() if name not in hidden)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "x".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def count(number: int) -> str:
-    """`"1.13 B"`, `"83.6 M"`, `"1,204"`."""
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,}"
-
-
-def megabytes(size_bytes: int) -> str:
-    """`"4.84 GB"`, `"167 MB"`, `"13 kB"`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:.3g} {unit}"
-    return f"{size_bytes / 1e3:.3g} kB"
-
-
-def print_lines(lines: Lines, problems: list[str]) -> None:
+def print_lines(lines: "Lines", problems: list[str]) -> None:
     """Prints aligned lines, then what is wrong."""
     from rich.console import Console
 
@@ -207,26 +60,3 @@ def print_lines(lines: Lines, problems: list[str]) -> None:
         console.print(f"{'problem':<{width}}{problem}", style="red", **plain)
     if not problems:
         console.print(f"{'verdict':<{width}}nothing is wrong with it", style="green", **plain)
-
-
-class Progress:
-    """A progress bar on stderr while data is read, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-        self.task = self.bar.add_task("reading", total=None)
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self.bar.update(self.task, description=what, completed=done, total=total or None)
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()

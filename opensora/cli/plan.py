@@ -1,22 +1,17 @@
 """`opensora plan`: how much memory a clip will take, and what makes it fit, before anything is loaded or downloaded."""
 
-import dataclasses
 import json
 import re
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from opensora.cli.generate_options import MachineOptions, ModelOptions, SizeOptions
-from opensora.cli.options import FLAG, given_options, option
+from opensora.cli.options import FLAG, flag, given_options, option
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
 from opensora.generation.resolve import describe_size, resolve_size
-
-if TYPE_CHECKING:
-    from opensora.planning.planner import Planner
-    from opensora.planning.stages import Choices
 
 _UNITS = {"": 2**30, "GB": 2**30, "GIB": 2**30, "G": 2**30, "MB": 2**20, "MIB": 2**20, "M": 2**20}
 
@@ -45,7 +40,7 @@ class Plan:
         if self.model.download:
             raise OpenSoraError("a plan needs no weights; leave out --download")
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
-        plan = _predict(self, self._device(), memory_bytes)
+        plan = _with_options(self._predict(self._device(), memory_bytes))
         print(json.dumps(plan, indent=2) if self.json else "\n".join(_lines(plan)))
 
     @property
@@ -53,6 +48,25 @@ class Plan:
         """A clip of this size; what it shows takes no memory."""
         wishes = dict(given_options(self.size)) | dict(given_options(self.machine)) | self.model.wishes()
         return ClipRequest("a clip", guidance_scale=self.guidance_scale, **wishes)
+
+    def _predict(self, device: str, memory_bytes: int | None) -> dict[str, Any]:
+        import torch
+
+        from opensora.geometry import VideoSize
+        from opensora.planning.outline import outline
+        from opensora.planning.report import plan_clip
+        from opensora.planning.stages import Clip
+        from opensora.planning.tracing import Tracer
+
+        tracer, request = Tracer(), self.request
+        outlined = outline(tracer, request.model_name, request.components)
+        config = outlined.pipeline.config
+        made = resolve_size(request, config, outlined.pipeline.size_rule())
+        scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
+        dtype = None if request.dtype is None else getattr(torch, request.dtype)
+        plan = plan_clip(tracer, outlined, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
+        return {"model": plan["model"], "clip": describe_size(clip.size, made.nominal_size), **plan}
 
     def _device(self) -> str:
         """Where it will run; not checked, for a plan may be made elsewhere."""
@@ -86,111 +100,49 @@ def parse_memory(text: str) -> int:
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _predict(options: Plan, device: str, memory_bytes: int | None) -> dict[str, Any]:
-    """The plan, as plain JSON values; sizes are bytes."""
-    import torch
-
-    from opensora.geometry import VideoSize
-    from opensora.planning.outline import outline
-    from opensora.planning.planner import ACCELERATOR, CPU, Planner
-    from opensora.planning.stages import COMPONENT_OF, Clip
-    from opensora.planning.tracing import Tracer
-
-    tracer = Tracer()
-    outlined = outline(tracer, options.request.model_name, options.request.components)
-    config = outlined.pipeline.config
-    made = resolve_size(options.request, config, outlined.pipeline.size_rule())
-    scale = config.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
-    on_cpu = device == "cpu"
-    planner = Planner(tracer, outlined.pipeline, clip, CPU if on_cpu else ACCELERATOR)
-
-    dtype = getattr(torch, options.machine.dtype or ("float32" if on_cpu else "bfloat16"))
-    default = planner.default(dtype)
-    smallest = planner.smallest(default)
-    ways = dict.fromkeys([default, replace(default, offload=True), smallest])
-    plan = {
-        "model": outlined.name,
-        "clip": describe_size(clip.size, made.nominal_size),
-        "guided": clip.guided,
-        "device": device,
-        "dtype": _name(dtype),
-        "stages": [
-            {
-                "network": COMPONENT_OF[stage.name],
-                **dataclasses.asdict(stage),
-                "activation_bytes_in_portions": in_portions.activation_bytes,
-            }
-            for stage, in_portions in zip(planner.stages(default), planner.stages(smallest), strict=True)
-        ],
-        "ways": [_way(planner, choices, default) for choices in ways],
-    }
-    if memory_bytes is None:
+def _with_options(plan: Any) -> Any:
+    """The plan with choices as options of `opensora generate`."""
+    if isinstance(plan, list):
+        return [_with_options(part) for part in plan]
+    if not isinstance(plan, dict):
         return plan
-    # Half precision is proposed only to those who did not choose.
-    dtypes = [dtype] if options.machine.dtype or dtype != torch.float32 else [dtype, torch.bfloat16]
-    found = planner.find(memory_bytes, dtypes)
-    if found is not None:
-        return {**plan, "device_memory_bytes": memory_bytes, "fits": True, "with": _way(planner, found, default)}
-    smallest = planner.smallest(planner.default(dtypes[-1]))
-    needed = {
-        stage.name: planner.surcharge.total_bytes(stage.weight_bytes, stage.activation_bytes)
-        for stage in planner.stages(smallest)
-    }
-    too_large = {name: size for name, size in needed.items() if size > memory_bytes}
-    refused = {"fits": False, "smallest": _way(planner, smallest, default), "too_large": too_large}
-    return {**plan, "device_memory_bytes": memory_bytes, **refused}
-
-
-def _way(planner: "Planner", choices: "Choices", default: "Choices") -> dict[str, Any]:
-    """What some choices take, and the options of `opensora generate` that make them."""
-    options = [] if choices.dtype == default.dtype else ["--dtype", _name(choices.dtype)]
-    options += ["--offload"] if choices.offload else []
-    options += ["--sequential-guidance"] if choices.sequential_guidance else []
-    if choices.micro_batch_size != default.micro_batch_size:
-        options += ["--micro-batch-size", str(choices.micro_batch_size)]
-    weight_bytes, activation_bytes = planner.peak(choices)
-    return {
-        "options": options,
-        "weight_bytes": weight_bytes,
-        "activation_bytes": activation_bytes,
-        "needed_bytes": planner.needed_bytes(choices),
-    }
+    said: dict[str, Any] = {}
+    for name, value in plan.items():
+        if name == "choices":
+            words = [(flag(choice), None if chosen is True else str(chosen)) for choice, chosen in value.items()]
+            said["options"] = [word for both in words for word in both if word is not None]
+        else:
+            said[name] = _with_options(value)
+    return said
 
 
 def _lines(plan: dict[str, Any]) -> list[str]:
     """The plan on one screen."""
+    from opensora.planning.report import gigabytes
+
     where = "on the CPU" if plan["device"] == "cpu" else f"on {_article(plan['device'])}"
     branches = "two branches of guidance" if plan["guided"] else "no guidance"
     lines = [f"{plan['model']}: {plan['clip']}", f"{branches}, {plan['dtype']} {where}; GB are 1024^3 bytes", ""]
     lines.append(f"{'stage':<9}{'network':<14}{'weights':>10}{'activations':>14}{'in small portions':>20}")
     for stage in plan["stages"]:
         sizes = (stage["weight_bytes"], stage["activation_bytes"], stage["activation_bytes_in_portions"])
-        weights, activations, in_portions = (_size(value) for value in sizes)
+        weights, activations, in_portions = (gigabytes(value) for value in sizes)
         network = stage["network"].replace("_", " ")
         lines.append(f"{stage['name']:<9}{network:<14}{weights:>10}{activations:>14}{in_portions:>20}")
     lines += ["", f"{'in all':>10}   options of generate (what the process itself takes is included)"]
-    lines += [f"{_size(way['needed_bytes']):>10}   {' '.join(way['options']) or 'none'}" for way in plan["ways"]]
+    lines += [f"{gigabytes(way['needed_bytes']):>10}   {' '.join(way['options']) or 'none'}" for way in plan["ways"]]
     if "fits" not in plan:
         return lines
-    memory = _size(plan["device_memory_bytes"])
+    memory = gigabytes(plan["device_memory_bytes"])
     if plan["fits"]:
         way = plan["with"]
         how = f"with {' '.join(way['options'])}" if way["options"] else "as it is"
-        return [*lines, "", f"fits into {memory} {how}: {_size(way['needed_bytes'])}"]
+        return [*lines, "", f"fits into {memory} {how}: {gigabytes(way['needed_bytes'])}"]
     options, too_large = " ".join(plan["smallest"]["options"]), plan["too_large"]
-    needs = ", ".join(f"{name} still takes {_size(size)}" for name, size in too_large.items())
+    needs = ", ".join(f"{name} still takes {gigabytes(size)}" for name, size in too_large.items())
     advice = "a smaller --text-encoder" if "text" in too_large else "fewer --num-frames or a smaller --resolution"
     return [*lines, "", f"does not fit into {memory}: with {options} {needs}; choose {advice}"]
 
 
 def _article(device: str) -> str:
     return "an accelerator" if device == "accelerator" else device
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"

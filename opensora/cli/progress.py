@@ -1,78 +1,93 @@
-"""How far long work is: a bar in a terminal, a line now and then elsewhere, both with an estimate of the time left."""
+"""How far long work is: bars in a terminal, lines now and then or nothing elsewhere; and what else goes to stderr."""
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from opensora.generation.engine import Progress as GenerationProgress
 
 
-class Progress:
-    """Tells on stderr how much is done; as a context, from beginning to end.
+class Bar:
+    """A bar of rich's on stderr while a context lasts, where that is a terminal.
 
     Args:
         what: the work, such as "reading clips".
+        columns: names of rich's columns after the description.
     """
+
+    def __init__(self, what: str, *columns: str) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        shown = [getattr(progress, f"{column}Column")() for column in ("Bar", *columns)]
+        console = Console(stderr=True)
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            *shown,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(what, total=None)
+
+    def show(self, done: int, total: int | None, what: str | None = None) -> None:
+        """So much is done, of so much; None where nobody knows."""
+        said: dict[str, Any] = {} if what is None else {"description": what}
+        self.bar.update(self.task, completed=done, total=total, **said)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+
+class Progress(Bar):
+    """With an estimate of the time left, and a line now and then where there is no terminal."""
 
     seconds_between_lines = 15.0
 
     def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        super().__init__(what, "MofNComplete", "TimeRemaining")
         self.what, self.lines = what, not sys.stderr.isatty()
-        self.bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=self.lines)
-        self.task = self.bar.add_task(what, total=None)
         self.first: int | None = None  # done when it began
         self.started = self.told = time.monotonic()
 
     def update(self, done: int, total: int) -> None:
         """So much is done, of so much."""
-        self.bar.update(self.task, completed=done, total=total)
+        self.show(done, total)
         self.first = done if self.first is None else self.first
         now = time.monotonic()
         if self.lines and now - self.told >= self.seconds_between_lines and done > self.first:
             left_s = (now - self.started) / (done - self.first) * (total - done)
-            print(f"{self.what}: {done} of {total}, {left_s:.0f} s left", file=sys.stderr)
+            say(f"{self.what}: {done} of {total}, {left_s:.0f} s left")
             self.told = now
 
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
-
-
-class StepBar:
-    """How far the sampling of a clip is: a bar in a terminal, nothing elsewhere."""
+class ReadingBar(Bar):
+    """While data is read."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
+        super().__init__("reading", "Download", "TimeRemaining")
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        self.bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task("sampling", total=None)
+    def update(self, what: str, done: int, total: int) -> None:
+        """So many bytes of something are read."""
+        self.show(done, total or None, what)
+
+
+class StepBar(Bar):
+    """While a clip is sampled."""
+
+    def __init__(self) -> None:
+        super().__init__("sampling", "MofNComplete", "TimeElapsed")
 
     def update(self, progress: "GenerationProgress") -> None:
         """Shows an event of the engine."""
         which = f" loop {progress.loop + 1} of {progress.num_loops}" if progress.num_loops > 1 else ""
         doing = "decoding" if progress.stage == "decoding" else "sampling"
-        total = progress.num_steps or None
-        self.bar.update(self.task, completed=progress.step, total=total, description=doing + which)
-
-    def __enter__(self) -> "StepBar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
+        self.show(progress.step, progress.num_steps or None, doing + which)
 
 
 def say(line: str) -> None:
@@ -81,9 +96,10 @@ def say(line: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """diffusers and transformers say nothing but errors."""
+    """diffusers and transformers say nothing but errors, and show no bars of their own."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -263,7 +263,7 @@ class Cache:
     def _refuse(self, what: str, sides: str, part: str, origin: str) -> None:
         raise OpenSoraError(
             f"the cache {self.folder} was made with {what}: {sides}. Make it again with this run's {part} "
-            f"(opensora data precompute, another --output), or train with the {part} that made it ({origin})"
+            f"(opensora data precompute, another `output`), or train with the {part} that made it ({origin})"
         )
 
 

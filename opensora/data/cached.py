@@ -80,7 +80,7 @@ class CachedSource(ManifestSource):
         if sample and made_from.latents.contents == "mean":
             raise OpenSoraError(
                 f"the cache {config.folder} holds means alone, and this run draws from the posterior; make it again "
-                "with --contents posterior, or train with objective.sample_posterior=false"
+                "with posterior as `contents`, or train with objective.sample_posterior=false"
             )
         self.sample = sample
         self._failed = {(clip.row, clip.bucket): clip.reason for clip in self.cache.index.failed}

@@ -145,7 +145,7 @@ def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
         if changed:
             raise OpenSoraError(
                 f"{folder} holds a cache that was made otherwise: {', '.join(changed)}; use what it was made with, "
-                "or another --output"
+                "or another `output`"
             )
         return
     table = folder / MANIFEST
@@ -153,7 +153,7 @@ def begin(folder: Path, rows: Sequence[ClipRow], made_from: MadeFrom) -> None:
     write_manifest(mine, rows)
     try:
         if table.exists() and table.read_bytes() != mine.read_bytes():
-            raise OpenSoraError(f"{folder} holds a {MANIFEST} that is not of a cache; choose another --output")
+            raise OpenSoraError(f"{folder} holds a {MANIFEST} that is not of a cache; choose another `output`")
         mine.replace(table)
     finally:
         mine.unlink(missing_ok=True)

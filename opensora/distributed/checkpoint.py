@@ -208,7 +208,7 @@ def read_tensors(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     if others:
         raise OpenSoraError(
             f"{path} belongs to another network: it differs in {others[0]!r} and {len(others) - 1} others; "
-            "use the recipe it was made with, or another --output"
+            "use the recipe it was made with, or another `output`"
         )
     try:
         dcp.load(

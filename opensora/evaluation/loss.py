@@ -79,7 +79,7 @@ class LossResults:
                 str(label): [list(map(float, clip)) for clip in clips] for label, clips in content["losses"].items()
             }
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
+            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
         mine, theirs = {**self.settings, "timesteps": self.timesteps}, {**settings, "timesteps": timesteps}
         check_same_settings(path, mine, theirs)
         self.losses = losses

@@ -17,5 +17,5 @@ def check_same_settings(path: Path, mine: Mapping[str, Any], theirs: Mapping[str
         if mine.get(name) != theirs.get(name):
             raise OpenSoraError(
                 f"{path} was made with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}; "
-                "choose another --output"
+                "choose another `output`"
             )

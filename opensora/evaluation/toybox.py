@@ -104,7 +104,7 @@ class Results:
             read = {row["id"]: row["read"] for row in content["samples"]}
             gates = dict(content["gates"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another --output") from error
+            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
         check_same_settings(path, self.settings, settings)
         self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
         self.gates = gates | self.gates

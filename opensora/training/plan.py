@@ -106,7 +106,7 @@ class TrainingPlan:
         if world_size % recipe.loop.sequence_parallel:
             raise OpenSoraError(
                 f"loop.sequence_parallel is {recipe.loop.sequence_parallel} and the run has {world_size} ranks; "
-                "give a multiple as --world-size, or change the setting"
+                "give a multiple as `world_size`, or change the setting"
             )
         self.device, self.world_size, self.mfu = device, world_size, mfu
         self.loop = recipe.loop
@@ -222,7 +222,7 @@ class TrainingPlan:
         if self.networks.depth:
             yield (
                 (
-                    [f"loop.sequence_parallel={ranks}", *([f"--world-size {ranks}"] if size % ranks else [])],
+                    [f"loop.sequence_parallel={ranks}", *([f"`world_size` {ranks}"] if size % ranks else [])],
                     self.changed(sequence_parallel=ranks, world_size=ranks if size % ranks else size),
                 )
                 for ranks in (2, 4, 8)
@@ -230,7 +230,7 @@ class TrainingPlan:
             )
         if loop.sharding == "full":
             sizes = [size * 2**power for power in range(1, 8)]
-            yield (([f"--world-size {size}"], self.changed(world_size=size)) for size in sizes)
+            yield (([f"`world_size` {size}"], self.changed(world_size=size)) for size in sizes)
 
     def _can_recompute(self, what: str) -> bool:
         """Whether that would be computed again that is not yet."""

@@ -52,7 +52,7 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
             values = ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in shown)
             values += f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
             raise OpenSoraError(
-                f"{path.parent} holds a run with other settings: {values}; use them, or another --output"
+                f"{path.parent} holds a run with other settings: {values}; use them, or another `output`"
             )
     mesh.wait()
     if mesh.is_first:
@@ -86,7 +86,7 @@ def record_frozen(recipe: Recipe, objective: TrainingTask, path: Path, mesh: Mes
         if changed := sorted(name for name in now if before.get(name) != now[name]):
             raise OpenSoraError(
                 f"{path.parent} holds a run that began with other contents of: {', '.join(changed)}; "
-                "give back the files it began with, or another --output"
+                "give back the files it began with, or another `output`"
             )
         return
     save_settings(now, path)

@@ -210,7 +210,7 @@ class Trainer:
         if self.bad_steps >= self.loop.max_bad_steps:
             raise OpenSoraError(
                 f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
-                "start again in another --output with a lower learning rate or loop.precision=fp32"
+                "start again in another `output` with a lower learning rate or loop.precision=fp32"
             )
 
     def read_terms(self, seen: list[tuple[dict[str, Tensor], dict[str, list[str]]]]) -> dict[str, float]:

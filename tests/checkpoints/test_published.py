@@ -201,7 +201,7 @@ def test_nothing_is_fetched_without_being_asked_for(cache):
     for part in PUBLISHED["opensora-1.2"].parts.values():
         assert f"{part.repository}, {hub.gigabytes(part.size_bytes)}" in message
         assert f"hf download {part.repository}" in message
-    assert "fetch about 25.5 GB with --download" in message
+    assert "fetch about 25.5 GB with `download`" in message
     assert not cache.exists()
 
 

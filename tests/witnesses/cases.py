@@ -111,8 +111,8 @@ def given_image(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def make_loops(model: str, prompt: str) -> Tensor:
     """Two clips of 5 frames, of which the second goes on from the first; (1, T, 3, H, W) in 0..1."""
+    from opensora.generation.loops import generate_loops
     from opensora.geometry import VideoSize
-    from opensora.long_video import generate_loops
 
     generator = torch.Generator().manual_seed(0)
     size = VideoSize(5, 24, 24)

@@ -29,7 +29,7 @@ from opensora.models.format import (
 
 _FRAME_AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
 
-_TOLD_BY_CONFIG = "shapes do not tell; the file's config.json or --model does"
+_TOLD_BY_CONFIG = "shapes do not tell; the file's config.json or the model it belongs to does"
 _SPATIAL = "spatial_vae.module."
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -1,0 +1,95 @@
+"""What a clip would take on a device, and which choices make it fit, as plain data."""
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from opensora.planning.outline import Outline
+from opensora.planning.planner import ACCELERATOR, CPU, Planner
+from opensora.planning.stages import COMPONENT_OF, Choices, Clip
+from opensora.planning.tracing import Tracer
+
+CHOICES = ("dtype", "offload", "sequential_guidance", "micro_batch_size")
+"""What a user may choose so that a clip fits, by the names of `Engine.load` and `ClipRequest`."""
+
+
+def plan_clip(
+    tracer: Tracer,
+    outlined: Outline,
+    clip: Clip,
+    *,
+    device: str,
+    dtype: torch.dtype | None = None,
+    memory_bytes: int | None = None,
+) -> dict[str, Any]:
+    """What a clip will take, and which choices make it fit, as plain JSON values; sizes are bytes.
+
+    Args:
+        tracer: counts.
+        outlined: the model, on imagined tensors.
+        clip: what is to be made.
+        device: where; "cpu" or any accelerator.
+        dtype: numbers the networks compute in; None for the device's usual ones, or half precision if those do not fit.
+        memory_bytes: what the device has; None for a plan that asks for no verdict.
+    """
+    on_cpu = device == "cpu"
+    planner = Planner(tracer, outlined.pipeline, clip, CPU if on_cpu else ACCELERATOR)
+
+    chosen = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    default = planner.default(chosen)
+    smallest = planner.smallest(default)
+    ways = dict.fromkeys([default, replace(default, offload=True), smallest])
+    plan = {
+        "model": outlined.name,
+        "guided": clip.guided,
+        "device": device,
+        "dtype": _name(chosen),
+        "stages": [
+            {
+                "network": COMPONENT_OF[stage.name],
+                **dataclasses.asdict(stage),
+                "activation_bytes_in_portions": in_portions.activation_bytes,
+            }
+            for stage, in_portions in zip(planner.stages(default), planner.stages(smallest), strict=True)
+        ],
+        "ways": [_way(planner, choices, default) for choices in ways],
+    }
+    if memory_bytes is None:
+        return plan
+    # Half precision is proposed only to those who did not choose.
+    dtypes = [chosen] if dtype or chosen != torch.float32 else [chosen, torch.bfloat16]
+    found = planner.find(memory_bytes, dtypes)
+    if found is not None:
+        return {**plan, "device_memory_bytes": memory_bytes, "fits": True, "with": _way(planner, found, default)}
+    smallest = planner.smallest(planner.default(dtypes[-1]))
+    needed = {
+        stage.name: planner.surcharge.total_bytes(stage.weight_bytes, stage.activation_bytes)
+        for stage in planner.stages(smallest)
+    }
+    too_large = {name: size for name, size in needed.items() if size > memory_bytes}
+    refused = {"fits": False, "smallest": _way(planner, smallest, default), "too_large": too_large}
+    return {**plan, "device_memory_bytes": memory_bytes, **refused}
+
+
+def _way(planner: Planner, choices: Choices, default: Choices) -> dict[str, Any]:
+    """What some choices take, and where they differ from the usual ones."""
+    named = {**dataclasses.asdict(choices), "dtype": _name(choices.dtype)}
+    usual = {**dataclasses.asdict(default), "dtype": _name(default.dtype)}
+    weight_bytes, activation_bytes = planner.peak(choices)
+    return {
+        "choices": {name: named[name] for name in CHOICES if named[name] != usual[name]},
+        "weight_bytes": weight_bytes,
+        "activation_bytes": activation_bytes,
+        "needed_bytes": planner.needed_bytes(choices),
+    }
+
+
+def gigabytes(num_bytes: float) -> str:
+    """`"4.2 GB"`, `"300 MB"`; units are powers of 1024."""
+    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
