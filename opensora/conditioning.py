@@ -18,6 +18,7 @@ import torch
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.codec import VideoCodec
+from opensora.models.offload_hooks import execution_device
 from opensora.models.text.prompts import FramePlacement
 
 
@@ -169,7 +170,7 @@ def encode_in_place(
     whole = torch.cat(
         [still_before.expand(-1, -1, before, -1, -1), video, still_after.expand(-1, -1, after, -1, -1)], dim=2
     )
-    latents = autoencoder.encode_video(whole.to(autoencoder.device))
+    latents = autoencoder.encode_video(whole.to(execution_device(autoencoder)))
     skipped = start - next(k for k in range(start + 1) if autoencoder.frames_before(k, num_frames) >= begin)
     return latents[:, :, skipped : skipped + length]
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Self
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Generators, Posterior
+from opensora.models.offload_hooks import apply_offload_hooks
 from opensora.models.portable_config import PortableConfigMixin
 
 
@@ -33,7 +33,7 @@ class VideoCodec(AutoencoderMixin, ModelMixin, PortableConfigMixin, ABC):
 
     A new one sets the three numbers without a default, implements the abstract methods, and overrides what is not true
     of it. What is here holds where a clip is one piece, and its first latent frame stands for what is left when the
-    others take `temporal_factor` frames each. Methods that compute are decorated with `apply_forward_hook`, so that
+    others take `temporal_factor` frames each. Methods that compute are decorated with `apply_offload_hooks`, so that
     offloading brings the weights in.
 
     Attributes:
@@ -189,7 +189,7 @@ class VideoCodec(AutoencoderMixin, ModelMixin, PortableConfigMixin, ABC):
 
     # ---- diffusers' manner
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def encode(self, video: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Posterior]:
         """Video (B, 3, T, H, W) in [-1, 1] -> `latent_dist`, the posterior of its normalised latents.
 
@@ -198,7 +198,7 @@ class VideoCodec(AutoencoderMixin, ModelMixin, PortableConfigMixin, ABC):
         posterior = self.posterior(video)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)  # type: ignore[arg-type]
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def decode(
         self, latents: Tensor, num_frames: int | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:

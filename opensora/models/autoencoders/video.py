@@ -25,7 +25,6 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Generators, Posterior
 from opensora.models.autoencoders.statistics import StoredStatistics
 from opensora.models.autoencoders.temporal import TemporalAutoencoder
+from opensora.models.offload_hooks import apply_offload_hooks
 
 TemporalPart = TemporalAutoencoder | FoldedTemporalAutoencoder
 TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
@@ -135,7 +135,7 @@ class VideoAutoencoder(StoredStatistics):
 
     # ---- the whole way
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def encode_video(
         self,
         video: Tensor,
@@ -168,7 +168,7 @@ class VideoAutoencoder(StoredStatistics):
             latents = _draw(self.encode_time(frame_latents), sample, generator, latent_noise)
         return self.latent_space.normalise(latents)
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def posterior(self, video: Tensor) -> Posterior:
         """What is predicted of a video (B, 3, T, H, W): its normalised latents (B, Z, N, h, w) with their uncertainty.
 
@@ -186,7 +186,7 @@ class VideoAutoencoder(StoredStatistics):
         _, scale = space.statistics(mean.shape[1], mean.device)
         return Posterior(space.normalise(mean), logvar + 2 * (log_factor - scale.log()))
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def decode_latents(self, latents: Tensor, num_frames: int) -> Tensor:
         """Normalised latents (B, Z, N, h, w) -> video (B, 3, num_frames, H, W), nominally in [-1, 1], float32.
 
@@ -252,7 +252,7 @@ class VideoAutoencoder(StoredStatistics):
 
     # ---- its parts, for training
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def encode_frames(self, video: Tensor) -> Posterior:
         """Posterior of the 2D autoencoder, float32 (B, C, T, h, w), before the scaling factor."""
         if video.ndim != 5 or video.shape[1] != 3:
@@ -264,13 +264,13 @@ class VideoAutoencoder(StoredStatistics):
         parts = [self.spatial_vae.encode(clips, self.micro_batch_size) for clips in self._slices(video)]
         return Posterior.cat(parts, dim=0).float()
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def decode_frames(self, frame_latents: Tensor) -> Tensor:
         """Frame latents (B, C, T, h, w), before the scaling factor -> video (B, 3, T, H, W), float32."""
         clips = self._slices(frame_latents.to(self.dtype))
         return _joined([self.spatial_vae.decode(latents, self.micro_batch_size) for latents in clips]).float()
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def encode_time(self, frame_latents: Tensor) -> Posterior:
         """Posterior of the temporal autoencoder, float32 (B, Z, N, h, w), before shift and scale.
 
@@ -286,7 +286,7 @@ class VideoAutoencoder(StoredStatistics):
         ]
         return Posterior.cat(clips, dim=0).float()
 
-    @apply_forward_hook
+    @apply_offload_hooks
     def decode_time(self, latents: Tensor, num_frames: int) -> Tensor:
         """Video latents (B, Z, N, h, w) without shift and scale -> frame latents (B, C, T, h, w) before the factor."""
         temporal = self._require_temporal()
