@@ -1,11 +1,16 @@
 """What every scheduler of this package has in common: a diffusers scheduler that can also say what it is made for.
 
-A scheduler is asked, never looked at: which channels its models are guided on, how else they can be sampled.
+A scheduler is asked, never looked at: how its models were trained, which channels they are guided on, how else they can
+be sampled.
+
+All that a run leaves in a scheduler is assigned anew and never changed in place, so a copy is cheap (it shares the
+tables) and independent: a run in one does not disturb a run in the other.
 """
 
+import copy
 import importlib
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -30,6 +35,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     samplers: ClassVar[Mapping[str, dict[str, Any]]] = {}
     guides_all_channels: ClassVar[bool] = False
     num_train_timesteps: int
+    _begin_index: int | None = None
+    _step_index: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -39,6 +49,31 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         """Classes that take this one's configuration: diffusers' hook, which looks for them in diffusers alone."""
         paths = (path.rsplit(".", 1) for path in cls._compatibles)
         return [getattr(importlib.import_module(module), name) for module, name in paths]
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step that the run begins with, as :meth:`set_begin_index` said; ``None`` for the first."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next; ``None`` before the run's first."""
+        return self._step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say that the run begins later than with the first timestep, as one from a noised video does.
+
+        Args:
+            begin_index: of the first timestep that is visited.
+        """
+        self._begin_index = begin_index
+
+    def _begin_run(self) -> None:
+        self._begin_index = self._step_index = None
+
+    def _is_first(self, index: int) -> bool:
+        """Whether nothing came before this step of the run."""
+        return index == (self._begin_index or 0)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
         """Return ``sample``: the network takes it as it is."""
@@ -71,6 +106,28 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         raise OpenSoraError(
             f"the sampler {name} is for models that predict noise; this one has a {type(self).__name__}"
         )
+
+
+def check_schedule(
+    name: str, schedule: Sequence[float] | torch.Tensor, num_inference_steps: Any, *, expected: str, allowed: bool
+) -> None:
+    """Refuse a schedule of the caller's own.
+
+    Args:
+        name: of the argument.
+        schedule: its values.
+        num_inference_steps: must be ``None``: a schedule says itself how many steps it has.
+        expected: what values it may have, in words.
+        allowed: whether it has such values.
+
+    Raises:
+        OpenSoraError: values that are not allowed, none, not strictly descending ones, or a number of steps as well.
+    """
+    values = torch.as_tensor(schedule).double()
+    if num_inference_steps is not None:
+        raise OpenSoraError(f"got num_inference_steps={num_inference_steps!r} and {name}; give one of them")
+    if not (allowed and values.ndim == 1 and len(values) and bool((values.diff() < 0).all())):
+        raise OpenSoraError(f"got {name}={values.tolist()}; expected strictly descending {expected}")
 
 
 def process_of(scheduler: Any) -> NoiseProcess:

@@ -23,6 +23,8 @@ Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``,
 Paper: Lu et al. 2022, https://arxiv.org/abs/2211.01095 (DPM-Solver++, algorithm 2).
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,7 +38,7 @@ from diffusers.schedulers.scheduling_utils import (
 
 from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
-from opensora.models.schedulers.base import Scheduler
+from opensora.models.schedulers.base import Scheduler, check_schedule
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 from opensora.models.schedulers.iddpm import GAUSSIAN_SCHEDULERS, IDDPMScheduler
 
@@ -85,7 +87,9 @@ class DPMSolverScheduler(Scheduler):
         )
         self.num_train_timesteps = num_train_timesteps
         self.variance_type: gaussian.VarianceType = variance_type
-        abar = diffusion.train_tables.alphas_cumprod.numpy()
+        self.alphas_cumprod = diffusion.alphas_cumprod
+        """abar of the training steps, (N,)."""
+        abar = self.alphas_cumprod.numpy()
         self._log_alphas = np.log(abar) / 2
         self._start = int((self._log_alphas - np.log1p(-abar) / 2 >= _MIN_LAMBDA).sum()) - 1
         if self._start < 1:
@@ -95,13 +99,19 @@ class DPMSolverScheduler(Scheduler):
             )
         # Without a variance_type: it would cut the prediction to three channels. We cut it ourselves.
         self._solver = _Formulas(prediction_type=prediction_type)
-        self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps.
-        self._schedule(num_train_timesteps, device=None)
+        self._schedule(self._even_grid(num_train_timesteps), device=None)
+        self.num_inference_steps: int | None = None
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
         """Lay out the steps of one run in ``timesteps``, (n,) float32 training steps, descending.
 
         The first is N - 1, or with the cosine schedule the last one that leaves some signal.
@@ -109,23 +119,44 @@ class DPMSolverScheduler(Scheduler):
         Args:
             num_inference_steps: n >= 1.
             device: where ``timesteps`` goes; ``None`` is the CPU.
+            timesteps: a schedule of one's own instead of a number of steps, descending from at most the default's first
+                step to above 0.
 
         Raises:
-            OpenSoraError: not a number of steps, or fewer than one.
+            OpenSoraError: not a number of steps, fewer than one, or a schedule that does not descend or leaves its
+                range.
         """
+        if timesteps is not None:
+            self._schedule(self._custom_grid(num_inference_steps, timesteps), device)
+            return
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise OpenSoraError(
                 f"got num_inference_steps={num_inference_steps!r}; this solver takes a whole number of at least 1"
             )
-        self._schedule(num_inference_steps, device)
-        self.num_inference_steps = num_inference_steps
+        self._schedule(self._even_grid(num_inference_steps), device)
 
-    def _schedule(self, num_steps: int, device: torch.device | str | None) -> None:
-        grid = np.linspace(self._start, 0, num_steps + 1)
+    def _even_grid(self, num_steps: int) -> np.ndarray:
+        return np.linspace(self._start, 0, num_steps + 1)
+
+    def _custom_grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor) -> np.ndarray:
+        values = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+        allowed = bool(((values > 0) & (values <= self._start)).all())
+        check_schedule(
+            "timesteps", values, num_inference_steps, expected=f"numbers in (0, {self._start}]", allowed=allowed
+        )
+        # What `timesteps` says of an even grid is rounded to float32; it stands for that grid, to the last digit.
+        even = self._even_grid(len(values))
+        rounded = torch.tensor(even[:-1], dtype=torch.float32)
+        return even if torch.equal(values.float(), rounded) else np.append(values.numpy(), 0.0)
+
+    def _schedule(self, grid: np.ndarray, device: torch.device | str | None) -> None:
         self.timesteps = torch.tensor(grid[:-1], dtype=torch.float32).to(device=device)
         self._values: list[float] = self.timesteps.tolist()
         log_alphas = self._log_alphas_at(grid)
-        self._solver.sigmas = torch.tensor(np.sqrt(np.expm1(-2 * log_alphas)), dtype=torch.float32)
+        self.sigmas = torch.tensor(np.sqrt(np.expm1(-2 * log_alphas)), dtype=torch.float32)
+        """sigma / alpha at the timesteps of the run and where it ends, (n + 1,)."""
+        self._begin_run()
+        self.num_inference_steps = len(self._values)
         self._before: tuple[int, torch.Tensor, torch.Tensor] | None = None
         """Of the step before: its index, the clean latents it estimated, and the frames it moved, (B, T)."""
 
@@ -168,13 +199,13 @@ class DPMSolverScheduler(Scheduler):
         strength = frame_strength.to(device=sample.device, dtype=torch.float32)
         active = strength >= (num_steps - index) / num_steps
         # At the first step, the frames of full strength are noise already.
-        before = strength >= min(1.0, (num_steps - index + 1) / num_steps)
+        before = strength >= (1.0 if self._is_first(index) else (num_steps - index + 1) / num_steps)
         noised = self.add_noise(sample, noise, self._values[index])
         return choose_frames(active & ~before, noised, sample), active
 
     def step(
         self,
-        prediction: torch.Tensor,
+        model_output: torch.Tensor,
         timestep: torch.Tensor | float,
         sample: torch.Tensor,
         *,
@@ -188,7 +219,7 @@ class DPMSolverScheduler(Scheduler):
         The step is of second order in frames that the step before moved too; a frame's first step is of first order.
 
         Args:
-            prediction: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
+            model_output: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
             timestep: an entry of ``timesteps``.
             sample: latents at ``timestep``, (B, C, T, H, W).
             frame_mask: (B, T) bool; frames where it is False are returned as they came.
@@ -203,11 +234,12 @@ class DPMSolverScheduler(Scheduler):
             OpenSoraError: ``timestep`` is not in the schedule, the wrong number of channels, or a mask of wrong shape.
         """
         index = index_of(timestep, self._values)
-        output, _ = gaussian.split_prediction(prediction, sample.shape[1], self.variance_type)
+        output, _ = gaussian.split_prediction(model_output, sample.shape[1], self.variance_type)
         moves = torch.ones(sample.shape[0], sample.shape[2], dtype=torch.bool) if frame_mask is None else frame_mask
         check_frames("frame_mask", moves, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        solver, noisy = self._solver.at(index), sample.to(dtype)
+        solver, noisy = self._solver.at(index, self.sigmas), sample.to(dtype)
+        self._step_index = index + 1
         clean = solver.convert_model_output(output.to(dtype), sample=noisy)
         before, self._before = self._before, (index, clean, moves)
         if self._looks_back(index) and before is not None and before[0] == index - 1:
@@ -252,6 +284,7 @@ class DPMSolverScheduler(Scheduler):
 class _Formulas(DPMSolverMultistepScheduler):
     """diffusers' solver without its own schedule and memory: it steps wherever it is put."""
 
-    def at(self, index: int) -> "_Formulas":
-        self._step_index = index
-        return self
+    def at(self, index: int, sigmas: torch.Tensor) -> "_Formulas":
+        put = copy.copy(self)  # which other copies of the scheduler, in other threads, do not move
+        put.sigmas, put._step_index = sigmas, index
+        return put

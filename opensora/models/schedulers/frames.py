@@ -3,7 +3,7 @@
 Letters: B batch, C latent channels, T latent frames.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -39,14 +39,9 @@ def index_of(timestep: Tensor | float, timesteps: Sequence[float]) -> int:
         raise OpenSoraError(f"got {timestep.numel()} timesteps; a step moves the whole batch at one timestep")
     value = float(timestep)
     if value not in timesteps:
-        raise unknown_timestep(value, timesteps)
+        near = min(timesteps, key=lambda known: abs(known - value))
+        raise OpenSoraError(
+            f"got timestep {value:g}, which is not in this schedule of {len(timesteps)} (nearest: {near:g}); "
+            "iterate over scheduler.timesteps, and call set_timesteps before"
+        )
     return timesteps.index(value)
-
-
-def unknown_timestep(value: float, known: Collection[float]) -> OpenSoraError:
-    """The error for a timestep that is none of the `known`."""
-    near = min(known, key=lambda timestep: abs(timestep - value))
-    return OpenSoraError(
-        f"got timestep {value:g}, which is not in this schedule of {len(known)} (nearest: {near:g}); "
-        "iterate over scheduler.timesteps, and call set_timesteps before"
-    )

@@ -27,8 +27,8 @@ from diffusers.utils.outputs import BaseOutput
 from opensora.diffusion import gaussian
 from opensora.diffusion.process import GaussianProcess
 from opensora.errors import OpenSoraError
-from opensora.models.schedulers.base import Scheduler
-from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, noise_like, unknown_timestep
+from opensora.models.schedulers.base import Scheduler, check_schedule
+from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 
 GAUSSIAN_SCHEDULERS = [f"{__package__}.iddpm.IDDPMScheduler", f"{__package__}.dpm_solver.DPMSolverScheduler"]
 """Those that sample the same models, so that each can be made of the other's configuration."""
@@ -99,9 +99,9 @@ class IDDPMScheduler(Scheduler):
         self._dtype = torch.float32 if float32_tables else torch.float64
         self.train_tables = gaussian.make_tables(self._betas, dtype=self._dtype)
         """Tables of all N steps, for training and :meth:`add_noise`."""
-        self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps: every training step.
         self._schedule(range(num_train_timesteps), device=None)
+        self.num_inference_steps: int | None = None
 
     def default_cfg_channels(self, latent_channels: int) -> int | None:
         """3, as the published samplers guide."""
@@ -117,6 +117,8 @@ class IDDPMScheduler(Scheduler):
         self,
         num_inference_steps: int | str | Sequence[int] | None = None,
         device: torch.device | str | None = None,
+        *,
+        timesteps: Sequence[int] | torch.Tensor | None = None,
     ) -> None:
         """Choose the steps of one run and put them into ``timesteps``, (n,) int64, descending.
 
@@ -124,28 +126,41 @@ class IDDPMScheduler(Scheduler):
             num_inference_steps: 100 or ``"100"``, ``"ddim50"``, ``"10,15,20"``; see
                 :func:`opensora.diffusion.gaussian.respaced_timesteps`. ``None`` takes every training step.
             device: where ``timesteps`` goes; ``None`` is the CPU.
+            timesteps: a schedule of one's own instead of a number of steps, descending whole numbers in [0, N).
 
         Raises:
-            OpenSoraError: not a number of steps or spec of them, or more than N.
+            OpenSoraError: not a number of steps or spec of them, more than N, or a schedule that does not descend or
+                leaves its range.
         """
+        if timesteps is not None:
+            values = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+            allowed = bool(((values >= 0) & (values < len(self)) & (values == values.round())).all())
+            expected = f"whole numbers in [0, {len(self)})"
+            check_schedule("timesteps", values, num_inference_steps, expected=expected, allowed=allowed)
+            self._schedule(values.long().flip(0).tolist(), device)
+            return
         everything = range(self.num_train_timesteps)
         spec = num_inference_steps
         kept = everything if spec is None else gaussian.respaced_timesteps(self.num_train_timesteps, spec)
         self._schedule(kept, device)
-        self.num_inference_steps = len(kept)
 
     def _schedule(self, kept: Sequence[int], device: torch.device | str | None) -> None:
         self.tables = gaussian.make_tables(self._betas, kept, dtype=self._dtype)
         """Tables of the steps of this run."""
         self.timesteps = self.tables.timestep_map.flip(0).to(device=device)
-        self._index_of = {timestep: index for index, timestep in enumerate(kept)}
+        self._values = [float(timestep) for timestep in reversed(kept)]
         self._begun: tuple[int, torch.Tensor] | None = None
+        self.num_inference_steps = len(kept)
+        self._begin_run()
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """abar of the training steps, (N,)."""
+        return self.train_tables.alphas_cumprod
 
     def _index(self, timestep: torch.Tensor | float) -> int:
-        value = float(timestep)
-        if value not in self._index_of:
-            raise unknown_timestep(value, self._index_of)
-        return self._index_of[int(value)]
+        """The row of ``tables`` that a timestep is, which is also how many steps come after it."""
+        return len(self._values) - 1 - index_of(timestep, self._values)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -187,6 +202,10 @@ class IDDPMScheduler(Scheduler):
         # In float32, where 0.29 * 100 is 29 and not a hair less.
         begin = (frame_strength.to(device=sample.device, dtype=torch.float32) * len(self.tables)).to(torch.int64)
         begun, generated = begin == index, begin > index
+        if self._is_first(len(self.tables) - 1 - index):
+            # Frames whose turn would have been before the run began; those of full strength are noise already.
+            late = generated & (begin < len(self.tables))
+            begun, generated = begun | late, generated & ~late
         if self.prediction_type == "sample":
             # What a network says of frames that it takes for given is learnt by nobody. As noise, which is all but gone
             # in the last step, it does no harm; as clean latents it would take their place.
@@ -198,7 +217,7 @@ class IDDPMScheduler(Scheduler):
 
     def step(
         self,
-        prediction: torch.Tensor,
+        model_output: torch.Tensor,
         timestep: torch.Tensor | float,
         sample: torch.Tensor,
         *,
@@ -210,7 +229,7 @@ class IDDPMScheduler(Scheduler):
         """Walk from ``timestep`` to the next one, or to the clean latents from the last.
 
         Args:
-            prediction: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
+            model_output: guided output of the network, (B, 2C, T, H, W) with learned variance, else (B, C, T, H, W).
             timestep: an entry of ``timesteps``.
             sample: latents at ``timestep``, (B, C, T, H, W).
             frame_mask: (B, T) bool; frames where it is False are returned as they came, unless
@@ -227,6 +246,7 @@ class IDDPMScheduler(Scheduler):
             OpenSoraError: ``timestep`` is not in the schedule, the wrong number of channels, or a mask of wrong shape.
         """
         index = self._index(timestep)
+        self._step_index = len(self._values) - index
         if noise is None and index > 0 and not (self.sampler == "ddim" and self.ddim_eta == 0):
             noise = noise_like(sample, generator)
         elif index == 0:
@@ -234,7 +254,7 @@ class IDDPMScheduler(Scheduler):
         t = torch.tensor([index])
         reverse = gaussian.p_distribution(
             self.tables,
-            prediction,
+            model_output,
             sample,
             t,
             prediction_type=self.prediction_type,

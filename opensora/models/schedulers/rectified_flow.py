@@ -16,6 +16,7 @@ to it once, and is generated from there::
 Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``, n steps.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ from diffusers.schedulers.scheduling_utils import (
 from opensora.diffusion import flow
 from opensora.diffusion.process import RectifiedFlowProcess
 from opensora.errors import OpenSoraError
-from opensora.models.schedulers.base import Scheduler
+from opensora.models.schedulers.base import Scheduler, check_schedule
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
 
 
@@ -90,9 +91,9 @@ class RectifiedFlowScheduler(Scheduler):
             scale=sample_scale,
             time_shift=self.time_shift if use_timestep_transform else None,
         )
-        self.num_inference_steps: int | None = None
         # As in every diffusers scheduler there is something to iterate before set_timesteps: the training grid.
         self._schedule(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), device=None)
+        self.num_inference_steps: int | None = None
 
     def noise_process(self) -> RectifiedFlowProcess:
         """What such networks are trained with: times are drawn and shifted as the configuration says."""
@@ -102,9 +103,11 @@ class RectifiedFlowScheduler(Scheduler):
 
     def set_timesteps(
         self,
-        num_inference_steps: int,
+        num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         *,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
         height: float | None = None,
         width: float | None = None,
         num_frames: int | None = None,
@@ -114,33 +117,57 @@ class RectifiedFlowScheduler(Scheduler):
         Args:
             num_inference_steps: n >= 1.
             device: where ``timesteps`` goes; ``None`` is the CPU.
+            timesteps: a schedule of one's own instead of a number of steps, descending in (0, N]. It is taken as it
+                is: neither rounded nor shifted.
+            sigmas: the same in the units of ``sigmas``, noise levels in (0, 1].
             height: of the video in pixels; the sizes matter only under ``use_timestep_transform``.
             width: of the video in pixels.
             num_frames: of the video (not of the latent).
 
         Raises:
-            OpenSoraError: fewer than one step, more whole timesteps than there are, or a missing or impossible size.
+            OpenSoraError: fewer than one step, more whole timesteps than there are, a schedule that does not descend or
+                leaves its range, two of these three, or a missing or impossible size.
         """
+        if timesteps is not None or sigmas is not None:
+            self._schedule(self._custom_timesteps(num_inference_steps, timesteps, sigmas), device)
+            return
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise OpenSoraError(
                 f"got num_inference_steps={num_inference_steps!r}; expected a whole number of at least 1"
             )
         steps, grid = num_inference_steps, self.num_train_timesteps
-        timesteps = torch.tensor([(1.0 - i / steps) * grid for i in range(steps)], dtype=torch.float64)
+        even = torch.tensor([(1.0 - i / steps) * grid for i in range(steps)], dtype=torch.float64)
         if self.use_discrete_timesteps:
             if steps > grid:
                 raise OpenSoraError(f"got num_inference_steps={steps}; a discrete schedule has at most {grid}")
-            timesteps = timesteps.round()
-        t = timesteps / grid
+            even = even.round()
+        t = even / grid
         if self.use_timestep_transform:
             t = self.time_shift(t, height, width, num_frames)
-        self.num_inference_steps = steps
         self._schedule(t * grid, device)
+
+    def _custom_timesteps(
+        self,
+        num_inference_steps: int | None,
+        timesteps: Sequence[float] | torch.Tensor | None,
+        sigmas: Sequence[float] | torch.Tensor | None,
+    ) -> torch.Tensor:
+        if timesteps is not None and sigmas is not None:
+            raise OpenSoraError("got timesteps and sigmas; give one of them")
+        name, given, last = ("timesteps", timesteps, len(self)) if timesteps is not None else ("sigmas", sigmas, 1)
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+        allowed = bool(((values > 0) & (values <= last)).all())
+        check_schedule(name, values, num_inference_steps, expected=f"numbers in (0, {last}]", allowed=allowed)
+        return values * (len(self) / last)
 
     def _schedule(self, timesteps: torch.Tensor, device: torch.device | str | None) -> None:
         """Cast the float64 table once; look-ups use the same float32 values the caller iterates over."""
         self.timesteps = timesteps.to(dtype=torch.float32).to(device=device)
         self._values: list[float] = timesteps.to(torch.float32).tolist()
+        self.sigmas = torch.tensor([*self._values, 0.0], dtype=torch.float64) / self.num_train_timesteps
+        """Noise levels of the run, (n + 1,) from 1 to 0; ``timesteps`` as parts of N."""
+        self.num_inference_steps = len(self._values)
+        self._begin_run()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -178,13 +205,13 @@ class RectifiedFlowScheduler(Scheduler):
         reached = strength * self.num_train_timesteps
         active = reached >= self._values[index]
         # Nothing precedes the first step: the frames that count as noise already are those of full strength.
-        before = strength == 1 if index == 0 else reached >= self._values[index - 1]
+        before = strength == 1 if self._is_first(index) else reached >= self._values[index - 1]
         noised = self.add_noise(sample, noise, self._values[index])
         return choose_frames(active & ~before, noised, sample), active
 
     def step(
         self,
-        prediction: torch.Tensor,
+        model_output: torch.Tensor,
         timestep: torch.Tensor | float,
         sample: torch.Tensor,
         *,
@@ -196,7 +223,7 @@ class RectifiedFlowScheduler(Scheduler):
         """Walk from ``timestep`` to the next one, or to 0 from the last.
 
         Args:
-            prediction: guided velocity, (B, C, T, H, W); of (B, 2C, T, H, W) the first C channels are used.
+            model_output: guided velocity, (B, C, T, H, W); of (B, 2C, T, H, W) the first C channels are used.
             timestep: an entry of ``timesteps``.
             sample: latents at ``timestep``, (B, C, T, H, W).
             frame_mask: (B, T) bool; frames where it is False are returned as they came.
@@ -212,16 +239,17 @@ class RectifiedFlowScheduler(Scheduler):
                 wrong shape.
         """
         channels = sample.shape[1]
-        if prediction.shape[1] not in (channels, 2 * channels):
+        if model_output.shape[1] not in (channels, 2 * channels):
             raise OpenSoraError(
-                f"got a prediction of {prediction.shape[1]} channels for latents of {channels}; expected {channels}, "
+                f"got a prediction of {model_output.shape[1]} channels for latents of {channels}; expected {channels}, "
                 f"or {2 * channels} with variance channels"
             )
         index = index_of(timestep, self._values)
         t = self._values[index] / self.num_train_timesteps
         is_last = index + 1 == len(self._values)
         t_next = 0.0 if is_last else self._values[index + 1] / self.num_train_timesteps
-        stepped = flow.euler_step(sample, prediction[:, :channels].to(sample.dtype), t, t_next)
+        self._step_index = index + 1
+        stepped = flow.euler_step(sample, model_output[:, :channels].to(sample.dtype), t, t_next)
         if frame_mask is not None:
             check_frames("frame_mask", frame_mask, sample)
             stepped = choose_frames(frame_mask, stepped, sample)
