@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.planning.autocast import ImaginedAutocast
-from opensora.planning.tracing import LiveMemory
+from opensora.planning.tracing import LiveMemory, replaced
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class FrozenNetworks:
         with ExitStack() as stack:
             for parts, needed in self._alike:
                 for part in parts:
-                    stack.enter_context(patch.object(part, "forward", memory.remembering(part.forward, needed)))
+                    stack.enter_context(replaced(part, "forward", memory.remembering(part.forward, needed)))
             stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
             stack.enter_context(memory)
             stack.enter_context(torch.no_grad())

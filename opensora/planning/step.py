@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from opensora.planning.autocast import ImaginedAutocast
 from opensora.planning.flops import CountedFlops
-from opensora.planning.tracing import LiveMemory
+from opensora.planning.tracing import LiveMemory, replaced
 
 LAYERS_RUN = 3  # the first, the last, and one to stand for those between
 
@@ -105,7 +104,7 @@ def trace_step(
         for number, layer in enumerate(layers[:LAYERS_RUN]):
             recorder.watch(stack, number, layer)
         for block in itertools.chain.from_iterable(layers[LAYERS_RUN:]):
-            stack.enter_context(patch.object(block, "forward", _pass_on))
+            stack.enter_context(replaced(block, "forward", _pass_on))
         for parameter in module.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(recorder.collect).remove)
@@ -164,7 +163,7 @@ def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] =
             stack.callback(first.register_forward_pre_hook(enter).remove)
             stack.callback(last.register_forward_hook(lambda *_: layer.append(counted.totals)).remove)
         for block in itertools.chain.from_iterable(layers[1:]):
-            stack.enter_context(patch.object(block, "forward", _pass_on))
+            stack.enter_context(replaced(block, "forward", _pass_on))
         stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
         stack.enter_context(counted)
         stack.enter_context(torch.enable_grad())
@@ -232,8 +231,8 @@ class _Recorder(LiveMemory):
             return result
 
         if first is not last:
-            stack.enter_context(patch.object(last, "forward", leave))
-        stack.enter_context(patch.object(first, "forward", enter))
+            stack.enter_context(replaced(last, "forward", leave))
+        stack.enter_context(replaced(first, "forward", enter))
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
