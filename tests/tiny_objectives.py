@@ -7,7 +7,7 @@ from typing import Any
 from tiny_pipeline import make_autoencoder
 
 from opensora.data.clips import ManifestClips
-from opensora.data.toybox import ToyboxClips, ToyboxLatents
+from opensora.data.toybox import ToyboxClips, ToyboxLatents, ToyboxVideos
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.recipes.debug import debug_objective
@@ -17,7 +17,6 @@ from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
 from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import TrainedText
-from opensora.training.vae.clips import ToyboxVideos
 from opensora.training.vae.task import VAETaskConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)

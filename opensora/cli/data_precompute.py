@@ -91,11 +91,12 @@ class DataPrecompute:
         from opensora.checkpoints.weights import fingerprint
         from opensora.data import precompute
         from opensora.data.cache import LatentsMadeFrom, MadeFrom, TextMadeFrom
+        from opensora.data.clips import ClipSource
         from opensora.models.autoencoders.video import VideoAutoencoder
         from opensora.training.diffusion.text import Captions, TrainedText
         from opensora.training.parts import META, build_part
 
-        source = clips.open()
+        source = ClipSource(clips)
         # The autoencoder is the smaller one and waits on the CPU while text is encoded.
         dtype = getattr(torch, config.frozen_dtype)
         autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, "cpu", dtype)
@@ -120,6 +121,7 @@ class DataPrecompute:
             buckets=clips.buckets,
             frame_interval=clips.frame_interval,
             told_fps=clips.told_fps,
+            scores=clips.scores,
             windows=self.windows_per_clip,
             seed=self.seed,
             shard_bytes=round(self.shard_mb * 1e6),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from opensora.cli.options import FLAG, option
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
@@ -169,8 +170,10 @@ class EvaluateLoss:
     """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
     buckets: Path | None = None
     """JSON file with the sizes of a manifest's clips, such as {"240p": {"1": [1.0, 8], "51": [1.0, 2]}}."""
-    frame_interval: int = 1
+    frame_interval: Annotated[int | None, option("NUMBER", "the model's")] = None
     """Every how manieth frame of a manifest's videos is taken."""
+    scores: Annotated[bool, FLAG] = False
+    """End captions in the scores of the manifest, for a model that was trained to know them."""
     cache: Path | None = None
     """Folder that opensora data precompute made with the model's autoencoder."""
     sizes: tuple[str, ...] = ("64x64",)
@@ -206,9 +209,13 @@ class EvaluateLoss:
         clips: dict[str, Any] = {"clips": "toybox"}
         if self.manifest is not None and self.buckets is not None:
             buckets = read_json(self.buckets)
-            clips = {"manifest": str(self.manifest), "buckets": buckets, "frame_interval": self.frame_interval}
-            interval = {"frame_interval": self.frame_interval}
-            portions = held_out.manifest_portions(pipeline, self.manifest, buckets, self.num_clips, **interval)
+            interval = pipeline.config.frame_interval
+            table = held_out.clips_of_model(
+                interval, self.manifest, buckets, frame_interval=self.frame_interval, scores=self.scores
+            )
+            clips = {"manifest": str(self.manifest), "buckets": buckets, "frame_interval": table.frame_interval}
+            clips |= {"scores": True} if self.scores else {}
+            portions = held_out.manifest_portions(pipeline, table, self.num_clips)
         elif self.cache is not None:
             clips = {"cache": str(self.cache)}
             portions = held_out.cache_portions(pipeline, self.cache, self.num_clips)
@@ -225,6 +232,8 @@ class EvaluateLoss:
         with Progress("measuring") as progress:
             loss.measure(pipeline, portions, results, self.output, self.seed, progress.update)
         print_losses(results)
+        if results.cut_captions:
+            print(f"captions longer than the model reads, and cut: {results.cut_captions}")
         if self.output is not None:
             print(f"results: {self.output}")
 

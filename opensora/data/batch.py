@@ -7,13 +7,17 @@ Letters: B clips, C channels, T frames, H, W pixels, h, w latent cells, L text t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from opensora.distributed.seeding import BatchKey
+from opensora.models.autoencoders.codec import VideoCodec
+from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 
 
 @dataclass(frozen=True)
@@ -43,28 +47,38 @@ class ClipBatch:
     Attributes:
         video: (B, 3, T, H, W) in [-1, 1].
         captions: B.
-        fps: (B,) frames a second, as networks are told.
+        conditions: what networks are told of the clips.
         label: see `BatchShape`.
         object_mask: (B, 1, T, H, W) in [0, 1], where an object is; None where nobody knows.
     """
 
     video: Tensor
     captions: list[str]
-    fps: Tensor
+    conditions: ClipConditions
     label: str
     object_mask: Tensor | None = None
+
+    @classmethod
+    def meta(cls, shape: BatchShape, device: torch.device | str) -> "ClipBatch":
+        """A batch of this size without content, for plans."""
+        size = (shape.batch_size, 3, shape.num_frames, shape.height, shape.width)
+        captions = [""] * shape.batch_size
+        return cls(torch.zeros(size, device=device), captions, meta_conditions(shape, device), shape.label)
+
+    def to(self, device: torch.device | str) -> "ClipBatch":
+        """The same clips on another device."""
+        mask = None if self.object_mask is None else self.object_mask.to(device)
+        return replace(self, video=self.video.to(device), conditions=self.conditions.to(device), object_mask=mask)
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents of one size, and what else a diffusion transformer is told.
+    """Latents of one size, and what else a diffusion transformer reads.
 
     Attributes:
         latents: (B, C, T, h, w) clean, normalised, float32; T latent frames.
         captions: B.
-        fps: (B,) frames a second, as networks are told.
-        height, width: (B,) pixels before encoding.
-        num_frames: frames before encoding.
+        conditions: what networks are told of the clips.
         label: see `BatchShape`.
         text_states, text_mask: (B, L, D) and (B, L) of the captions where they were encoded beforehand.
         object_mask: (B, 1, T, h, w), 1 where an object touches the cell; None where nobody knows.
@@ -72,14 +86,99 @@ class LatentBatch:
 
     latents: Tensor
     captions: list[str]
-    fps: Tensor
-    height: Tensor
-    width: Tensor
-    num_frames: int
+    conditions: ClipConditions
     label: str
     text_states: Tensor | None = None
     text_mask: Tensor | None = None
     object_mask: Tensor | None = None
+
+    @classmethod
+    def meta(cls, shape: BatchShape, autoencoder: VideoCodec, device: torch.device | str) -> "LatentBatch":
+        """The latents of `ClipBatch.meta`."""
+        factor, frames = autoencoder.spatial_factor, autoencoder.latent_frames(shape.num_frames)
+        cells = (frames, shape.height // factor, shape.width // factor)
+        latents = torch.zeros(shape.batch_size, autoencoder.latent_channels, *cells, device=device)
+        return cls(latents, [""] * shape.batch_size, meta_conditions(shape, device), shape.label)
+
+    def to(self, device: torch.device | str) -> "LatentBatch":
+        """The same latents on another device; text states move when they are read."""
+        mask = None if self.object_mask is None else self.object_mask.to(device)
+        return replace(self, latents=self.latents.to(device), conditions=self.conditions.to(device), object_mask=mask)
+
+
+def batch_conditions(fps: Sequence[float | None], *, num_frames: int, height: int, width: int) -> ClipConditions:
+    """What networks are told of clips of one size, each at a rate of its own.
+
+    Args:
+        fps: B rates, see `told_fps`; None where it is not known, which is told like an image.
+        num_frames: T, before encoding; a single frame is an image, whatever its rate.
+        height, width: in pixels, before encoding.
+    """
+    rates = [IMAGE_FPS if num_frames == 1 or rate is None else float(rate) for rate in fps]
+    size = len(rates)
+    return ClipConditions(
+        fps=torch.tensor(rates),
+        height=torch.full((size,), float(height)),
+        width=torch.full((size,), float(width)),
+        num_frames=num_frames,
+    )
+
+
+def meta_conditions(shape: BatchShape, device: torch.device | str) -> ClipConditions:
+    """What networks would be told of a batch of this size."""
+    rates = [24.0] * shape.batch_size
+    return batch_conditions(rates, num_frames=shape.num_frames, height=shape.height, width=shape.width).to(device)
+
+
+class CaptionCheck(Protocol):
+    """Who will read the captions of a source, and refuses beforehand what it cannot."""
+
+    def check_words(self, captions: Iterable[str]) -> None:
+        """Of a table whose captions will be encoded."""
+
+    def check_cache(self, cache: Any) -> None:
+        """Of a `data.cache.Cache` whose text states will be read."""
+
+
+@dataclass(frozen=True)
+class DataContext:
+    """What a data configuration is opened for.
+
+    Attributes:
+        autoencoder: makes latents of the clips, on its own device and in its own precision; None for clips as video.
+        sample_posterior: draw latents from its posterior; otherwise take the mean.
+        frame_interval: of the model: it is told the rate of its clips times this, see `OpenSoraPipeline`.
+        cache: folder of the run for what is made once; None where nothing is kept.
+        captions: who reads them; None for nobody.
+        split: of data that have clips which are never trained on.
+    """
+
+    autoencoder: VideoCodec | None = None
+    sample_posterior: bool = True
+    frame_interval: int = 1
+    cache: Path | None = None
+    captions: CaptionCheck | None = None
+    split: Literal["train", "held_out"] = "train"
+
+
+class DataConfig(Protocol):
+    """Where clips or latents come from, as settings describe it."""
+
+    def shapes(self) -> list[BatchShape]:
+        """Every size that batches may have; the shares sum to 1."""
+        ...
+
+    def defaults(self) -> dict[str, Any]:
+        """How a model samples that was trained on these clips, as keywords of `OpenSoraPipeline`."""
+        ...
+
+    def open(self, context: DataContext) -> "Source":
+        """The clips, as `ClipBatch` or, where the context has an autoencoder, as `LatentBatch`.
+
+        Raises:
+            OpenSoraError: there are none, or none that will do; says what to do.
+        """
+        ...
 
 
 class Source(ABC):

@@ -90,6 +90,7 @@ class MadeFrom:
         shard_bytes: how large a shard may become.
         latents: see there.
         text: see there; None for a cache of latents alone.
+        scores: whether captions end in the scores of the manifest.
     """
 
     clips: str
@@ -101,6 +102,7 @@ class MadeFrom:
     shard_bytes: int
     latents: LatentsMadeFrom
     text: TextMadeFrom | None
+    scores: bool = False
 
 
 @dataclass(frozen=True)

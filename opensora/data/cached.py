@@ -6,22 +6,22 @@ clip itself has all of them.
 """
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora.checkpoints.weights import fingerprint
-from opensora.data.batch import BatchShape, LatentBatch
+from opensora.data.batch import BatchShape, DataContext, LatentBatch
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
 from opensora.data.cache import MANIFEST, Cache, bucket_key
-from opensora.data.clips import ManifestClips, ManifestSource
+from opensora.data.clips import ManifestClips, ManifestSource, bucket_conditions
 from opensora.data.sampler import SampledBatch
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.posterior import Posterior
 
 
@@ -46,20 +46,44 @@ class CachedLatents:
         """The sizes that batches have."""
         if self.folder is None and self.buckets is not None:
             return Buckets(self.buckets).shapes()
-        return CachedSource(self, sample=False).shapes()
+        source = CachedSource(self, sample=False)
+        source.check_sizes()
+        return source.shapes()
 
-    def open(self, autoencoder: VideoCodec, *, sample: bool) -> "CachedSource":
-        """The source.
+    def defaults(self) -> dict[str, Any]:
+        """See `ManifestClips.defaults`."""
+        return {} if self.folder is None else self.made_of().defaults()
 
-        Args:
-            autoencoder: of the run; a cache that another one made is refused.
-            sample: draw latents from the posterior; otherwise take its mean.
+    def made_of(self) -> ManifestClips:
+        """How the clips of the cache were read, captioned and told."""
+        assert self.folder is not None
+        made_from = Cache(self.folder).index.made_from
+        return ManifestClips(
+            buckets=made_from.buckets if self.buckets is None else self.buckets,
+            frame_interval=made_from.frame_interval,
+            told_fps=made_from.told_fps,
+            text_required=False,
+            scores=made_from.scores,
+            batches_in_a_row=self.batches_in_a_row,
+            num_workers=self.num_workers,
+            max_broken_share=self.max_broken_share,
+        )
+
+    def open(self, context: DataContext) -> "CachedSource":
+        """The latents.
 
         Raises:
-            OpenSoraError: no cache, one that is damaged, or one that is not for this run; says what to do.
+            OpenSoraError: no cache, one that is damaged, or one that is not for this run, such as one that another
+                autoencoder made; says what to do.
         """
-        source = CachedSource(self, sample=sample)
+        source = CachedSource(self, sample=context.sample_posterior)
+        source.check_sizes()
+        autoencoder = context.autoencoder
+        if autoencoder is None:
+            raise OpenSoraError(f"the cache {self.folder} holds latents, not clips; train on their manifest")
         source.cache.check_autoencoder(fingerprint(autoencoder.state_dict()), autoencoder.latent_space)
+        if context.captions is not None:
+            context.captions.check_cache(source.cache)
         return source
 
 
@@ -84,19 +108,10 @@ class CachedSource(ManifestSource):
             )
         self.sample = sample
         self._failed = {(clip.row, clip.bucket): clip.reason for clip in self.cache.index.failed}
-        clips = ManifestClips(
-            buckets=made_from.buckets if config.buckets is None else config.buckets,
-            manifest=config.folder / MANIFEST,
-            frame_interval=made_from.frame_interval,
-            text_required=False,
-            batches_in_a_row=config.batches_in_a_row,
-            num_workers=config.num_workers,
-            max_broken_share=config.max_broken_share,
-        )
-        super().__init__(clips)
-        self._check_sizes()
+        # The captions of its table have their scores already.
+        super().__init__(replace(config.made_of(), manifest=config.folder / MANIFEST, scores=False))
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
         """Refuses buckets that clips may fall into and that the cache has not."""
         there = self.cache.bucket_keys() | {key for _, key in self._failed}
         for row in self.rows:
@@ -118,23 +133,24 @@ class CachedSource(ManifestSource):
     def collate(
         self,
         clips: list[tuple[Tensor, Tensor | None, float]],
-        numbers: list[int],
+        numbers: Sequence[int],
         bucket: Bucket,
         key: BatchKey,
     ) -> LatentBatch:
-        captions = [self.rows[number].text for number in numbers]
         latents = torch.stack([mean for mean, _, _ in clips])
         if self.sample:
             logvar = torch.stack([logvar for _, logvar, _ in clips if logvar is not None])
             latents = Posterior(latents, logvar).sample(key.generator("posterior"))
+        return self.batch_of(latents, [fps for _, _, fps in clips], numbers, bucket)
+
+    def batch_of(self, latents: Tensor, fps: list[float], numbers: Sequence[int], bucket: Bucket) -> LatentBatch:
+        """Latents (B, C, T, h, w) of these rows, with the rates they are told, as a batch."""
+        captions = [self.rows[number].text for number in numbers]
         states, mask = self.cache.text(captions) if self.cache.index.text else (None, None)
         return LatentBatch(
             latents=latents,
             captions=captions,
-            fps=torch.tensor([fps for _, _, fps in clips]),
-            height=torch.full((len(clips),), float(bucket.height)),
-            width=torch.full((len(clips),), float(bucket.width)),
-            num_frames=bucket.num_frames,
+            conditions=bucket_conditions(fps, bucket),
             label=bucket.label,
             text_states=states,
             text_mask=mask,

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.data.batch import BatchShape, ClipBatch, Source
+from opensora.data.batch import BatchShape, ClipBatch, DataContext, Source, batch_conditions
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.encoding import EncodedClips
 from opensora.data.sampler import BucketSampler, SampledBatch
 from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
 from opensora.manifest import SCORES, ClipRow, read_manifest
 from opensora.media.frames import is_picture, read_frames, read_picture
 from opensora.media.transforms import fill_image, fill_video, random_window, spread_frames, to_video
-from opensora.models.clip_conditions import IMAGE_FPS
+from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text.prompts import append_scores
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,27 @@ class ManifestClips:
         if not 0 <= self.max_broken_share <= 1:
             raise OpenSoraError(f"max_broken_share is {self.max_broken_share:g}, expected a share from 0 to 1")
 
-    def open(self) -> "ClipSource":
-        """The source.
+    def shapes(self) -> list[BatchShape]:
+        """The sizes that batches have; without a manifest, see `Buckets.shapes`."""
+        return ClipSource(self).shapes()
+
+    def defaults(self) -> dict[str, Any]:
+        """How a model samples that is told the rate of files: its clips play as much slower."""
+        return {"frame_interval": self.frame_interval} if self.told_fps == "file" else {}
+
+    def open(self, context: DataContext) -> Source:
+        """The clips, or their latents.
 
         Raises:
-            OpenSoraError: a manifest that cannot be read, or none of whose clips is in any bucket.
+            OpenSoraError: a manifest that cannot be read, none of whose clips is in any bucket, or whose captions
+                cannot be read.
         """
-        return ClipSource(self)
+        source = ClipSource(self)
+        if context.captions is not None:
+            context.captions.check_words(row.text for row in source.rows)
+        if context.autoencoder is None:
+            return source
+        return EncodedClips(source, context.autoencoder, sample=context.sample_posterior)
 
 
 class ManifestSource(Source):
@@ -130,7 +145,7 @@ class ManifestSource(Source):
         """
 
     @abstractmethod
-    def collate(self, clips: list[Any], numbers: list[int], bucket: Bucket, key: BatchKey) -> Any:
+    def collate(self, clips: list[Any], numbers: Sequence[int], bucket: Bucket, key: BatchKey) -> Any:
         """A batch of what `read` returned, and of which clips."""
 
     def batch(self, key: BatchKey) -> Any:
@@ -171,11 +186,11 @@ class ManifestSource(Source):
     def figures(self) -> dict[str, float]:
         return {"clips_met": float(len(self._met)), "broken_clips": float(len(self.broken))}
 
-    def told_fps(self, row: ClipRow, bucket: Bucket) -> float:
-        """The frame rate that networks are told."""
-        if bucket.num_frames == 1 or row.fps is None:
-            return IMAGE_FPS
-        return row.fps / (self.config.frame_interval if self.config.told_fps == "taken" else 1)
+    def conditions(self, numbers: Sequence[int], bucket: Bucket) -> ClipConditions:
+        """What networks are told of clips in a size."""
+        interval = self.config.frame_interval if self.config.told_fps == "taken" else 1
+        rates = (self.rows[number].fps for number in numbers)
+        return bucket_conditions([None if rate is None else rate / interval for rate in rates], bucket)
 
     def _read_manifest(self, path: Path) -> None:
         manifest = read_manifest(path, text_required=self.config.text_required)
@@ -252,14 +267,22 @@ class ClipSource(ManifestSource):
     def read(self, number: int, bucket: Bucket, rng: random.Random) -> Tensor:
         return read_clip(self.rows[number], bucket, self.config.frame_interval, rng)
 
-    def collate(self, clips: list[Tensor], numbers: list[int], bucket: Bucket, key: BatchKey) -> ClipBatch:
-        rows = [self.rows[number] for number in numbers]
+    def collate(self, clips: list[Tensor], numbers: Sequence[int], bucket: Bucket, key: BatchKey) -> ClipBatch:
+        return self.batch_of(clips, numbers, bucket)
+
+    def batch_of(self, clips: list[Tensor], numbers: Sequence[int], bucket: Bucket) -> ClipBatch:
+        """Videos (3, T, H, W) of these rows as a batch."""
         return ClipBatch(
             video=torch.stack(clips),
-            captions=[row.text for row in rows],
-            fps=torch.tensor([self.told_fps(row, bucket) for row in rows]),
+            captions=[self.rows[number].text for number in numbers],
+            conditions=self.conditions(numbers, bucket),
             label=bucket.label,
         )
+
+
+def bucket_conditions(fps: Sequence[float | None], bucket: Bucket) -> ClipConditions:
+    """What networks are told of clips of a bucket, each at a rate of its own."""
+    return batch_conditions(fps, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
 
 
 def told_scores(row: ClipRow) -> ClipRow:

@@ -61,16 +61,12 @@ def encode_clips(clips: ClipBatch, autoencoder: VideoCodec, generator: torch.Gen
         autoencoder: encodes them where it is.
         generator: draws from the posterior; None takes its mean.
     """
-    batch, _, num_frames, height, width = clips.video.shape
     video = whole_cells(clips.video, autoencoder.spatial_factor).to(autoencoder.device)
     posterior = autoencoder.posterior(video)
     return LatentBatch(
         latents=posterior.mode() if generator is None else posterior.sample(generator),
         captions=clips.captions,
-        fps=clips.fps,
-        height=torch.full((batch,), float(height)),
-        width=torch.full((batch,), float(width)),
-        num_frames=num_frames,
+        conditions=clips.conditions,
         label=clips.label,
     )
 

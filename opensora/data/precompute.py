@@ -223,7 +223,7 @@ def make_latents(
                     tensors[f"{len(clips)}.mean"] = mean
                     if with_variance:
                         tensors[f"{len(clips)}.logvar"] = logvar
-                    fps = source.told_fps(row, shard.bucket)
+                    fps = float(source.conditions([number], shard.bucket).fps)
                     clips.append({"row": number, "path": row.path.as_posix(), "first_frame": first, "fps": fps})
             size = {"num_frames": shard.bucket.num_frames, "height": shard.bucket.height, "width": shard.bucket.width}
             note = {"bucket": bucket_key(shard.bucket), "label": shard.bucket.label, **size, "clips": clips}

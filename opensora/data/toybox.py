@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.checkpoints.weights import fingerprint
-from opensora.data.batch import BatchShape, LatentBatch, Source
+from opensora.data.batch import BatchShape, ClipBatch, DataContext, LatentBatch, Source, batch_conditions
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.models.clip_conditions import IMAGE_FPS
+from opensora.models.clip_conditions import ClipConditions
 from opensora.toybox.captions import caption
 from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
 
@@ -47,12 +48,18 @@ class ToyboxClips:
         seed = int(torch.randint(2**62, (1,), generator=generator))
         return sample_specs(n, seed, self.world, split)
 
-    def render(
-        self, n: int, generator: torch.Generator, device: str = "cpu", split: Literal["train", "held_out"] = "train"
-    ) -> tuple[Tensor, Tensor]:
-        """Video (n, 3, T, H, W) in [-1, 1] and object mask (n, 1, T, H, W) in [0, 1]."""
-        specs = self.specs(n, generator, split)
-        return render(specs, self.num_frames, self.height, self.width, device)
+    def conditions(self, size: int, frame_interval: int = 1) -> ClipConditions:
+        """What a model of this `frame_interval` is told of `size` clips: rate times interval, as in sampling."""
+        rates = [self.fps * frame_interval] * size
+        return batch_conditions(rates, num_frames=self.num_frames, height=self.height, width=self.width)
+
+    def batch(
+        self, specs: Sequence[ClipSpec], captions: list[str], frame_interval: int = 1, device: str = "cpu"
+    ) -> ClipBatch:
+        """These clips, rendered, with masks of their objects."""
+        video, mask = render(specs, self.num_frames, self.height, self.width, device)
+        conditions = self.conditions(len(captions), frame_interval)
+        return ClipBatch(video, captions, conditions, f"{self.num_frames}f", object_mask=mask)
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,14 @@ class ToyboxLatents:
         """Size and rate of the usual clips, under the names of the pipeline's defaults."""
         return {name: getattr(self.clips, name) for name in ("num_frames", "height", "width", "fps")}
 
-    def open(self, autoencoder: VideoCodec, cache: Path, device: str) -> "ToyboxSource":
-        """The clips, encoded with an autoencoder or read from `cache`."""
+    def open(self, context: DataContext) -> "ToyboxSource":
+        """The clips, encoded with the autoencoder or read from the cache."""
+        assert context.autoencoder is not None and context.cache is not None
         wanted = [(self.clips, self.num_clips)]
         for length in self.other_lengths:
             wanted.append((replace(self.clips, num_frames=length.num_frames), self.num_clips_of_other_lengths))
-        latents = [CaptionedLatents.load_or_encode(cache, clips, autoencoder, n, device) for clips, n in wanted]
-        return ToyboxSource(self, latents)
+        latents = [CaptionedLatents.load_or_encode(context.cache, clips, context.autoencoder, n) for clips, n in wanted]
+        return ToyboxSource(self, [clips for clips, _ in wanted], latents, context.frame_interval)
 
 
 class ToyboxSource(Source):
@@ -121,11 +129,15 @@ class ToyboxSource(Source):
 
     Args:
         config: what they are.
-        latents: the clips of each of its lengths.
+        clips: those of each of its lengths.
+        latents: the same, encoded.
+        frame_interval: of the model, see `DataContext`.
     """
 
-    def __init__(self, config: ToyboxLatents, latents: "list[CaptionedLatents]") -> None:
-        self.config, self.latents = config, latents
+    def __init__(
+        self, config: ToyboxLatents, clips: list[ToyboxClips], latents: "list[CaptionedLatents]", frame_interval: int
+    ) -> None:
+        self.config, self.clips, self.latents, self.frame_interval = config, clips, latents, frame_interval
 
     def shapes(self) -> list[BatchShape]:
         return self.config.shapes()
@@ -134,18 +146,56 @@ class ToyboxSource(Source):
         rng = random.Random(key.generator("frames").initial_seed())
         shapes = self.shapes()
         (which,) = rng.choices(range(len(shapes)), [shape.share for shape in shapes])
-        shape, size = shapes[which], self.config.batch_size
+        size = self.config.batch_size
         latents, object_mask, captions = self.latents[which].sample(size, key.generator("clips"))
         return LatentBatch(
             latents=latents,
             captions=captions,
-            fps=torch.full((size,), IMAGE_FPS if shape.num_frames == 1 else float(self.config.clips.fps)),
-            height=torch.full((size,), float(shape.height)),
-            width=torch.full((size,), float(shape.width)),
-            num_frames=shape.num_frames,
-            label=shape.label,
+            conditions=self.clips[which].conditions(size, self.frame_interval),
+            label=shapes[which].label,
             object_mask=object_mask,
         )
+
+
+@dataclass(frozen=True)
+class ToyboxVideos:
+    """Clips of the toybox, rendered when they are needed.
+
+    Attributes:
+        clips: what they show.
+        batch_size: B, clips a step.
+    """
+
+    clips: ToyboxClips = field(default_factory=ToyboxClips)
+    batch_size: int = 8
+
+    def shapes(self) -> list[BatchShape]:
+        """The size that batches have."""
+        clips = self.clips
+        return [BatchShape(f"{clips.num_frames}f", self.batch_size, clips.num_frames, clips.height, clips.width, 1.0)]
+
+    def defaults(self) -> dict[str, Any]:
+        """None: what is trained on these makes no clips."""
+        return {}
+
+    def open(self, context: DataContext) -> "RenderedClips":
+        """The clips of a split."""
+        return RenderedClips(self, context.split)
+
+
+class RenderedClips(Source):
+    """Batches of rendered clips, with masks of their objects and without captions."""
+
+    def __init__(self, config: ToyboxVideos, split: Literal["train", "held_out"]) -> None:
+        self.config = config
+        self.split: Literal["train", "held_out"] = split
+
+    def shapes(self) -> list[BatchShape]:
+        return self.config.shapes()
+
+    def batch(self, key: BatchKey) -> ClipBatch:
+        clips, size = self.config.clips, self.config.batch_size
+        return clips.batch(clips.specs(size, key.generator("clips"), self.split), [""] * size)
 
 
 class CaptionedLatents:
@@ -168,9 +218,7 @@ class CaptionedLatents:
         return self.latents[rows].float(), self.object_mask[rows].float(), captions
 
     @classmethod
-    def load_or_encode(
-        cls, cache: Path, clips: ToyboxClips, autoencoder: VideoCodec, n: int, device: str
-    ) -> "CaptionedLatents":
+    def load_or_encode(cls, cache: Path, clips: ToyboxClips, autoencoder: VideoCodec, n: int) -> "CaptionedLatents":
         """The first `n` training clips of seed 0; encoded once into `cache`, with what they depend on.
 
         A cache made with other clips or another autoencoder is made again.
@@ -189,7 +237,7 @@ class CaptionedLatents:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("made_from") == made_from:
                     return cls(specs, file.get_tensor("latents"), file.get_tensor("object_mask"))
-        latents, object_mask = encode_clips(specs, clips, autoencoder, device)
+        latents, object_mask = encode_specs(specs, clips, autoencoder)
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file({"latents": latents, "object_mask": object_mask}, partial, {"made_from": made_from})
@@ -197,11 +245,12 @@ class CaptionedLatents:
 
 
 @torch.no_grad()
-def encode_clips(
-    specs: list[ClipSpec], clips: ToyboxClips, autoencoder: VideoCodec, device: str, batch_size: int = 50
+def encode_specs(
+    specs: list[ClipSpec], clips: ToyboxClips, autoencoder: VideoCodec, batch_size: int = 50
 ) -> tuple[Tensor, Tensor]:
     """Normalised latents (the posterior's mean, float16) and object masks (uint8) of rendered clips, on the CPU."""
     latents, masks = [], []
+    device = str(autoencoder.device)
     for start in range(0, len(specs), batch_size):
         part = specs[start : start + batch_size]
         video, mask = render(part, clips.num_frames, clips.height, clips.width, device)

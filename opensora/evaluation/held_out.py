@@ -7,45 +7,65 @@ clip that is longer a fixed piece is taken.
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from opensora.checkpoints.weights import fingerprint
-from opensora.data.batch import ClipBatch, LatentBatch
+from opensora.data.batch import LatentBatch
 from opensora.data.buckets import Bucket, BucketConfig, Buckets
-from opensora.data.cache import MANIFEST, Cache
-from opensora.data.clips import ClipSource, ManifestClips, read_clip
+from opensora.data.cache import Cache
+from opensora.data.cached import CachedLatents, CachedSource
+from opensora.data.clips import ClipSource, ManifestClips, ManifestSource, read_clip
 from opensora.data.encoding import encode_clips
 from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.evaluation.loss import Portion
-from opensora.models.clip_conditions import ClipConditions
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import ClipSpec, render, sample_specs
+from opensora.toybox.world import ClipSpec, sample_specs
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
 
 
-def manifest_portions(
-    pipeline: "OpenSoraPipeline", manifest: Path, buckets: Mapping[str, Mapping[Any, Any]], num_clips: int, **clips: Any
-) -> list[Portion]:
+def clips_of_model(
+    model_interval: int,
+    manifest: Path,
+    buckets: BucketConfig,
+    *,
+    frame_interval: int | None = None,
+    scores: bool = False,
+) -> ManifestClips:
+    """Clips of a table as a model is told of clips when it samples.
+
+    Args:
+        model_interval: `frame_interval` of the model; one whose clips play slower than it is told was told the rate of
+            files.
+        manifest: the table.
+        buckets: the sizes, see `data.buckets`.
+        frame_interval: every how manieth frame of a video is taken; None for the model's own.
+        scores: see `ManifestClips`.
+    """
+    told_fps: Literal["taken", "file"] = "file" if model_interval > 1 else "taken"
+    taken = model_interval if frame_interval is None else frame_interval
+    return ManifestClips(buckets, manifest, taken, told_fps, scores=scores, num_workers=0)
+
+
+def manifest_portions(pipeline: "OpenSoraPipeline", clips: ManifestClips, num_clips: int) -> list[Portion]:
     """Clips of a table.
 
     Args:
         pipeline: whose autoencoder encodes.
-        manifest: the table.
-        buckets: the sizes, see `data.buckets`; their batch sizes are those of the portions.
+        clips: the table, the sizes, whose batch sizes are those of the portions, and what the model is told.
         num_clips: at most so many of each size, the first of the table.
-        clips: more of `ManifestClips`.
 
     Raises:
         OpenSoraError: no clip has any of the sizes; later, when a portion is loaded, a clip that cannot be read.
     """
-    source = ClipSource(ManifestClips(everywhere(buckets), manifest, num_workers=0, **clips))
+    source = ClipSource(replace(clips, buckets=everywhere(clips.buckets), num_workers=0))
 
     def load(bucket: Bucket, numbers: Sequence[int]) -> LatentBatch:
         videos = []
@@ -55,10 +75,8 @@ def manifest_portions(
             try:
                 videos.append(read_clip(row, bucket, source.config.frame_interval, rng))
             except OpenSoraError as error:
-                raise OpenSoraError(f"{row.path}: {error}; leave it out of {manifest}") from None
-        rows = [source.rows[number] for number in numbers]
-        fps = torch.tensor([source.told_fps(row, bucket) for row in rows])
-        batch = ClipBatch(torch.stack(videos), [row.text for row in rows], fps, label_of(bucket))
+                raise OpenSoraError(f"{row.path}: {error}; leave it out of {clips.manifest}") from None
+        batch = replace(source.batch_of(videos, numbers, bucket), label=label_of(bucket))
         return encode_clips(batch, pipeline.autoencoder)
 
     return _portions(source, num_clips, load)
@@ -78,34 +96,20 @@ def cache_portions(pipeline: "OpenSoraPipeline", folder: Path, num_clips: int) -
     cache = Cache(folder)
     autoencoder = pipeline.autoencoder
     cache.check_autoencoder(fingerprint(autoencoder.state_dict()), autoencoder.latent_space)
-    made_from = cache.index.made_from
-    source = ClipSource(
-        ManifestClips(
-            everywhere(made_from.buckets),
-            folder / MANIFEST,
-            made_from.frame_interval,
-            text_required=False,
-            num_workers=0,
-        )
-    )
+    buckets = everywhere(cache.index.made_from.buckets)
+    source = CachedSource(CachedLatents(folder, buckets, num_workers=0), sample=False)
 
     def load(bucket: Bucket, numbers: Sequence[int]) -> LatentBatch:
         clips = [cache.windows(number, bucket)[0] for number in numbers]
-        return LatentBatch(
-            latents=torch.stack([cache.posterior(clip)[0] for clip in clips]),
-            captions=[source.rows[number].text for number in numbers],
-            fps=torch.tensor([clip.fps for clip in clips]),
-            height=torch.full((len(clips),), float(bucket.height)),
-            width=torch.full((len(clips),), float(bucket.width)),
-            num_frames=bucket.num_frames,
-            label=label_of(bucket),
-        )
+        latents = torch.stack([cache.posterior(clip)[0] for clip in clips])
+        batch = source.batch_of(latents, [clip.fps for clip in clips], numbers, bucket)
+        return replace(batch, label=label_of(bucket), text_states=None, text_mask=None)
 
     return _portions(source, num_clips, load, lambda number, bucket: bool(cache.windows(number, bucket)))
 
 
 def _portions(
-    source: ClipSource,
+    source: ManifestSource,
     num_clips: int,
     load: Callable[[Bucket, Sequence[int]], LatentBatch],
     is_there: Callable[[int, Bucket], bool] = lambda number, bucket: True,
@@ -154,21 +158,13 @@ def toybox_portions(
         batch_size: clips of a portion; changes a loss by no more than rounding.
     """
     specs = sample_specs(num_clips, 0, clips.world, "held_out")
-    told = ClipConditions.of_clip(clips.height, clips.width, clips.num_frames, clips.fps)
+    interval = pipeline.config.frame_interval
     label = f"{clips.height}x{clips.width} {clips.num_frames}f"
 
-    @torch.no_grad()
     def load(part: list[ClipSpec]) -> LatentBatch:
-        video, _ = render(part, clips.num_frames, clips.height, clips.width, device=str(pipeline.device))
-        return LatentBatch(
-            latents=pipeline.autoencoder.encode_video(video),
-            captions=[plain_caption(spec) for spec in part],
-            fps=torch.full((len(part),), told.fps),
-            height=torch.full((len(part),), told.height),
-            width=torch.full((len(part),), told.width),
-            num_frames=clips.num_frames,
-            label=label,
-        )
+        captions = [plain_caption(spec) for spec in part]
+        batch = clips.batch(part, captions, interval, device=str(pipeline.device))
+        return encode_clips(replace(batch, label=label), pipeline.autoencoder)
 
     parts = {start: specs[start : start + batch_size] for start in range(0, num_clips, batch_size)}
     return [Portion(label, start, len(part), functools.partial(load, part)) for start, part in parts.items()]

@@ -10,7 +10,7 @@ Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text 
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,9 @@ from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
-from opensora.models.clip_conditions import ClipConditions
 from opensora.models.schedulers.base import process_of
-from opensora.models.text.cleaning import clean_text
-from opensora.models.text.encoders import encode_prompts
+from opensora.models.text.captions import tokenize_captions
+from opensora.models.text.encoders import check_words
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -43,11 +42,13 @@ class LossResults:
         settings: what was measured, and how; a run resumes only on equal settings.
         timesteps: n of them, the same for every clip.
         losses: size -> clip by clip, in order, n losses each.
+        cut_captions: of clips measured by this process, those whose captions were longer than the model reads.
     """
 
     settings: dict[str, Any]
     timesteps: list[float]
     losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    cut_captions: int = 0
 
     def table(self) -> dict[str, list[float]]:
         """Size -> mean over its clips at each timestep, and last the mean of these."""
@@ -57,10 +58,13 @@ class LossResults:
             rows[label] = [*means.tolist(), float(means.mean())]
         return rows
 
+    def means(self) -> dict[str, float]:
+        """Size -> loss over all timesteps and all clips of that size."""
+        return {label: row[-1] for label, row in self.table().items()}
+
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        means = {label: row[-1] for label, row in self.table().items()}
-        content = {"settings": self.settings, "timesteps": self.timesteps, "mean": means, "losses": self.losses}
+        content = {"settings": self.settings, "timesteps": self.timesteps, "mean": self.means(), "losses": self.losses}
         with replacing(path) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -104,8 +108,8 @@ class Portion:
 
 def held_out_losses(
     pipeline: "OpenSoraPipeline", batches: Iterable[LatentBatch], num_timesteps: int = NUM_TIMESTEPS, seed: int = 0
-) -> dict[str, float]:
-    """The suite's means, for watching a run: size -> loss over all timesteps and all clips of that size.
+) -> LossResults:
+    """The suite's losses, for watching a run.
 
     Args:
         pipeline: what is measured.
@@ -116,8 +120,10 @@ def held_out_losses(
     results = new_results(pipeline, {}, num_timesteps)
     for batch in batches:
         known = results.losses.setdefault(batch.label, [])
+        batch, num_cut = with_text(pipeline, batch)
+        results.cut_captions += num_cut
         known += batch_losses(pipeline, batch, num_timesteps, len(known), seed).tolist()
-    return {label: row[-1] for label, row in results.table().items()}
+    return results
 
 
 def measure(
@@ -145,7 +151,9 @@ def measure(
     for portion in portions:
         known = results.losses.setdefault(portion.label, [])
         if len(known) < portion.first + portion.count:
-            losses = batch_losses(pipeline, portion.load(), len(results.timesteps), portion.first, seed)
+            batch, num_cut = with_text(pipeline, portion.load())
+            results.cut_captions += num_cut
+            losses = batch_losses(pipeline, batch, len(results.timesteps), portion.first, seed)
             known += losses[len(known) - portion.first :].tolist()
             if output is not None:
                 results.save(output)
@@ -179,15 +187,14 @@ def batch_losses(pipeline: "OpenSoraPipeline", batch: LatentBatch, num_timesteps
 
     Args:
         pipeline: what is measured.
-        batch: the clips.
+        batch: the clips, with text states, see `with_text`.
         num_timesteps: n.
         first: clips of this size that came before, which decides the noise.
         seed: of the noise.
     """
     device, network = pipeline.device, pipeline.transformer
     clean = batch.latents.to(device, torch.float32)
-    states, mask = text_of(pipeline, batch)
-    clip = ClipConditions(batch.fps.to(device), batch.height.to(device), batch.width.to(device), batch.num_frames)
+    states, mask, clip = batch.text_states, batch.text_mask, batch.conditions.to(device)
     process = process_of(pipeline.scheduler).to(device)
 
     def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -223,12 +230,27 @@ def loss_at(
     return torch.stack([term for name, term in terms.items() if not name.startswith("_")]).sum(dim=0)
 
 
-def text_of(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[Tensor, Tensor]:
-    """Text states (B, L, D) and mask (B, L) of a batch: those it brings, or its captions encoded."""
+@torch.no_grad()
+def with_text(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[LatentBatch, int]:
+    """The batch with text states on the device: those it brings, or its captions encoded, cut as in training.
+
+    Returns:
+        The batch, and how many of its captions were longer than the model reads.
+    """
     place = {"device": pipeline.device, "dtype": pipeline.transformer.dtype}
     if batch.text_states is not None and batch.text_mask is not None:
-        return batch.text_states.to(**place), batch.text_mask.to(pipeline.device)
-    clean = clean_text if pipeline.config.clean_prompts else str
-    captions = [clean(caption) for caption in batch.captions]
-    length = pipeline.transformer.null_text.shape[0]
-    return encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, length, **place)
+        states, mask = batch.text_states.to(**place), batch.text_mask.to(pipeline.device)
+        return replace(batch, text_states=states, text_mask=mask), 0
+    check_words(pipeline.tokenizer, batch.captions)
+    tokens = tokenize_captions(
+        pipeline.tokenizer,
+        batch.captions,
+        len(pipeline.transformer.null_text),
+        clean=pipeline.config.clean_prompts,
+        padding="max_length",
+    )
+    encoder_device = next(pipeline.text_encoder.parameters()).device
+    mask = tokens.mask.to(encoder_device)
+    states = pipeline.text_encoder(input_ids=tokens.ids.to(encoder_device), attention_mask=mask)[0]
+    mask = mask.to(device=pipeline.device, dtype=torch.bool)
+    return replace(batch, text_states=states.to(**place), text_mask=mask), tokens.num_cut

@@ -9,6 +9,7 @@ Letters: B clips.
 import math
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
@@ -50,6 +51,13 @@ class ClipConditions:
                 raise OpenSoraError(f"{name} is {value!r}; expected a positive number")
         rate = float(fps) if num_frames > 1 or image_fps is None else float(image_fps)
         return cls(fps=rate, height=float(height), width=float(width), num_frames=float(num_frames))
+
+    def to(self, device: torch.device | str) -> "ClipConditions":
+        """The same, with tensors on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ClipConditions(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        )
 
     def repeat(self, times: int) -> "ClipConditions":
         """All clips so often, one whole batch after the other."""

@@ -5,9 +5,9 @@ Run them in this order; each looks for the stage before in `runs/`, where `opens
 
 from pathlib import Path
 
+from opensora.data.toybox import ToyboxVideos
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae.clips import ToyboxVideos
 from opensora.training.vae.task import VAETaskConfig
 
 RUNS = Path("runs")

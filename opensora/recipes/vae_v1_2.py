@@ -13,11 +13,11 @@ from typing import Any
 
 from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
-from opensora.data.toybox import ToyboxClips
+from opensora.data.toybox import ToyboxClips, ToyboxVideos
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae.clips import Cut, ToyboxVideos
+from opensora.training.vae.clips import Cut
 from opensora.training.vae.discriminator import DiscriminatorConfig
 from opensora.training.vae.task import VAETaskConfig
 

@@ -78,9 +78,10 @@ class Work:
 
 
 def shapes_of(batch: Any) -> tuple[Hashable, ...]:
-    """Shapes of the tensors that a batch, a dataclass or a tensor, consists of."""
-    tensors = vars(batch) if dataclasses.is_dataclass(batch) else {"": batch}
-    return tuple((name, tuple(value.shape)) for name, value in tensors.items() if isinstance(value, Tensor))
+    """Shapes of the tensors that a batch, a dataclass (maybe of others) or a tensor, consists of."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape),)
+    return tuple(map(shapes_of, vars(batch).values())) if dataclasses.is_dataclass(batch) else ()
 
 
 def by_group(losses: Sequence[float], groups: Mapping[str, Sequence[str]]) -> Iterator[dict[str, float]]:

@@ -13,6 +13,7 @@ from tiny_pipeline import make_autoencoder, make_text_encoder
 
 from opensora.checkpoints.weights import fingerprint
 from opensora.data import precompute
+from opensora.data.batch import DataContext
 from opensora.data.cache import INDEX, Cache, LatentsMadeFrom, MadeFrom, TextMadeFrom
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ClipSource, ManifestClips, read_clip
@@ -186,7 +187,7 @@ def test_batches_from_a_cache_are_those_from_the_clips(sample: bool, manifest, a
     making = Making(manifest, autoencoder)
     making.run(tmp_path / "cache")
     clips = EncodedClips(making.source, autoencoder, sample=sample)
-    cached = CachedLatents(tmp_path / "cache", max_broken_share=1.0).open(autoencoder, sample=sample)
+    cached = CachedLatents(tmp_path / "cache", max_broken_share=1.0).open(DataContext(autoencoder, sample))
     assert cached.shapes() == clips.shapes()
     seen = set()
     for position in range(12):  # with the damaged clip's replacements
@@ -194,10 +195,10 @@ def test_batches_from_a_cache_are_those_from_the_clips(sample: bool, manifest, a
         cached.prefetch([key])
         wanted, found = clips.batch(key), cached.batch(key)
         assert found.captions == wanted.captions and found.label == wanted.label
-        assert found.num_frames == wanted.num_frames
+        assert found.conditions.num_frames == wanted.conditions.num_frames
         torch.testing.assert_close(found.latents, wanted.latents)
         for name in ("fps", "height", "width"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name))
+            assert torch.equal(getattr(found.conditions, name), getattr(wanted.conditions, name))
         seen |= {*found.captions, found.label}
     assert {"16x24 5f", "16x24 1f"} < seen and len(seen) == 6
 
@@ -209,16 +210,16 @@ def test_several_windows_of_a_long_clip_are_drawn_from(autoencoder, tmp_path):
     index = Making(tmp_path / "clips.csv", autoencoder, windows=6).run(tmp_path / "cache")
     firsts = {c["first_frame"] for name in index.latents for c in read_note(tmp_path / "cache" / name)["clips"]}
     assert index.num_latents == 6 and len(firsts) > 3 and max(firsts) < 35
-    cached = CachedLatents(tmp_path / "cache", num_workers=0).open(autoencoder, sample=False)
+    cached = CachedLatents(tmp_path / "cache", num_workers=0).open(DataContext(autoencoder, False))
     drawn = {cached.batch(BatchKey(0, position)).latents[0].sum().item() for position in range(20)}
     assert len(drawn) > 3
 
 
 def test_means_alone_are_refused_where_training_draws(manifest, autoencoder, tmp_path):
     Making(manifest, autoencoder, contents="mean").run(tmp_path / "cache")
-    CachedLatents(tmp_path / "cache").open(autoencoder, sample=False).batch(BatchKey(0, 0))
+    CachedLatents(tmp_path / "cache").open(DataContext(autoencoder, False)).batch(BatchKey(0, 0))
     with pytest.raises(OpenSoraError, match=r"means alone.*--contents posterior.*sample_posterior=false"):
-        CachedLatents(tmp_path / "cache").open(autoencoder, sample=True)
+        CachedLatents(tmp_path / "cache").open(DataContext(autoencoder, True))
 
 
 def test_another_latent_space_or_autoencoder_is_refused_with_both_ways_out(manifest, autoencoder, tmp_path):
@@ -227,7 +228,7 @@ def test_another_latent_space_or_autoencoder_is_refused_with_both_ways_out(manif
     other = make_autoencoder()
     other.override_latent_space(LatentSpace(scaling_factor=0.13025, trained_with="elsewhere"))
     with pytest.raises(OpenSoraError) as error:
-        config.open(other, sample=False)
+        config.open(DataContext(other, False))
     message = str(error.value)
     assert "\n" not in message and "another latent space: scaling_factor is 1 (multiply) in the cache" in message
     assert "0.13025 (multiply) in this run" in message
@@ -236,8 +237,8 @@ def test_another_latent_space_or_autoencoder_is_refused_with_both_ways_out(manif
     with torch.no_grad():
         next(other.parameters()).add_(0.1)
     with pytest.raises(OpenSoraError, match=r"another autoencoder: its weights are [0-9a-f]{12} in the cache but"):
-        config.open(other, sample=False)
-    config.open(autoencoder, sample=False)
+        config.open(DataContext(other, False))
+    config.open(DataContext(autoencoder, False))
 
 
 def test_another_text_encoder_or_length_is_refused(manifest, autoencoder, tmp_path):
@@ -265,9 +266,9 @@ def test_another_text_encoder_or_length_is_refused(manifest, autoencoder, tmp_pa
 def test_other_chances_and_batch_sizes_need_no_new_cache_but_other_sizes_do(manifest, autoencoder, tmp_path):
     Making(manifest, autoencoder).run(tmp_path / "cache")
     config = CachedLatents(tmp_path / "cache", {"16x24": {"5": (0.5, 3)}})
-    assert config.open(autoencoder, sample=False).batch(BatchKey(0, 0)).latents.shape[0] == 3
+    assert config.open(DataContext(autoencoder, False)).batch(BatchKey(0, 0)).latents.shape[0] == 3
     with pytest.raises(OpenSoraError, match=r"no clips of 16x16 5f at 16x16; make it again with these buckets"):
-        CachedLatents(tmp_path / "cache", {"16x16": {"5": (1.0, 2)}}).open(autoencoder, sample=False)
+        CachedLatents(tmp_path / "cache", {"16x16": {"5": (1.0, 2)}}).open(DataContext(autoencoder, False))
 
 
 def test_missing_and_damaged_caches_are_one_line(manifest, autoencoder, tmp_path):

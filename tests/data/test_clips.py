@@ -12,7 +12,7 @@ from PIL import Image
 
 from opensora.data import clips as clips_module
 from opensora.data.buckets import Bucket
-from opensora.data.clips import ManifestClips, read_clip
+from opensora.data.clips import ClipSource, ManifestClips, read_clip
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
@@ -34,14 +34,14 @@ def keys(count: int, seed: int = 0) -> list[BatchKey]:
 
 def test_batches_in_spite_of_everything(broken, caplog):
     """All that can be used comes, what cannot be read is named once with its reason, and nothing stops."""
-    source = ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=1).open()
+    source = ClipSource(ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=1))
     with caplog.at_level(logging.WARNING):
         batches = [source.batch(key) for key in keys(3 * len(source.sampler(0).epoch(0).batch_bucket))]
     captions = {caption for batch in batches for caption in batch.captions}
     assert captions == {f'what "{name}" shows,\nin two lines' for name in broken.usable}
     for batch in batches:
         assert batch.video.shape[1:] in [(3, 1, HEIGHT, WIDTH), (3, 9, HEIGHT, WIDTH)]
-        assert len(batch.video) == len(batch.captions) == len(batch.fps) == 2
+        assert len(batch.video) == len(batch.captions) == len(batch.conditions.fps) == 2
         assert batch.video.abs().max() <= 1 and batch.video.std() > 0.1
     for name, reason in broken.broken.items():
         (said,) = [record.getMessage() for record in caplog.records if f"/{name}:" in record.getMessage()]
@@ -53,16 +53,16 @@ def test_batches_in_spite_of_everything(broken, caplog):
 def test_a_batch_depends_on_its_place_alone(broken):
     """Replacements included: announced or not, in any order, with any number of threads."""
     config = ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=2)
-    first = config.open()
+    first = ClipSource(config)
     first.prefetch(keys(4))
     first.prefetch(keys(12))  # as a trainer does: again, and further
     expected = [first.batch(key) for key in keys(12)]
-    again = replace(config, num_workers=0).open()
+    again = ClipSource(replace(config, num_workers=0))
     for position in (11, 3, 7, 0, 5):
         batch = again.batch(BatchKey(0, position, step=99))
         assert torch.equal(batch.video, expected[position].video)
         assert batch.captions == expected[position].captions
-    other = config.open().batch(BatchKey(1, 0))
+    other = ClipSource(config).batch(BatchKey(1, 0))
     assert not torch.equal(other.video, expected[0].video)
 
 
@@ -104,8 +104,8 @@ def test_rates_that_networks_are_told(broken):
         config = ManifestClips(
             {"48x64": {"1": (1.0, 2), "5": (1.0, 2)}}, broken.manifest, frame_interval=2, told_fps=told
         )
-        source = config.open()
-        rates[told] = {(b.label, rate) for b in map(source.batch, keys(16)) for rate in b.fps.tolist()}
+        source = ClipSource(config)
+        rates[told] = {(b.label, rate) for b in map(source.batch, keys(16)) for rate in b.conditions.fps.tolist()}
     assert rates["taken"] == {("48x64 5f", 4.0), ("48x64 1f", IMAGE_FPS)}
     assert rates["file"] == {("48x64 5f", 8.0), ("48x64 1f", IMAGE_FPS)}
 
@@ -121,12 +121,12 @@ def many_missing(tmp_path):
 
 
 def test_too_many_broken_clips_stop_the_run(many_missing):
-    source = ManifestClips(BUCKETS, many_missing, max_broken_share=0.5).open()
+    source = ClipSource(ManifestClips(BUCKETS, many_missing, max_broken_share=0.5))
     with pytest.raises(OpenSoraError, match=r"of 1\d\d clips are broken.*max_broken_share 0.5.*missing \d+.mp4: ") as e:
         for key in keys(200):
             source.batch(key)
     assert "\n" not in str(e.value)
-    patient = ManifestClips(BUCKETS, many_missing, max_broken_share=1.0, num_workers=0).open()
+    patient = ClipSource(ManifestClips(BUCKETS, many_missing, max_broken_share=1.0, num_workers=0))
     assert all(len(patient.batch(key).video) == 2 for key in keys(30))
 
 
@@ -137,11 +137,11 @@ def test_a_bucket_of_broken_clips_alone(tmp_path):
     bad = ClipRow(tmp_path / "b.mp4", "bad", NUM_FRAMES, 96, 128, 8.0)
     config = ManifestClips(BUCKETS | {"96x128": {"9": (1.0, 1)}}, tmp_path / "clips.csv", batches_in_a_row=1)
     write_manifest(tmp_path / "clips.csv", [good, bad])
-    batches = [config.open().batch(key) for key in keys(2)]
+    batches = [ClipSource(config).batch(key) for key in keys(2)]
     assert {b.label: b.captions for b in batches} == {"48x64 9f": ["good", "good"], "96x128 9f": ["good"]}
     write_manifest(tmp_path / "clips.csv", [bad])
     with pytest.raises(OpenSoraError, match=r"no clip for 96x128 9f can be read.*b.mp4: the file does not exist"):
-        config.open().batch(BatchKey(0, 0))
+        ClipSource(config).batch(BatchKey(0, 0))
 
 
 def test_a_manifest_that_is_wrong_about_its_clips(tmp_path):
@@ -160,14 +160,14 @@ def test_a_manifest_that_is_wrong_about_its_clips(tmp_path):
 
 def test_shapes(broken):
     """Of the clips that there are, or of the buckets alone."""
-    shapes = ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=1).open().shapes()
+    shapes = ClipSource(ManifestClips(BUCKETS, broken.manifest, batches_in_a_row=1)).shapes()
     assert [(s.label, s.batch_size, s.num_frames, s.height, s.width) for s in shapes] == [
         ("48x64 9f", 2, 9, HEIGHT, WIDTH),
         ("48x64 1f", 2, 1, HEIGHT, WIDTH),
     ]
     # 19 clips and 3 images; which of them are broken nobody knows yet
     assert [s.share for s in shapes] == [10 / 12, 2 / 12]
-    unread = ManifestClips(BUCKETS).open()
+    unread = ClipSource(ManifestClips(BUCKETS))
     assert [s.share for s in unread.shapes()] == [0.5, 0.5]
     unread.prefetch(keys(2))
     with pytest.raises(OpenSoraError, match="no manifest"):
@@ -176,12 +176,12 @@ def test_shapes(broken):
 
 def test_what_cannot_be_trained_on_is_refused_at_once(broken, tmp_path):
     with pytest.raises(OpenSoraError, match=r"nothing to train on.*too small"):
-        ManifestClips({"720p": {"9": (1.0, 2)}}, broken.manifest).open()
+        ClipSource(ManifestClips({"720p": {"9": (1.0, 2)}}, broken.manifest))
     with pytest.raises(OpenSoraError, match="does not exist"):
-        ManifestClips(BUCKETS, tmp_path / "none.csv").open()
+        ClipSource(ManifestClips(BUCKETS, tmp_path / "none.csv"))
     (tmp_path / "empty.csv").write_text("path,text,num_frames,height,width,fps\nx,,9,8,8,8\n")
     with pytest.raises(OpenSoraError, match=r"no row that can be used; row 1 \(x\): no text"):
-        ManifestClips(BUCKETS, tmp_path / "empty.csv").open()
+        ClipSource(ManifestClips(BUCKETS, tmp_path / "empty.csv"))
     for change, message in [
         ({"frame_interval": 0}, "frame_interval is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
@@ -196,14 +196,14 @@ def test_settings_come_back():
     config = ManifestClips({"240p": {"51": ((1.0, 0.33), 4)}}, None, frame_interval=3, told_fps="file")
     back = from_dict(ManifestClips, to_dict(config))
     assert to_dict(back) == to_dict(config) and back.told_fps == "file"
-    assert back.open().shapes() == config.open().shapes()
+    assert ClipSource(back).shapes() == ClipSource(config).shapes()
 
 
 def test_reading_begins_when_announced(broken, monkeypatch):
     read = []
     real = clips_module.read_clip
     monkeypatch.setattr(clips_module, "read_clip", lambda *args: read.append(1) or real(*args))
-    source = ManifestClips(BUCKETS, broken.manifest, num_workers=2).open()
+    source = ClipSource(ManifestClips(BUCKETS, broken.manifest, num_workers=2))
     source.prefetch(keys(2))
     for reads in source._prefetched.values():
         for one in reads:

@@ -21,7 +21,7 @@ from opensora.evaluation.loss import (
     loss_at,
     measure,
     new_results,
-    text_of,
+    with_text,
 )
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
@@ -100,27 +100,36 @@ def test_sizes_are_kept_apart_and_watching_a_run_gives_the_tables_means():
     other = replace(CLIPS, num_frames=1)
     portions = [p for c in (CLIPS, other) for p in toybox_portions(pipeline, c, 3, batch_size=2)]
     results = measure(pipeline, portions, fresh(pipeline))
-    means = held_out_losses(pipeline, (portion.load() for portion in portions), num_timesteps=3)
+    means = held_out_losses(pipeline, (portion.load() for portion in portions), num_timesteps=3).means()
     assert list(means) == ["16x24 5f", "16x24 1f"]
     assert means == pytest.approx({label: row[-1] for label, row in results.table().items()}, rel=1e-5)
 
 
 def test_the_weights_decide():
     pipeline = make_pipeline()
-    before = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3)
+    before = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3).means()
     with torch.no_grad():
         pipeline.transformer.final_layer.linear.weight.mul_(2)
-    after = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3)
+    after = held_out_losses(pipeline, [toybox_portions(pipeline, CLIPS, 2)[0].load()], num_timesteps=3).means()
     assert before != after
 
 
 def test_text_states_that_a_batch_brings_are_used():
     pipeline = make_pipeline()
     batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
-    with torch.no_grad():
-        states, mask = text_of(pipeline, batch)
-    brought = replace(batch, captions=["", ""], text_states=states, text_mask=mask)
-    assert torch.equal(batch_losses(pipeline, brought, 3, 0, 0), batch_losses(pipeline, batch, 3, 0, 0))
+    encoded, num_cut = with_text(pipeline, batch)
+    brought, _ = with_text(pipeline, replace(encoded, captions=["", ""]))
+    assert num_cut == 0
+    assert torch.equal(batch_losses(pipeline, brought, 3, 0, 0), batch_losses(pipeline, encoded, 3, 0, 0))
+
+
+def test_captions_that_are_too_long_are_cut_and_counted():
+    pipeline = make_pipeline()
+    batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
+    longer = replace(batch, captions=[" ".join([caption] * 9) for caption in batch.captions])
+    results = held_out_losses(pipeline, [longer], num_timesteps=2)
+    assert results.cut_captions == 2 and len(results.means()) == 1
+    assert held_out_losses(pipeline, [batch], num_timesteps=2).cut_captions == 0
 
 
 def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path):

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from opensora.data.batch import LatentBatch
 from opensora.diffusion.process import GaussianProcess
 from opensora.distributed.seeding import BatchKey
+from opensora.models.clip_conditions import ClipConditions
 from opensora.recipes.debug import debug_objective
+from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.task import Batch, DiffusionTask
+from opensora.training.diffusion.task import DiffusionTask
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -47,19 +50,15 @@ def objective_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[Dif
 def losses(objective: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[str, Tensor]:
     clean = fixture["in.x_start"]
     size = torch.full((len(clean),), 32.0)
-    batch = Batch(
-        latents=clean,
+    conditions = ClipConditions(size, size, size, clean.shape[2])
+    batch = DiffusionBatch(
+        LatentBatch(clean, [""] * len(clean), conditions, "fixture"),
         noise=fixture["in.noise"],
         t=fixture["in.t"],
         text=fixture["in.y"],
         text_mask=torch.ones(len(clean), 1),
         drop_text=torch.zeros(len(clean), dtype=torch.bool),
         frame_mask=mask,
-        fps=size,
-        height=size,
-        width=size,
-        num_frames=clean.shape[2],
-        label="fixture",
     )
     return objective.loss(batch, BatchKey(0, 0))
 

@@ -66,7 +66,7 @@ def test_every_size_can_be_imagined(name: str) -> None:
     for shape in shapes:
         batch = objective.meta_batch(shape)
         cells = (shape.height // 8, shape.width // 8)
-        assert batch.latents.shape == (
+        assert batch.clips.latents.shape == (
             shape.batch_size, 4, objective.autoencoder.latent_frames(shape.num_frames), *cells
         )  # fmt: skip
     assert len(objective.blocks()) == len(objective.transformer.blocks) > 0

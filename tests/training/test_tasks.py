@@ -230,7 +230,7 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
         losses.append(objective.loss(batch, key))
     for name, loss in losses[0].items():
         torch.testing.assert_close(loss, losses[1][name])
-    apart = (seen[0] - batch.latents).abs().amax(dim=(1, 3, 4))
+    apart = (seen[0] - batch.clips.latents).abs().amax(dim=(1, 3, 4))
     assert apart[given].max() < 0.1 < apart[batch.frame_mask].min()
 
 
@@ -240,12 +240,12 @@ def test_lengths_come_in_their_shares(tmp_path):
     objective = diffusion_config("flow", tmp_path, data=data).build("cpu")
     objective.set_up(tmp_path / "cache")
     batches = [objective.prepare(BatchKey(0, step)) for step in range(60)]
-    lengths = [batch.latents.shape[2] for batch in batches]
+    lengths = [batch.clips.latents.shape[2] for batch in batches]
     # An image, 5 and 14 frames, four to a latent frame.
     assert set(lengths) == {1, 2, 4} and 8 < lengths.count(1) < 30
     for batch in batches:
-        rate = 120.0 if batch.latents.shape[2] == 1 else float(CLIPS.fps)
-        assert batch.fps.tolist() == [rate] * 3
+        rate = 120.0 if batch.clips.latents.shape[2] == 1 else float(CLIPS.fps)
+        assert batch.clips.conditions.fps.tolist() == [rate] * 3
     with pytest.raises(OpenSoraError, match=r"1\.2"):
         ToyboxLatents(other_lengths=(OtherLength(1, 1.2),))
 
@@ -257,20 +257,20 @@ def test_lengths_come_in_their_shares(tmp_path):
 def encodings(monkeypatch) -> list[int]:
     """How many clips each encoding took; [] while the cache serves."""
     counted: list[int] = []
-    encode = toybox.encode_clips
+    encode = toybox.encode_specs
 
     def counting(specs, *args):
         counted.append(len(specs))
         return encode(specs, *args)
 
-    monkeypatch.setattr(toybox, "encode_clips", counting)
+    monkeypatch.setattr(toybox, "encode_specs", counting)
     return counted
 
 
 def test_encoded_clips_are_reused(tmp_path, encodings):
     autoencoder = make_autoencoder()
-    first = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4, "cpu")
-    again = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4, "cpu")
+    first = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4)
+    again = CaptionedLatents.load_or_encode(tmp_path, CLIPS, autoencoder, 4)
     assert encodings == [4]
     assert torch.equal(first.latents, again.latents) and torch.equal(first.object_mask, again.object_mask)
     assert first.specs == again.specs
@@ -279,7 +279,7 @@ def test_encoded_clips_are_reused(tmp_path, encodings):
 @pytest.mark.parametrize("change", ["autoencoder", "clips", "number"])
 def test_encoded_clips_of_something_else_are_made_again(change, tmp_path, encodings):
     autoencoder, clips, number = make_autoencoder(), CLIPS, 4
-    before = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number, "cpu")
+    before = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number)
     if change == "autoencoder":
         with torch.no_grad():
             next(autoencoder.spatial_vae.parameters()).mul_(1.01)
@@ -287,13 +287,13 @@ def test_encoded_clips_of_something_else_are_made_again(change, tmp_path, encodi
         clips = dataclasses.replace(clips, width=16)
     else:
         number = 5
-    after = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number, "cpu")
+    after = CaptionedLatents.load_or_encode(tmp_path, clips, autoencoder, number)
     assert encodings == [4, number]
     assert before.latents.shape != after.latents.shape or not torch.equal(before.latents, after.latents)
 
 
 def test_a_draw_of_encoded_clips_is_worded_anew(tmp_path):
-    latents = CaptionedLatents.load_or_encode(tmp_path, CLIPS, make_autoencoder(), 3, "cpu")
+    latents = CaptionedLatents.load_or_encode(tmp_path, CLIPS, make_autoencoder(), 3)
     drawn = [latents.sample(8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     captions = [words for _, _, words in drawn]
     assert captions[0] == captions[1] and captions[0] != captions[2]

@@ -1,14 +1,16 @@
 """What is generated now and then to watch a training, and written where the run keeps its previews."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from opensora.data.batch import DataConfig
 from opensora.data.buckets import BucketConfig
-from opensora.data.clips import ManifestClips
+from opensora.data.cached import CachedLatents
+from opensora.data.clips import ClipSource, ManifestClips
 from opensora.errors import OpenSoraError
-from opensora.evaluation.held_out import manifest_portions
+from opensora.evaluation.held_out import clips_of_model, manifest_portions
 from opensora.evaluation.judge import load_judge
 from opensora.evaluation.loss import held_out_losses
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
@@ -29,7 +31,9 @@ class JudgedPrompts:
     num_prompts: int = 40
     world: World = EASY_WORLD
 
-    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+    def show(
+        self, pipeline: OpenSoraPipeline, folder: Path, step: int, trained_on: ManifestClips | None
+    ) -> dict[str, float]:
         """Writes a contact sheet; returns the share of the prompts' words that the judge reads off the clips."""
         if not self.num_prompts:
             return {}
@@ -59,7 +63,9 @@ class Prompts:
         if not self.prompts:
             raise OpenSoraError("objective.preview.prompts is empty; give at least one, or preview=none")
 
-    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+    def show(
+        self, pipeline: OpenSoraPipeline, folder: Path, step: int, trained_on: ManifestClips | None
+    ) -> dict[str, float]:
         """Writes an mp4 for every prompt."""
         pipeline.set_progress_bar_config(disable=True)
         config = pipeline.config
@@ -80,32 +86,55 @@ class HeldOutLosses:
         manifest: table of the clips.
         buckets: their sizes, see `data.buckets`.
         num_clips: at most so many of each size.
-        frame_interval: every how manieth frame of a video is taken.
+        frame_interval: every how manieth frame of a video is taken; None for as in
+            training: all of them where no table is trained on.
         prompts: clips to generate besides.
     """
 
     manifest: Path
     buckets: BucketConfig
     num_clips: int = 40
-    frame_interval: int = 1
+    frame_interval: int | None = None
     prompts: Prompts | None = None
 
-    def check(self) -> None:
+    def clips(self, model_interval: int, trained_on: ManifestClips | None) -> ManifestClips:
+        """The clips, told and captioned like those that are trained on, or else as the model is when it samples.
+
+        Args:
+            model_interval: `frame_interval` of the model.
+            trained_on: the table that the run trains on; None if there is none.
+        """
+        if trained_on is None:
+            return clips_of_model(model_interval, self.manifest, self.buckets, frame_interval=self.frame_interval or 1)
+        interval = trained_on.frame_interval if self.frame_interval is None else self.frame_interval
+        return replace(
+            trained_on, manifest=self.manifest, buckets=self.buckets, frame_interval=interval, text_required=True
+        )
+
+    def check(self, model_interval: int, trained_on: ManifestClips | None) -> None:
         """Before the first step.
 
         Raises:
             OpenSoraError: no such table, none of its clips has any of the sizes, or a file is missing.
         """
-        source = ManifestClips(self.buckets, self.manifest, frame_interval=self.frame_interval, num_workers=0).open()
+        source = ClipSource(self.clips(model_interval, trained_on))
         for row in source.rows:
             if not row.path.exists():
                 raise OpenSoraError(f"{row.path} does not exist; leave it out of {self.manifest}")
 
-    def show(self, pipeline: OpenSoraPipeline, folder: Path, step: int) -> dict[str, float]:
+    def show(
+        self, pipeline: OpenSoraPipeline, folder: Path, step: int, trained_on: ManifestClips | None
+    ) -> dict[str, float]:
         """The mean loss of every size, as `held_out/SIZE`."""
-        figures = {} if self.prompts is None else self.prompts.show(pipeline, folder, step)
-        portions = manifest_portions(
-            pipeline, self.manifest, self.buckets, self.num_clips, frame_interval=self.frame_interval
-        )
-        losses = held_out_losses(pipeline, (portion.load() for portion in portions))
-        return {**figures, **{f"held_out/{label}": loss for label, loss in losses.items()}}
+        figures = {} if self.prompts is None else self.prompts.show(pipeline, folder, step, trained_on)
+        portions = manifest_portions(pipeline, self.clips(pipeline.config.frame_interval, trained_on), self.num_clips)
+        results = held_out_losses(pipeline, (portion.load() for portion in portions))
+        figures |= {"held_out_cut_captions": float(results.cut_captions)} if results.cut_captions else {}
+        return {**figures, **{f"held_out/{label}": loss for label, loss in results.means().items()}}
+
+
+def clips_trained_on(data: DataConfig) -> ManifestClips | None:
+    """The table of clips that a run trains on, or that its cache was made of; None where there is no table."""
+    if isinstance(data, CachedLatents):
+        return None if data.folder is None else data.made_of()
+    return data if isinstance(data, ManifestClips) else None

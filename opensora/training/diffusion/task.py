@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from opensora.checkpoints.published import BUNDLED, published_name
-from opensora.data.batch import BatchShape, LatentBatch, Source
+from opensora.data.batch import BatchShape, DataContext, LatentBatch, Source
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
-from opensora.data.encoding import EncodedClips, whole_cells
+from opensora.data.encoding import whole_cells
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.models.clip_conditions import ClipConditions
 from opensora.models.format import Part
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import to_dict
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained
+from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.export import copies, origin_of_latents, save_pipeline
 from opensora.training.diffusion.lora import LoRAConfig, add_adapter, export_adapter, without_adapter
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
+from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts, clips_trained_on
 from opensora.training.diffusion.text import CachedText, Captions, FrozenText, TrainedText
 from opensora.training.muon import hidden_matrices
 from opensora.training.parts import META, Untrained, build_part
@@ -106,39 +106,6 @@ class DiffusionTaskConfig:
         return DiffusionTask(self, device)
 
 
-@dataclass
-class Batch:
-    """One step's data, on the device.
-
-    Attributes:
-        latents: (B, C, T, h, w) clean.
-        noise: like latents.
-        t: (B,) times, in the unit of the diffusion.
-        text: (B, L, D) text states; or, where the encoder is trained along, (B, L) token ids.
-        text_mask: (B, L), 1 = token.
-        drop_text: (B,) bool.
-        frame_mask: (B, T) bool, True = generated; None = all are.
-        fps, height, width: (B,), as networks are told.
-        num_frames: before encoding.
-        label: see `data.batch.BatchShape`.
-        object_mask: (B, 1, T, h, w), 1 where an object is; None where nobody knows.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    t: Tensor
-    text: Tensor
-    text_mask: Tensor
-    drop_text: Tensor
-    frame_mask: Tensor | None
-    fps: Tensor
-    height: Tensor
-    width: Tensor
-    num_frames: int
-    label: str
-    object_mask: Tensor | None = None
-
-
 class DiffusionTask(TrainingTask):
     """See `DiffusionTaskConfig`."""
 
@@ -149,7 +116,7 @@ class DiffusionTask(TrainingTask):
                 "no clips to train on: name their table by objective.data.manifest=FILE; "
                 "opensora data manifest makes one of a folder"
             )
-        self.defaults = {**getattr(config.data, "defaults", dict)(), **config.defaults}
+        self.defaults = {**config.data.defaults(), **config.defaults}
         frozen_dtype = getattr(torch, config.frozen_dtype)
         self.autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, device, frozen_dtype)
         self.scheduler, noise_process = config.diffusion.build(self.autoencoder)
@@ -180,28 +147,24 @@ class DiffusionTask(TrainingTask):
 
     def set_up(self, cache: Path) -> None:
         if isinstance(self.config.preview, HeldOutLosses):
-            self.config.preview.check()
+            self.config.preview.check(self.defaults.get("frame_interval", 1), clips_trained_on(self.config.data))
         self.source = self.open_source(cache)
 
     def open_source(self, cache: Path) -> Source:
         """Where latents come from."""
-        data = self.config.data
-        if isinstance(data, ManifestClips):
-            clips = data.open()
-            if not isinstance(self.config.text, CachedText):
-                self.captions.check_words(row.text for row in clips.rows)
-            return EncodedClips(clips, self.autoencoder, sample=self.config.sample_posterior)
-        if isinstance(data, CachedLatents):
-            source = data.open(self.autoencoder, sample=self.config.sample_posterior)
-            if isinstance(self.config.text, CachedText):
-                self.captions.check(source.cache)
-            return source
-        return data.open(self.autoencoder, cache, self.device)
+        context = DataContext(
+            autoencoder=self.autoencoder,
+            sample_posterior=self.config.sample_posterior,
+            frame_interval=self.defaults.get("frame_interval", 1),
+            cache=cache,
+            captions=self.captions,
+        )
+        return self.config.data.open(context)
 
-    def prepare(self, key: BatchKey) -> Batch:
+    def prepare(self, key: BatchKey) -> DiffusionBatch:
         assert self.source is not None, "set_up first"
         config, device = self.config, self.device
-        clips: LatentBatch = self.source.batch(key)
+        clips: LatentBatch = self.source.batch(key).to(device)
         size, num_frames = len(clips.latents), clips.latents.shape[2]
         frame_mask = None
         if config.frame_masks and num_frames > 1:
@@ -210,26 +173,20 @@ class DiffusionTask(TrainingTask):
         noise = torch.randn(clips.latents.shape, generator=key.generator("noise"))
         drop_text = torch.rand(size, generator=key.generator("drop")) < config.drop_text
         text, text_mask = self.text(clips)
-        return Batch(
-            latents=clips.latents.to(device),
+        return DiffusionBatch(
+            clips,
             noise=noise.to(device),
             t=self.noise_process.draw_times(
                 size,
-                height=float(clips.height[0]),
-                width=float(clips.width[0]),
-                num_frames=clips.num_frames,
+                height=float(clips.conditions.height[0]),  # type: ignore[index]
+                width=float(clips.conditions.width[0]),  # type: ignore[index]
+                num_frames=int(clips.conditions.num_frames),
                 generator=key.generator("t"),
             ).to(device),
             text=text,
             text_mask=text_mask,
             drop_text=drop_text.to(device),
             frame_mask=frame_mask,
-            fps=clips.fps.to(device),
-            height=clips.height.to(device),
-            width=clips.width.to(device),
-            num_frames=clips.num_frames,
-            label=clips.label,
-            object_mask=None if clips.object_mask is None else clips.object_mask.to(device),
         )
 
     def text(self, clips: LatentBatch) -> tuple[Tensor, Tensor]:
@@ -255,16 +212,18 @@ class DiffusionTask(TrainingTask):
             self.source.cancel_prefetch()
 
     def figures(self) -> dict[str, float]:
-        return {} if self.source is None else self.source.figures()
+        if self.source is None:
+            return {}
+        return {**self.source.figures(), "cut_captions": float(self.captions.num_cut)}
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, key: BatchKey) -> dict[str, Tensor]:
-        noisy = self.noise_process.corrupt(batch.latents, batch.noise, batch.t, batch.frame_mask)
+    def loss(self, batch: DiffusionBatch, key: BatchKey) -> dict[str, Tensor]:
+        noisy = self.noise_process.corrupt(batch.clips.latents, batch.noise, batch.t, batch.frame_mask)
         prediction = self.predict(noisy, self.noise_process.timesteps(batch.t), batch)
         terms = self.noise_process.losses(
             prediction,
-            clean=batch.latents,
+            clean=batch.clips.latents,
             noisy=noisy,
             noise=batch.noise,
             t=batch.t,
@@ -274,11 +233,11 @@ class DiffusionTask(TrainingTask):
         if isinstance(self.config.train, LoRAConfig) and self.config.train.preserve:
             with torch.no_grad(), without_adapter(self.transformer):
                 before = self.predict(noisy, self.noise_process.timesteps(batch.t), batch)
-            change = (prediction - before)[:, : batch.latents.shape[1]].abs().flatten(1).mean(1)
+            change = (prediction - before)[:, : batch.clips.latents.shape[1]].abs().flatten(1).mean(1)
             terms["change"] = self.config.train.preserve * change
         return terms
 
-    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    def predict(self, noisy: Tensor, timestep: Tensor, batch: DiffusionBatch) -> Tensor:
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
         trained = self.captions.trained
         text_states = self.captions.encode(batch.text, batch.text_mask) if trained else batch.text
@@ -289,22 +248,22 @@ class DiffusionTask(TrainingTask):
             batch.text_mask,
             drop_text=batch.drop_text,
             frame_mask=batch.frame_mask,
-            clip_conditions=ClipConditions(batch.fps, batch.height, batch.width, batch.num_frames),
+            clip_conditions=batch.clips.conditions,
         ).sample.float()
 
-    def weights(self, batch: Batch) -> Tensor | None:
+    def weights(self, batch: DiffusionBatch) -> Tensor | None:
         """Loss weight of every latent cell, 1 on average, (B, 1, T, h, w); None for 1 everywhere."""
-        if batch.object_mask is None or not self.config.object_weight:
+        if batch.clips.object_mask is None or not self.config.object_weight:
             return None
-        weights = 1 + self.config.object_weight * batch.object_mask
+        weights = 1 + self.config.object_weight * batch.clips.object_mask
         return weights / weights.mean()
 
-    def groups(self, batch: Batch) -> dict[str, list[str]]:
+    def groups(self, batch: DiffusionBatch) -> dict[str, list[str]]:
         """Each clip's size, and the tenth of the time that it was corrupted to."""
         timesteps = self.noise_process.timesteps(batch.t)
         tenths = (timesteps * TIME_BINS / 1000).long().clamp(0, TIME_BINS - 1).tolist()
         return {
-            "bucket": [batch.label] * len(tenths),
+            "bucket": [batch.clips.label] * len(tenths),
             "t": [f"{tenth / TIME_BINS:.1f}-{(tenth + 1) / TIME_BINS:.1f}" for tenth in tenths],
         }
 
@@ -320,14 +279,12 @@ class DiffusionTask(TrainingTask):
         return list(self.transformer.blocks)
 
     def shapes(self) -> list[BatchShape]:
-        data = self.config.data
-        return data.open().shapes() if isinstance(data, ManifestClips) else data.shapes()
+        return self.config.data.shapes()
 
-    def meta_batch(self, shape: BatchShape) -> Batch:
+    def meta_batch(self, shape: BatchShape) -> DiffusionBatch:
         device = next(self.transformer.parameters()).device
-        size, factor = shape.batch_size, self.autoencoder.spatial_factor
-        frames = self.autoencoder.latent_frames(shape.num_frames)
-        cells = (frames, shape.height // factor, shape.width // factor)
+        clips = LatentBatch.meta(shape, self.autoencoder, device)
+        size, frames = shape.batch_size, clips.latents.shape[2]
         tokens = (size, self.captions.max_tokens)
         width = self.transformer.null_text.shape[1]
         masked = self.config.frame_masks and frames > 1
@@ -338,19 +295,14 @@ class DiffusionTask(TrainingTask):
         t = self.noise_process.draw_times(
             size, height=shape.height, width=shape.width, num_frames=shape.num_frames, generator=torch.Generator()
         )
-        return Batch(
-            latents=empty(size, self.autoencoder.latent_channels, *cells),
-            noise=empty(size, self.autoencoder.latent_channels, *cells),
+        return DiffusionBatch(
+            clips,
+            noise=torch.zeros_like(clips.latents),
             t=t.to(device),
             text=empty(*tokens, dtype=torch.int64) if self.captions.trained else empty(*tokens, width),
             text_mask=empty(*tokens, dtype=torch.int64) + 1,
             drop_text=empty(size, dtype=torch.bool),
             frame_mask=empty(size, frames, dtype=torch.bool) if masked else None,
-            fps=empty(size) + 24,
-            height=empty(size) + shape.height,
-            width=empty(size) + shape.width,
-            num_frames=shape.num_frames,
-            label=shape.label,
         )
 
     def frozen_workloads(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
@@ -371,7 +323,9 @@ class DiffusionTask(TrainingTask):
     # --- results ------------------------------------------------------------------------------------------------------
 
     def preview(self, folder: Path, step: int) -> dict[str, float]:
-        return {} if self.config.preview is None else self.config.preview.show(self.pipeline(), folder, step)
+        if self.config.preview is None:
+            return {}
+        return self.config.preview.show(self.pipeline(), folder, step, clips_trained_on(self.config.data))
 
     def export(self, folder: Path) -> None:
         if isinstance(self.config.train, LoRAConfig):

@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from opensora.checkpoints.weights import fingerprint
 from opensora.data.cache import Cache
 from opensora.errors import OpenSoraError
-from opensora.models.text.cleaning import clean_text
+from opensora.models.text.captions import tokenize_captions
 from opensora.models.text.encoders import check_words
 from opensora.toybox.captions import build_tokenizer
 from opensora.training.parts import META, Origin, Untrained, build_part, find_part, find_tokenizer
@@ -81,6 +81,7 @@ class Captions:
     Attributes:
         encoder: None until it is needed, for text that was encoded beforehand.
         trained: whether the encoder is trained along.
+        num_cut: captions so far that were longer than the transformer reads.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Captions:
         self.config, self.max_tokens, self.clean = config, max_tokens, clean
         self.device, self.dtype = device, dtype
         self.trained = isinstance(config, TrainedText)
+        self.num_cut = 0
         self.encoder: T5EncoderModel | None = None
         self.tokenizer: Any = None
         if isinstance(config, TrainedText):
@@ -113,12 +115,13 @@ class Captions:
                 self.tokenizer = ByT5Tokenizer() if isinstance(origin, Untrained) else find_tokenizer(origin)
         return self.encoder
 
-    def check(self, cache: Cache) -> None:
-        """Refuses a cache whose text states come from another encoder, or from captions cut or spelled otherwise.
+    def check_cache(self, cache: Cache) -> None:
+        """Refuses a cache whose text states will be read and come from another encoder, or from other spellings.
 
         An encoder of the same name is taken for the same; one of another name is loaded and compared.
         """
-        assert not isinstance(self.config, TrainedText)
+        if not isinstance(self.config, CachedText):
+            return
         made, origin, found = cache.index.made_from.text, self.config.origin, None
         if made is not None and made.origin != origin:
             found = fingerprint(build_part(origin, "text_encoder", T5EncoderModel, "cpu", self.dtype).state_dict())
@@ -126,13 +129,15 @@ class Captions:
 
     def check_words(self, captions: Iterable[str]) -> None:
         """Refuses captions with words that the tokenizer does not know, and would take for one another."""
+        if isinstance(self.config, CachedText):
+            return
         check_words(self.tokenizer, [caption for caption in captions if caption.strip()])
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut."""
-        spelled = [clean_text(caption) for caption in captions] if self.clean else captions
-        text = self.tokenizer(spelled, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return text["input_ids"], text["attention_mask"]
+        """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut, and counted."""
+        tokens = tokenize_captions(self.tokenizer, captions, self.max_tokens, clean=self.clean)
+        self.num_cut += tokens.num_cut
+        return tokens.ids, tokens.mask
 
     def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Text states (B, L, D) of tokens."""

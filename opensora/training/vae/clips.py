@@ -1,53 +1,15 @@
 """Clips as autoencoders are trained on them: whole latent cells, cropped, and cut to many lengths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opensora.data.batch import BatchShape, ClipBatch, Source
 from opensora.data.encoding import whole_cells
-from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-
-
-@dataclass(frozen=True)
-class ToyboxVideos:
-    """Clips of the toybox, rendered when they are needed.
-
-    Attributes:
-        clips: what they show.
-        batch_size: B, clips a step.
-    """
-
-    clips: ToyboxClips = field(default_factory=ToyboxClips)
-    batch_size: int = 8
-
-    def open(self, split: Literal["train", "held_out"] = "train") -> "RenderedClips":
-        return RenderedClips(self, split)
-
-
-class RenderedClips(Source):
-    """Batches of rendered clips, with masks of their objects and without captions."""
-
-    def __init__(self, config: ToyboxVideos, split: Literal["train", "held_out"]) -> None:
-        self.config = config
-        self.split: Literal["train", "held_out"] = split
-
-    def batch(self, key: BatchKey) -> ClipBatch:
-        clips, size = self.config.clips, self.config.batch_size
-        video, mask = clips.render(size, key.generator("clips"), split=self.split)
-        fps = torch.full((size,), float(clips.fps))
-        return ClipBatch(video, [""] * size, fps, f"{clips.num_frames}f", object_mask=mask)
-
-    def shapes(self) -> list[BatchShape]:
-        clips = self.config.clips
-        return [
-            BatchShape(f"{clips.num_frames}f", self.config.batch_size, clips.num_frames, clips.height, clips.width, 1.0)
-        ]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.data.batch import BatchShape, ClipBatch, Source
+from opensora.data.batch import BatchShape, ClipBatch, DataContext, Source
 from opensora.data.clips import ManifestClips
 from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
@@ -66,14 +66,10 @@ class VAETask(TrainingTask):
 
     @cached_property
     def source(self) -> Source:
-        return CutClips(self.config.data.open(), self.config.cut, self.autoencoder.spatial_factor)
+        return CutClips(self.config.data.open(DataContext()), self.config.cut, self.autoencoder.spatial_factor)
 
     def prepare(self, key: BatchKey) -> Any:
-        return self.on_device(self.source.batch(key))
-
-    def on_device(self, clips: ClipBatch) -> ClipBatch:
-        mask = None if clips.object_mask is None else clips.object_mask.to(self.device)
-        return replace(clips, video=clips.video.to(self.device), object_mask=mask)
+        return self.source.batch(key).to(self.device)
 
     def prefetch(self, keys: Sequence[BatchKey]) -> None:
         self.source.prefetch(keys)
@@ -92,9 +88,7 @@ class VAETask(TrainingTask):
         return self.source.shapes()
 
     def meta_batch(self, shape: BatchShape) -> Any:
-        size = (shape.batch_size, 3, shape.num_frames, shape.height, shape.width)
-        fps = torch.full((shape.batch_size,), 24.0)
-        return ClipBatch(torch.zeros(size, device=self.device), [""] * shape.batch_size, fps, shape.label)
+        return ClipBatch.meta(shape, self.device)
 
     def groups(self, batch: ClipBatch) -> dict[str, list[str]]:
         size, _, num_frames = batch.video.shape[:3]
@@ -138,10 +132,12 @@ class VAETask(TrainingTask):
 
     def measured_clips(self) -> Iterator[ClipBatch]:
         """Training clips, whole, batch by batch, `num_clips` at least."""
-        whole = CutClips(self.config.data.open(), Cut(crop=self.config.cut.crop), self.autoencoder.spatial_factor)
+        whole = CutClips(
+            self.config.data.open(DataContext()), Cut(crop=self.config.cut.crop), self.autoencoder.spatial_factor
+        )
         seen, position = 0, 0
         while seen < self.config.num_clips:
-            clips = self.on_device(whole.batch(BatchKey(derive_seed("measure"), position)))
+            clips = whole.batch(BatchKey(derive_seed("measure"), position)).to(self.device)
             yield clips
             seen, position = seen + len(clips.video), position + 1
 
@@ -160,7 +156,7 @@ class VAETask(TrainingTask):
             return {}
         sums: dict[str, list[Tensor]] = {"psnr": [], "bilinear_psnr": [], "object_psnr": []}
         for position in range(self.config.preview_batches):
-            clips = self.on_device(source.batch(BatchKey(derive_seed("preview"), position)))
+            clips = source.batch(BatchKey(derive_seed("preview"), position)).to(self.device)
             made = self.reconstruct(clips.video)
             sums["psnr"].append(frame_psnr(made, clips.video).flatten())
             bilinear = bilinear_reconstruction(clips.video, self.autoencoder.spatial_factor)
@@ -173,11 +169,11 @@ class VAETask(TrainingTask):
     def held_out_source(self) -> Source | None:
         data, held_out = self.config.data, self.config.held_out
         if held_out is not None:
-            source: Source = held_out.open()
+            source = held_out.open(DataContext())
         elif isinstance(data, ManifestClips):
             return None
         else:
-            source = data.open("held_out")
+            source = data.open(DataContext(split="held_out"))
         return CutClips(source, Cut(crop=self.config.cut.crop), self.autoencoder.spatial_factor)
 
     def reconstruct(self, video: Tensor) -> Tensor:

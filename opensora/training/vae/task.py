@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opensora.data.clips import ManifestClips
+from opensora.data.toybox import ToyboxVideos
 from opensora.errors import OpenSoraError
-from opensora.training.vae.clips import Cut, ToyboxVideos
+from opensora.training.vae.clips import Cut
 from opensora.training.vae.discriminator import DiscriminatorConfig
 from opensora.training.vae.losses import Reduction
 from opensora.training.vae.perceptual import PerceptualNetwork

@@ -1,6 +1,7 @@
 """The diffusion objective's own choices: latents, text, given frames, times, groups, frozen networks, export."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import opensora
 from opensora.checkpoints.published import PUBLISHED
+from opensora.data.batch import DataContext
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import encode_clips
 from opensora.distributed.seeding import BatchKey
@@ -48,7 +50,7 @@ def opened(version: str, manifest: Path, folder: Path, **changes: Any) -> Diffus
 def video_batch(objective: DiffusionTask) -> Any:
     """The first batch that is no image."""
     batches = (objective.prepare(BatchKey(0, position)) for position in range(20))
-    return next(batch for batch in batches if batch.num_frames > 1)
+    return next(batch for batch in batches if batch.clips.conditions.num_frames > 1)
 
 
 # --- from clips to a model --------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_
         assert not network.training
         assert not any(parameter.requires_grad or id(parameter) in inside for parameter in network.parameters())
     batch = objective.prepare(BatchKey(0, 0))
-    assert not batch.latents.requires_grad and not batch.text.requires_grad
+    assert not batch.clips.latents.requires_grad and not batch.text.requires_grad
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------
@@ -103,13 +105,13 @@ def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_
 def test_latents_are_drawn_from_the_posterior_or_are_its_mean(manifest: Path, tmp_path: Path) -> None:
     drawn, means = (opened("1.2", manifest, tmp_path, sample_posterior=sample) for sample in (True, False))
     assert isinstance(means.config.data, ManifestClips)
-    clips = means.config.data.open()
+    clips = means.config.data.open(DataContext())
     for k in range(3):
         key = BatchKey(0, k)
         mean = encode_clips(clips.batch(key), means.autoencoder)
-        assert torch.equal(means.prepare(key).latents, mean.latents)
-        sampled = drawn.prepare(key).latents
-        assert torch.equal(sampled, drawn.prepare(key).latents), "the same place draws the same"
+        assert torch.equal(means.prepare(key).clips.latents, mean.latents)
+        sampled = drawn.prepare(key).clips.latents
+        assert torch.equal(sampled, drawn.prepare(key).clips.latents), "the same place draws the same"
         assert not torch.equal(sampled, mean.latents)
 
 
@@ -117,8 +119,8 @@ def test_networks_are_told_the_size_before_encoding(manifest: Path, tmp_path: Pa
     """Columns that fill no latent cell are cut before encoding, but the size told is that of the clip."""
     data = ManifestClips({"52x60": {"5": (1.0, 2)}}, manifest, num_workers=0)
     batch = opened("1.2", manifest, tmp_path, data=data).prepare(BatchKey(0, 0))
-    assert batch.latents.shape[-2:] == (6, 7)
-    assert batch.height.tolist() == [52.0] * 2 and batch.width.tolist() == [60.0] * 2
+    assert batch.clips.latents.shape[-2:] == (6, 7)
+    assert batch.clips.conditions.height.tolist() == [52.0] * 2 and batch.clips.conditions.width.tolist() == [60.0] * 2
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_a_dropped_caption_is_the_null_text(manifest: Path, tmp_path: Path) -> N
                 parameter.add_(0.05 * torch.randn_like(parameter))
             batch = video_batch(objective)
             first = objective.loss(batch, BatchKey(0, 0))["velocity"]
-            batch.text = batch.text.flip(1) + 1
+            batch = replace(batch, text=batch.text.flip(1) + 1)
             assert torch.allclose(first, objective.loss(batch, BatchKey(0, 0))["velocity"]) == same
 
 
@@ -208,7 +210,7 @@ def test_given_frames_are_shown_as_each_version_does(version: str, clean: bool, 
     batch = video_batch(objective)
     given = ~batch.frame_mask
     noisy = seen_by(objective, batch)
-    apart = (noisy - batch.latents).abs().amax(dim=(1, 3, 4))
+    apart = (noisy - batch.clips.latents).abs().amax(dim=(1, 3, 4))
     assert (apart[given].max() == 0) == clean and apart[given].max() < 0.1
     assert apart[~given].min() > 0 and given.any()
 
@@ -229,8 +231,8 @@ def test_groups_tell_size_and_time(manifest: Path, tmp_path: Path) -> None:
     for version in FAMILY:
         objective = opened(version, manifest, tmp_path)
         batch = objective.prepare(BatchKey(0, 0))
-        batch.t = batch.t.new_tensor([0, 999])
-        assert objective.groups(batch) == {"bucket": [batch.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
+        batch = replace(batch, t=batch.t.new_tensor([0, 999]))
+        assert objective.groups(batch) == {"bucket": [batch.clips.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opensora.checkpoints.loading import load_component
+from opensora.data.batch import DataContext
 from opensora.data.clips import ManifestClips
 from opensora.distributed.seeding import BatchKey
 from opensora.manifest import ClipRow, write_manifest
@@ -59,7 +60,7 @@ def test_stage_3_beats_bilinear_pictures_by_3_db_on_a_real_clip(real_clips: list
     model = train("pixels", 40, "latents", stage="pixels", data=clips(34, 1), cut=lengths, frames_per_clip=8)
 
     autoencoder = load_component(model, VideoAutoencoder)
-    source = clips(17, 1).open()
+    source = clips(17, 1).open(DataContext())
     found = []
     for position in range(6):
         video = source.batch(BatchKey(7, position)).video[..., :72, :88]

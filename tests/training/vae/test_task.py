@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tiny_objectives import AUTOENCODER, CLIPS, vae_config
 from torch import Tensor
 
+from opensora.data.batch import DataContext
 from opensora.data.clips import ManifestClips
-from opensora.data.toybox import ToyboxClips
+from opensora.data.toybox import ToyboxClips, ToyboxVideos
 from opensora.distributed.seeding import BatchKey, generator
 from opensora.errors import OpenSoraError
 from opensora.manifest import ClipRow, write_manifest
@@ -21,7 +22,7 @@ from opensora.media.write import write_video
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.trainer import Trainer
-from opensora.training.vae.clips import Cut, CutClips, ToyboxVideos, crop_at_random
+from opensora.training.vae.clips import Cut, CutClips, crop_at_random
 from opensora.training.vae.discriminator import DiscriminatorConfig
 from opensora.training.vae.task import VAETaskConfig
 
@@ -58,7 +59,7 @@ def test_a_fifth_are_images_and_the_rest_of_any_length():
 
 
 def test_plans_hear_of_every_length():
-    source = CutClips(videos(34).open(), Cut(0.2, True, crop=20), spatial_factor=8)
+    source = CutClips(videos(34).open(DataContext()), Cut(0.2, True, crop=20), spatial_factor=8)
     shapes = source.shapes()
     assert [shape.num_frames for shape in shapes] == [1, 9, 17, 26, 34]
     assert sum(shape.share for shape in shapes) == pytest.approx(1)
@@ -124,7 +125,8 @@ def test_clips_of_a_manifest_of_sizes_that_fill_no_whole_cells(tmp_path):
 
 def render_frames(seed: int) -> np.ndarray:
     """uint8 (20, 36, 44, 3)."""
-    video, _ = ToyboxClips(num_frames=20, height=36, width=44).render(1, generator("manifest", seed))
+    clips = ToyboxClips(num_frames=20, height=36, width=44)
+    video = clips.batch(clips.specs(1, generator("manifest", seed)), [""]).video
     return ((video[0] + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
