@@ -252,6 +252,24 @@ class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdap
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.weight)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers.
+
+        Raises:
+            OpenSoraError: a device map puts a fixed null text on disk, from where diffusers reads parameters only.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+        on_disk = [name for name, place in places.items() if place == "disk"]
+        fixed = [name for name, _ in model.named_buffers() if name.startswith("y_embedder.")]
+        if any(name.startswith(f"{place}." if place else "") for name in fixed for place in on_disk):
+            raise OpenSoraError(
+                "the device map puts y_embedder on disk, where its null text is not read; give it a device"
+            )
+        return loaded
+
     def enable_cache(self, config: Any) -> None:
         """Reuse what changes little between steps; see the class for which configurations work.
 

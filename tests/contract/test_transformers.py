@@ -152,10 +152,7 @@ def test_saved_as_a_variant_in_half_precision(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")  # the tables of STDiT are no modules
 def test_weights_on_disk_behind_a_device_map(model, tmp_path):
-    """Every block projects the text for itself, as its weights are there only while it runs.
-
-    The text embedder stays: of what is on disk, diffusers reads no buffers, and the null text is one.
-    """
+    """Every block projects the text for itself, as its weights are there only while it runs."""
     expected = steps(model, TIMESTEPS[:2])
     model.save_pretrained(tmp_path / "saved")
     parts = [name for name, _ in [*model.named_children(), *model.named_buffers(recurse=False)]]
@@ -163,6 +160,21 @@ def test_weights_on_disk_behind_a_device_map(model, tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "away")
     assert loaded.blocks[0].attn.qkv.weight.is_meta
     near(steps(loaded, TIMESTEPS[:2]), expected)
+
+
+@pytest.mark.parametrize("learn_null_text", [False, True])
+def test_a_null_text_on_disk_is_read_or_refused(learn_null_text, tmp_path):
+    """Of what is on disk diffusers reads parameters only, and a fixed null text is a buffer."""
+    model = build(STDiT3, learn_null_text=learn_null_text).requires_grad_(False)
+    expected = steps(model, TIMESTEPS[:2])
+    model.save_pretrained(tmp_path / "saved")
+    places = {name: "disk" if name == "y_embedder" else "cpu" for name, _ in model.named_children()}
+    options = {"device_map": places, "offload_folder": tmp_path / "away"}
+    if learn_null_text:
+        near(steps(STDiT3.from_pretrained(tmp_path / "saved", **options), TIMESTEPS[:2]), expected)
+    else:
+        with pytest.raises(OpenSoraError, match="y_embedder on disk"):
+            STDiT3.from_pretrained(tmp_path / "saved", **options)
 
 
 # ---- offloading -----------------------------------------------------------------------------------------------------
