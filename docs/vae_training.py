@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora.checkpoints.loading import load_component
+from opensora.checkpoints.components import load_component
 from opensora.media.read import read_video
 from opensora.media.transforms import fill_video, to_video
 from opensora.media.write import write_video

@@ -14,7 +14,7 @@ from tiny_pipeline import seeded
 
 import opensora
 from opensora.checkpoints.published import BUNDLED
-from opensora.checkpoints.sources import find_model, model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.cli.main import main
 from opensora.evaluation.judge import WEIGHTS as JUDGE
 from opensora.evaluation.judge import load_judge
@@ -46,7 +46,7 @@ def test_from_makes_the_same_frames_again(name, tmp_path, monkeypatch):
     assert main(["generate", "--from", "one.mp4", "--output", "two.mp4"]) == 0
     (one, fps), (two, _) = read_video("one.mp4"), read_video("two.mp4")
     assert fps == 8 and one.shape == (5, 64, 64, 3) and np.array_equal(one, two)
-    assert read_metadata("one.mp4")["model_hash"] == model_hash(find_model(name))
+    assert read_metadata("one.mp4")["model_hash"] == ModelSource.find(name).hash()
 
 
 @models

@@ -20,9 +20,10 @@ from transformers import T5EncoderModel
 
 import opensora
 from opensora.checkpoints import loading
-from opensora.checkpoints.loading import load_component, load_pipeline
+from opensora.checkpoints.components import load_component
+from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import BUNDLED, BundledModel
-from opensora.checkpoints.sources import model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -232,7 +233,11 @@ def test_a_bundled_model_shares_its_component_by_whatever_path(saved, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for name in ("borrower", "./borrower", tmp_path / "link", borrower / ".." / "borrower"):
         quiet(load_pipeline(name))
-    assert model_hash(tmp_path / "link") == model_hash(borrower) == model_hash(saved["iddpm"])
+    assert (
+        ModelSource.find(tmp_path / "link").hash()
+        == ModelSource.find(borrower).hash()
+        == ModelSource.find(saved["iddpm"]).hash()
+    )
 
 
 def test_a_bundled_name_is_its_folder(saved, monkeypatch):
@@ -246,25 +251,25 @@ def test_a_bundled_name_is_its_folder(saved, monkeypatch):
 
 
 def test_the_hash_tells_models_apart_and_nothing_else(folder, saved):
-    before = model_hash(folder)
+    before = ModelSource.find(folder).hash()
     assert len(before) == 64
-    assert before == model_hash(saved["flow"])
-    assert before != model_hash(saved["iddpm"])
+    assert before == ModelSource.find(saved["flow"]).hash()
+    assert before != ModelSource.find(saved["iddpm"]).hash()
     change_json(folder / "model_index.json", guidance_scale=1.0)
     (folder / "README.md").write_text("a note")
     shutil.copytree(folder / "transformer", folder / "old transformer")
-    assert model_hash(folder) == before
+    assert ModelSource.find(folder).hash() == before
     change_json(folder / "scheduler" / "scheduler_config.json", transform_scale=2.0)
-    configured = model_hash(folder)
+    configured = ModelSource.find(folder).hash()
     change_weights(folder / "transformer" / WEIGHTS, lambda weights: weights["t_block.1.bias"].add_(1))
-    assert len({before, configured, model_hash(folder)}) == 3
+    assert len({before, configured, ModelSource.find(folder).hash()}) == 3
 
 
 def test_no_weights_have_no_hash(folder):
     for path in folder.glob("*/*.safetensors"):
         path.unlink()
     with pytest.raises(OpenSoraError, match="holds no weights"):
-        model_hash(folder)
+        ModelSource.find(folder).hash()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

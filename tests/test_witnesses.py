@@ -16,7 +16,7 @@ from torch import Tensor
 from witnesses import cases
 from witnesses.cases import CLIPS, HERE, LATENTS, LOOPS, LOSSES, LOSSES_OF, MODELS, RUNS, STOPPED_RUNS
 
-from opensora.checkpoints.sources import model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.cli.main import main as opensora
 from opensora.generation.record import read_record
 from opensora.media.read import read_video
@@ -71,7 +71,7 @@ def test_a_video_of_two_loops(name, same_arithmetic):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_hash_of_a_saved_model(name):
-    assert model_hash(MODELS[name]) == MADE["models"][name]
+    assert ModelSource.find(MODELS[name]).hash() == MADE["models"][name]
 
 
 # --- clips and their records ------------------------------------------------------------------------------------------

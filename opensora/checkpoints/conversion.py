@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
+from opensora.checkpoints.components import find_class, load_component
 from opensora.checkpoints.fit import PipelineReport, inspect_model
 from opensora.checkpoints.identify import identify, read_header
 from opensora.checkpoints.key_maps import find_config
-from opensora.checkpoints.loading import find_class, load_component, load_pipeline
-from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel, published_name, unknown_model
+from opensora.checkpoints.loading import load_pipeline
+from opensora.checkpoints.published import PUBLISHED, PublishedModel, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, published_as
-from opensora.checkpoints.sources import PIPELINE_INDEX, find_folders, find_published
-from opensora.checkpoints.weights import cast_weights, fingerprint, read_weights
+from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, locate
+from opensora.checkpoints.weights import cast_weights, fingerprint
 from opensora.errors import OpenSoraError
 from opensora.files import use_default_permissions
 from opensora.models.families import format_of
@@ -63,7 +64,7 @@ def convert(
     if model is not None and published_name(model) is None:
         raise unknown_model(model)
     components = dict(components or {})
-    whole = published_name(str(source)) is not None or _index_of(source).is_file()
+    whole = published_name(str(source)) is not None or (locate(source) / PIPELINE_INDEX).is_file()
     if whole and model is not None:
         raise OpenSoraError(f"{source} is a whole model and knows its defaults; leave out `model`")
     if not components:  # else the parts given may be what puts a model right
@@ -91,6 +92,7 @@ def _write_pipeline(
 ) -> None:
     """A whole model, each network in its own precision where none is asked for."""
     pipeline = load_pipeline(source, components=components)
+    parts = ModelSource.find(source, components).parts
     networks = {name: getattr(pipeline, name) for name in _NETWORKS}
     recorded = dict(pipeline.config.trained_on or {})
     # Rounding the autoencoder gives it another fingerprint; it stays the one of the training.
@@ -98,7 +100,7 @@ def _write_pipeline(
     if published_name(source) is not None and "autoencoder" not in components:
         known = True
     for name, network in networks.items():
-        cast_weights(network, dtype or _stored_dtype(source, name, components))
+        cast_weights(network, dtype or _dtype_of(parts[name].path))
     if known:
         recorded["autoencoder"] = fingerprint(networks["autoencoder"].state_dict())
         pipeline.register_to_config(trained_on=recorded)
@@ -111,7 +113,7 @@ def _write_component(
     """One network."""
     identity = _identify(path)
     cls: Any = find_class(identity.kind, *identity.runner)
-    config = find_config(path, cls, read_weights(path), _assumed(path, identity, model))
+    config = find_config(path, cls, _assumed(path, identity, model))
     network = load_component(path, cls, dtype or _dtype_of(path), config=config)
     network.save_pretrained(folder, max_shard_size=max_shard_size)
 
@@ -185,16 +187,8 @@ def _identify(path: Path) -> Identity:
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-def _stored_dtype(source: str, name: str, components: Mapping[str, Path]) -> torch.dtype:
-    """The precision that most of a part's values are stored in."""
-    if name in components:
-        return _dtype_of(Path(components[name]))
-    if published_name(source) is not None:
-        return _dtype_of(find_published(source, components).paths[name])
-    return _dtype_of(find_folders(_index_of(source).parent, [name])[name])
-
-
 def _dtype_of(path: Path) -> torch.dtype:
+    """The precision that most of a network's values are stored in."""
     sizes: dict[str, int] = {}
     for info in read_header(path).values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
@@ -203,11 +197,6 @@ def _dtype_of(path: Path) -> torch.dtype:
 
 
 # --- the output -------------------------------------------------------------------------------------------------------
-
-
-def _index_of(source: str | Path) -> Path:
-    folder = BUNDLED[str(source)].folder if str(source) in BUNDLED else Path(source).expanduser()
-    return folder / PIPELINE_INDEX
 
 
 def _refuse_problems(problems: list[str]) -> None:

@@ -5,25 +5,14 @@ space, and a fingerprint of the autoencoder's weights. For weights shaped like a
 table of published models knows. Whatever is wrong becomes one line that says what to do.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from opensora.checkpoints.loading import find_class, load_settings_of
-from opensora.checkpoints.published import BUNDLED, PUBLISHED, published_name, unknown_model
+from opensora.checkpoints.published import PUBLISHED, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, how_to_set_factor, inspect_component
-from opensora.checkpoints.sources import (
-    PIPELINE_INDEX,
-    find_folders,
-    find_published,
-    is_component,
-    model_hash,
-    read_index,
-)
+from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, Part, locate, needed_parts
 from opensora.checkpoints.weights import StoredWeights, fingerprint, weight_files
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
@@ -45,7 +34,8 @@ class PipelineReport:
         tokenizer: class and number of tokens.
         defaults: what it samples with where nothing else is asked for.
         trained_on: what the transformer was trained on; None if nobody says.
-        sha256: over what decides the frames, see `model_hash`; None where data was not read or something is wrong.
+        sha256: over what decides the frames, see `ModelSource.hash`; None where data was not read or something is
+            wrong.
         fit: what is wrong between the parts, one line each.
         notes: what cannot be told, one line each.
     """
@@ -84,76 +74,48 @@ def inspect_model(
         OpenSoraError: nothing there, or a file that cannot be read.
     """
     name = str(name_or_path)
-    if published_name(name) is not None:
-        return _inspect_published(name, on_progress)
-    path = BUNDLED[name].folder if name in BUNDLED else Path(name_or_path).expanduser()
+    path = locate(name_or_path)
+    if published_name(name) is not None or (path / PIPELINE_INDEX).is_file():
+        return _inspect_pipeline(ModelSource.find(name_or_path), on_progress)
     if not path.exists():
         raise unknown_model(name)
-    if (path / PIPELINE_INDEX).is_file():
-        return _inspect_folder(name, path, on_progress)
     return inspect_component(path, on_progress=on_progress, hashed=True)[0]
 
 
-def _inspect_folder(name: str, folder: Path, on_progress: OnProgress | None) -> PipelineReport:
-    index = read_index(folder)
-    named = {part: index[part] for part in _PARTS if is_component(index.get(part))}
-    named |= {
-        part: entry
-        for part, entry in index.items()
-        if is_component(entry) and not part.startswith("_") and part not in named
-    }
-    defaults = {key: value for key, value in index.items() if key not in named and not key.startswith("_")}
-    report = PipelineReport(name, trained_on=defaults.pop("trained_on", None), defaults=defaults)
+def _inspect_pipeline(source: ModelSource, on_progress: OnProgress | None) -> PipelineReport:
+    defaults = dict(source.defaults)
+    report = PipelineReport(source.name, trained_on=defaults.pop("trained_on", None), defaults=defaults)
     found: dict[str, Any] = {}
-    for part, path in find_folders(folder, named).items():
-        _inspect_part(report, found, part, path, (named[part][0], named[part][1]), None, on_progress)
-    return _inspect_whole(report, found, folder, on_progress)
+    ordered = sorted(source.parts, key=lambda name: _PARTS.index(name) if name in _PARTS else len(_PARTS))
+    for name in ordered:
+        _inspect_part(report, found, source.parts[name], on_progress)
+    return _inspect_whole(report, found, source, on_progress)
 
 
-def _inspect_published(name: str, on_progress: OnProgress | None) -> PipelineReport:
-    source = find_published(name)
-    model = source.model
-    trained_on = {"latent_space": dict(model.autoencoder.config["latent_space"])}
-    report = PipelineReport(source.name, trained_on=trained_on, defaults=dict(model.defaults))
-    module, class_name = model.scheduler_class.rsplit(".", 1)
-    found: dict[str, Any] = {"scheduler": find_class("scheduler", module, class_name)(**model.scheduler_config)}
-    for part, entry in model.parts.items():
-        module, class_name = entry.class_name.rsplit(".", 1)
-        _inspect_part(report, found, part, source.paths[part], (module, class_name), entry.config, on_progress)
-    return _inspect_whole(report, found, source.name, on_progress)
-
-
-def _inspect_part(
-    report: PipelineReport,
-    found: dict[str, Any],
-    name: str,
-    path: Path,
-    class_name: tuple[str, str],
-    config: Mapping[str, Any] | None,
-    on_progress: OnProgress | None,
-) -> None:
+def _inspect_part(report: PipelineReport, found: dict[str, Any], part: Part, on_progress: OnProgress | None) -> None:
     """Adds a part's report to the whole one, and the part itself to `found` if it can be built."""
 
     def named_progress(what: str, done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress(f"{what} {name}", done, total)
+            on_progress(f"{what} {part.name}", done, total)
 
     try:
-        cls: Any = find_class(name, *class_name)
-        if not issubclass(cls, nn.Module):
-            found[name] = load_settings_of(path, cls)
+        if not part.is_network:
+            found[part.name] = part.load_settings()
             return
         progress = None if on_progress is None else named_progress
-        report.components[name], network = inspect_component(path, cls, config, on_progress=progress)
+        report.components[part.name], network = inspect_component(
+            part.path, part.cls, part.config, on_progress=progress
+        )
     except OpenSoraError as error:
         report.fit.append(str(error))
     else:
         if network is not None:
-            found[name] = network
+            found[part.name] = network
 
 
 def _inspect_whole(
-    report: PipelineReport, found: dict[str, Any], source: Path | str, on_progress: OnProgress | None
+    report: PipelineReport, found: dict[str, Any], source: ModelSource, on_progress: OnProgress | None
 ) -> PipelineReport:
     """Adds what concerns more than one part."""
     scheduler, tokenizer = found.get("scheduler"), found.get("tokenizer")
@@ -167,7 +129,7 @@ def _inspect_whole(
     _check_pipeline(report, found)
     if on_progress is not None and not report.problems:
         on_progress("hashing", 0, 0)
-        report.sha256 = model_hash(source)
+        report.sha256 = source.hash()
         _check_autoencoder(report)
     return report
 
@@ -250,8 +212,7 @@ def _check_pipeline(report: PipelineReport, found: Mapping[str, Any]) -> None:
                 "wrong scheduler: it reads a learned variance, which the transformer does not predict; set "
                 'variance_type to "fixed_small" in scheduler_config.json'
             )
-    parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
-    needed = [n for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty]
+    needed = needed_parts()
     if all(name in found for name in needed) and not report.problems:
         try:
             OpenSoraPipeline(**found, **report.defaults)

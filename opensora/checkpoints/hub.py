@@ -1,11 +1,12 @@
 """Parts of published models on this machine: what the cache of the Hub holds of them, and fetching what it does not.
 
-Looking touches the disk only. `download` is the one function of this package that fetches files, and is called for
-nothing but a download that was asked for.
+Looking touches the disk only. `download_repository` is the one function of this package that fetches files, and is
+called for nothing but a download that was asked for.
 """
 
 import fnmatch
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def look_up(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
         part: of a published model.
         cache_dir: the cache's folder; None for the one that huggingface_hub uses.
     """
-    folder = _snapshot(part.repository, cache_dir)
+    folder = snapshot(part.repository, cache_dir)
     if folder is None:
         return CachedPart(None, (), part.files)
     files: list[Path] = []
@@ -60,6 +61,19 @@ def look_up(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
             missing.append(pattern)
     missing += _missing_shards(files)
     return CachedPart(folder, tuple(files), tuple(missing))
+
+
+def snapshot(repository: str, cache_dir: Path | None = None) -> Path | None:
+    """The folder that the cache keeps the main branch of a repository in; None if it holds nothing of it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    stored = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    try:
+        folder = stored / "snapshots" / (stored / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return folder if folder.is_dir() else None
 
 
 def part_path(part: PublishedPart, cached: CachedPart) -> Path | None:
@@ -75,17 +89,32 @@ def download(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
     Raises:
         OpenSoraError: it could not be fetched, or the repository does not hold it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        snapshot_download(part.repository, allow_patterns=list(part.files), cache_dir=cache_dir)
-    except (OSError, HFValidationError) as error:  # no connection, no access, no such repository, no space left
-        raise OpenSoraError(f"{part.repository} could not be fetched: {' '.join(str(error).split())}") from error
+    download_repository(part.repository, part.files, cache_dir)
     cached = look_up(part, cache_dir)
     if not cached.complete:
         raise OpenSoraError(f"{part.repository} was fetched, but holds no {', '.join(cached.missing)}")
     return cached
+
+
+def download_repository(repository: str, files: Sequence[str] | None = None, cache_dir: Path | None = None) -> None:
+    """Fetches what the cache lacks of a repository; shows its progress on stderr.
+
+    Args:
+        repository: on the Hub.
+        files: names or patterns of those that are needed; None for all.
+        cache_dir: see `look_up`.
+
+    Raises:
+        OpenSoraError: it could not be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = None if files is None else list(files)
+    try:
+        snapshot_download(repository, allow_patterns=patterns, cache_dir=cache_dir)
+    except (OSError, HFValidationError) as error:  # no connection, no access, no such repository, no space left
+        raise OpenSoraError(f"{repository} could not be fetched: {' '.join(str(error).split())}") from error
 
 
 def fetch_command(part: PublishedPart) -> str:
@@ -103,19 +132,6 @@ def content_hash(file: Path) -> str | None:
     """SHA-256 of a file of the cache, which names large ones by it; None for all others."""
     name = file.resolve().name
     return name if file.is_symlink() and len(name) == 64 and set(name) <= set("0123456789abcdef") else None
-
-
-def _snapshot(repository: str, cache_dir: Path | None) -> Path | None:
-    """The folder that the cache keeps the main branch of a repository in."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    stored = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-    try:
-        folder = stored / "snapshots" / (stored / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return folder if folder.is_dir() else None
 
 
 def _missing_shards(files: list[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora.checkpoints.identify import identify
+from opensora.checkpoints.identify import identify, read_header
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import read_object
 from opensora.errors import OpenSoraError
@@ -20,15 +20,12 @@ from opensora.models.families import format_of
 from opensora.models.format import Format, Identity
 
 
-def find_config(
-    path: Path, cls: type[nn.Module], weights: Mapping[str, Tensor], assumed: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def find_config(path: Path, cls: type[nn.Module], assumed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Keywords of a class for the weights at a path: as its `config.json` says, else as shapes tell.
 
     Args:
         path: a component's folder, or a file of weights.
         cls: what is to be built.
-        weights: those of the path.
         assumed: keywords that stand where neither `config.json` nor shapes say anything, as a published model has
             them.
 
@@ -40,7 +37,7 @@ def find_config(
     stored = read_object(where) if where.is_file() else None
     if stored is not None and not family.is_foreign_config(stored):
         return stored
-    base = _told_by_shapes(path, family, identify(weights), assumed)
+    base = _told_by_shapes(path, family, identify(read_header(path)), assumed)
     return base if stored is None else base | family.translate_config(stored, where, base, assumed)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoints.components import build_model, find_class
 from opensora.checkpoints.identify import TensorInfo, identify, read_header
 from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.loading import build_model, find_class
 from opensora.checkpoints.published import PUBLISHED
 from opensora.checkpoints.weights import StoredWeights, weight_files
 from opensora.errors import OpenSoraError
@@ -134,7 +134,7 @@ def _compare(
     """Builds what the weights claim to be; adds what is missing, unexpected or of another shape to the report."""
     with torch.device("meta"):
         named = {name: torch.empty(info.shape, dtype=_dtype(info)) for name, info in header.items()}
-        keywords = dict(find_config(path, cls, named) if config is None else config)
+        keywords = dict(find_config(path, cls) if config is None else config)
         network = build_model(cls, keywords, path)
         report.problems += _differences(network, adapt_weights(network, named, str(path)), path)
     # A configuration of transformers holds everything a model could ever be asked.

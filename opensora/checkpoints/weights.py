@@ -74,6 +74,12 @@ def _shards(index: Path) -> list[Path]:
     names = sorted(set(read_object(index).get("weight_map", {}).values()))
     if not names:
         raise OpenSoraError(f"{index} names no files of weights; it is damaged, get it again")
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise OpenSoraError(
+            f"{index} names {outside[0]}, which is outside of its folder; expected names of files in the folder, "
+            "put the weights there"
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         what = f"{index.parent / missing[0]} is missing"

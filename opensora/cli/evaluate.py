@@ -103,7 +103,8 @@ class EvaluateToyboxVae:
     def run(self) -> None:
         import torch
 
-        from opensora.checkpoints.loading import choose_device, load_component
+        from opensora.checkpoints.components import load_component
+        from opensora.checkpoints.loading import choose_device
         from opensora.evaluation.judge import load_judge
         from opensora.models.autoencoders.video import VideoAutoencoder
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opensora.checkpoints.sources import model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.data.batch import LatentBatch
 from opensora.diffusion.process import NoiseProcess
 from opensora.distributed.seeding import generator
@@ -177,7 +177,7 @@ def new_results(
 def describe(pipeline: "OpenSoraPipeline", model: str, seed: int) -> dict[str, Any]:
     """What decides the outcome besides the clips: the weights, the noise, and the arithmetic."""
     dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
-    weights = model_hash(model)
+    weights = ModelSource.find(model).hash()
     return {"model": model, "weights": weights, "seed": seed, "dtype": dtype, "device": pipeline.device.type}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora.checkpoints.adapters import adapter_hash
-from opensora.checkpoints.sources import find_model, model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
@@ -199,7 +199,14 @@ def describe(
     arithmetic = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": pipeline.device.type}
     merged = {adapter_hash(path): scale for path, scale in (adapters or {}).items()}
     adapted = {"adapters": merged} if merged else {}
-    return {"model": model, "weights": model_hash(find_model(model)), "seed": seed, **adapted, **defaults, **arithmetic}
+    return {
+        "model": model,
+        "weights": ModelSource.find(model).hash(),
+        "seed": seed,
+        **adapted,
+        **defaults,
+        **arithmetic,
+    }
 
 
 def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:

@@ -20,7 +20,7 @@ class LoadedModel:
 
     Attributes:
         name: as it is known by, or that of its folder.
-        sha256: over weights and configuration, see `checkpoints.sources.model_hash`.
+        sha256: over weights and configuration, see `checkpoints.source.ModelSource.hash`.
         components: parts that took the place of the model's own, by the name of their file or folder.
         adapters: merged into the transformer.
     """
@@ -42,7 +42,7 @@ def locate_model(
 
     Args:
         request: names the model, replaced components and adapters.
-        download: fetch what is missing of a published model.
+        download: fetch what is missing of a published model, or of a repository on the Hub.
         ask: called with what is missing of it; returns whether to fetch that. None for no.
         record: of the clip that is made again.
 
@@ -52,7 +52,7 @@ def locate_model(
     from opensora.checkpoints.adapters import read_adapter
     from opensora.checkpoints.identify import read_header
     from opensora.checkpoints.published import published_name
-    from opensora.checkpoints.sources import find_model, find_published
+    from opensora.checkpoints.source import ModelSource, is_repository
 
     name, components = request.model_name, request.components
     for path in used_adapters(request, record):
@@ -60,19 +60,18 @@ def locate_model(
     for part, path in components.items():
         if part != "tokenizer" and path.expanduser().exists():
             read_header(path.expanduser())  # a wrong file is told before anything is fetched
-    if published_name(name) is None:
-        if download:
-            raise OpenSoraError(f"`download` fetches published models, and {name} is none; leave it out")
-        find_model(name)
-        return
-    if ask is not None and not download and all(path.expanduser().exists() for path in components.values()):
+    published = published_name(name) is not None
+    if download and not published and not is_repository(name):
+        raise OpenSoraError(f"`download` fetches published models, and {name} is none; leave it out")
+    can_ask = published and not download and all(path.expanduser().exists() for path in components.values())
+    if ask is not None and can_ask:
         try:
-            find_published(name, components)
+            ModelSource.find(name, components)
         except OpenSoraError as missing:
             if not ask(str(missing)):
                 raise OpenSoraError(f"{name} was not fetched") from None
             download = True
-    find_published(name, components, download=download)
+    ModelSource.find(name, components, download=download)
 
 
 def load_model(
@@ -90,10 +89,11 @@ def load_model(
     """
     import torch
 
-    from opensora.checkpoints import loading, sources
+    from opensora.checkpoints import loading
+    from opensora.checkpoints.source import ModelSource
 
     device = loading.choose_device(request.device)
-    found = sources.model_hash(request.model_name, request.components)
+    found = ModelSource.find(request.model_name, request.components).hash()
     if record is not None:
         check_same_model(record, found)
     adapters = used_adapters(request, record)
@@ -153,5 +153,10 @@ def parse_adapter(text: str) -> Adapter:
 def _recorded_name(name: str) -> str:
     """A name as it is; of a folder its name alone."""
     from opensora.checkpoints.published import BUNDLED, published_name
+    from opensora.checkpoints.source import is_repository
 
-    return name if name in BUNDLED else published_name(name) or Path(name).expanduser().resolve().name
+    return (
+        name
+        if name in BUNDLED or is_repository(name)
+        else published_name(name) or Path(name).expanduser().resolve().name
+    )

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from opensora.checkpoints import weights as weights_module
+from opensora.checkpoints.components import load_component
 from opensora.checkpoints.key_maps import find_config
-from opensora.checkpoints.loading import load_component
-from opensora.checkpoints.weights import StoredWeights, load_weights, read_pickle, read_weights, weight_files
+from opensora.checkpoints.weights import StoredWeights, load_weights, read_pickle, weight_files
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit import STDiT
@@ -53,7 +53,7 @@ def refusal(path: Path, cls: Any, **options: Any) -> str:
 
 def load(path: Path, cls: Any, part: Any) -> Any:
     """As a part in the place of a published one is loaded."""
-    return load_component(path, cls, config=find_config(path, cls, read_weights(path), part.config))
+    return load_component(path, cls, config=find_config(path, cls, part.config))
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

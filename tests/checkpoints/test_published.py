@@ -21,7 +21,7 @@ from tiny_pipeline import seeded
 from opensora.checkpoints import hub
 from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import ALIASES, BUNDLED, PUBLISHED, PublishedPart, published_name
-from opensora.checkpoints.sources import find_published, model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -323,7 +323,8 @@ def test_all_parts_given_need_no_cache(released, cache, tmp_path):
         "autoencoder": next(moved.glob("*sd-vae*/snapshots/*")),
         "text_encoder": next(moved.glob("*t5*/snapshots/*")),  # and the tokenizer, which lies with it
     }
-    assert find_published("opensora-1.0", parts).given == {*parts, "tokenizer"}
+    found = ModelSource.find("opensora-1.0", parts).parts
+    assert {name for name, part in found.items() if part.replaced} == {*parts, "tokenizer"}
     assert load_pipeline("opensora-1.0", components=parts).tokenizer(PROMPT)
 
 
@@ -350,7 +351,8 @@ def test_a_part_of_a_folder_can_be_replaced_too(released, tmp_path):
     torch.save({"epoch": 3, "state_dict": tuned.state_dict()}, tmp_path / "tuned.pt")
     pipe = load_pipeline(tmp_path / "ours", components={"transformer": tmp_path / "tuned.pt"})
     assert_same_weights(pipe.transformer, tuned)
-    assert model_hash(tmp_path / "ours", {"transformer": tmp_path / "tuned.pt"}) != model_hash(tmp_path / "ours")
+    swapped = ModelSource.find(tmp_path / "ours", {"transformer": tmp_path / "tuned.pt"})
+    assert swapped.hash() != ModelSource.find(tmp_path / "ours").hash()
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -370,34 +372,34 @@ def test_a_release_saved_in_our_layout_makes_the_same_frames(released, tmp_path,
 
 def test_the_hash_of_a_release_is_that_of_its_content(released, cache, tmp_path, monkeypatch):
     released("opensora-1.2")
-    before = model_hash("opensora-1.2")
-    assert len(before) == 64 == len(model_hash("opensora-1.2"))
+    before = ModelSource.find("opensora-1.2").hash()
+    assert len(before) == 64 == len(ModelSource.find("opensora-1.2").hash())
     (next(cache.glob("*t5*/snapshots/*")) / "README.md").write_text("not a part")
     moved = Path(shutil.copytree(cache, tmp_path / "moved", symlinks=True))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(moved))
-    assert model_hash("opensora-1.2") == before
+    assert ModelSource.find("opensora-1.2").hash() == before
     model = PUBLISHED["opensora-1.2"]
     monkeypatch.setitem(PUBLISHED, "opensora-1.2", dataclasses.replace(model, scheduler_config={}))
-    assert model_hash("opensora-1.2") != before
+    assert ModelSource.find("opensora-1.2").hash() != before
     monkeypatch.setitem(PUBLISHED, "opensora-1.2", model)
     tiny_published.write_transformer(
         next(moved.glob("*STDiT-v3*/snapshots/*")), model, tiny_published.network(model.transformer, seed=3)
     )
-    assert model_hash("opensora-1.2") != before
+    assert ModelSource.find("opensora-1.2").hash() != before
 
 
 def test_large_files_of_the_cache_are_not_read_for_the_hash(released, cache):
     """The cache names them by their hash and links to them."""
     released("opensora-1.2")
-    before = model_hash("opensora-1.2")
+    before = ModelSource.find("opensora-1.2").hash()
     [file] = cache.glob("*STDiT-v3*/snapshots/*/model.safetensors")
     blob = file.parents[2] / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
     blob.parent.mkdir()
     file.rename(blob)
     file.symlink_to(blob)
-    assert model_hash("opensora-1.2") == before
+    assert ModelSource.find("opensora-1.2").hash() == before
     blob.write_bytes(b"")
-    assert model_hash("opensora-1.2") == before
+    assert ModelSource.find("opensora-1.2").hash() == before
 
 
 def test_reading_the_table_imports_nothing_heavy():

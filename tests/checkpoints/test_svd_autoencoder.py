@@ -12,7 +12,8 @@ from huggingface_hub import constants
 from tiny_pipeline import seeded
 
 from opensora.checkpoints import hub
-from opensora.checkpoints.loading import load_component, load_pipeline
+from opensora.checkpoints.components import load_component
+from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import PUBLISHED, SVD_AUTOENCODER
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.checkpoints import loading, sources
+from opensora.checkpoints import loading
+from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule
 
@@ -76,18 +77,17 @@ def pipe(monkeypatch, tmp_path):
     """The fake, in place of loading; the current folder is a fresh one."""
     fake = NoisePipeline()
 
-    def find_model(name):
+    def find(name, components=None, *, download=False):
         if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
-        return name
+        return SimpleNamespace(hash=lambda: fake.hash)
 
     def load_pipeline(name, *, device, dtype, components, adapters, offload):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
         return fake
 
     fake.hash = "a" * 64
-    monkeypatch.setattr(sources, "find_model", find_model)
-    monkeypatch.setattr(sources, "model_hash", lambda *_: fake.hash)
+    monkeypatch.setattr(ModelSource, "find", find)
     monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
     monkeypatch.chdir(tmp_path)
     return fake

@@ -15,7 +15,8 @@ from tiny_published import frame_config, frame_weights, network, snapshot, tiny,
 from tiny_transformers import build
 from transformers import T5EncoderModel
 
-from opensora.checkpoints.loading import load_component, load_pipeline
+from opensora.checkpoints.components import load_component
+from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import BUNDLED, PUBLISHED, PublishedModel
 from opensora.checkpoints.weights import fingerprint
 from opensora.cli.main import main

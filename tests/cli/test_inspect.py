@@ -132,9 +132,9 @@ def test_json_says_the_same(capsys, saved):
         tensor.numel() for tensor in load_file(saved / "transformer" / WEIGHTS).values()
     )
     assert report["components"]["autoencoder"]["latent_space"]["scale"] == [2.0, 1.5, 1.25, 1.0]
-    from opensora.checkpoints.sources import model_hash
+    from opensora.checkpoints.source import ModelSource
 
-    assert report["sha256"] == model_hash(saved)
+    assert report["sha256"] == ModelSource.find(saved).hash()
 
 
 def test_a_lone_file(capsys, tmp_path):

@@ -11,7 +11,8 @@ from exploit import Exploit
 from safetensors.torch import save_file
 from tiny_pipeline import make_pipeline, make_transformer
 
-from opensora.checkpoints.loading import load_component, load_pipeline
+from opensora.checkpoints.components import load_component
+from opensora.checkpoints.loading import load_pipeline
 from opensora.errors import OpenSoraError
 from opensora.models.stdit3 import STDiT3
 from opensora.planning.outline import outline

@@ -24,8 +24,7 @@ from witnesses import cases
 from witnesses.cases import HERE
 
 from opensora import __version__
-from opensora.checkpoints.loading import published_settings
-from opensora.checkpoints.sources import model_hash
+from opensora.checkpoints.source import ModelSource
 from opensora.cli.main import main as opensora
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.read import read_video
@@ -69,11 +68,12 @@ def make_models() -> dict[str, str]:
             part: network(type(published)(**{**vars(published), "config": config}), seed).to(torch.bfloat16)
             for seed, (part, (published, config)) in enumerate(parts.items())
         }
-        scheduler, defaults = published_settings(model)
-        defaults = {**defaults, "height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 3}
+        source = ModelSource.find(name, on_disk=False)
+        scheduler = source.parts["scheduler"].load_settings()
+        defaults = {**source.defaults, "height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 3}
         pipeline = OpenSoraPipeline(**networks, scheduler=scheduler, tokenizer=ByT5Tokenizer(), **defaults)
         pipeline.save_pretrained(HERE / "models" / family)
-    return {name: model_hash(folder) for name, folder in cases.MODELS.items()}
+    return {name: ModelSource.find(folder).hash() for name, folder in cases.MODELS.items()}
 
 
 def make_latents() -> dict[str, str]:

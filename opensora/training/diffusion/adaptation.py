@@ -15,14 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.loading import build_model, load_component
+from opensora.checkpoints.components import build_model
+from opensora.checkpoints.key_maps import adapt_weights
+from opensora.checkpoints.source import find_part
 from opensora.checkpoints.weights import load_weights, read_weights
 from opensora.errors import OpenSoraError
 from opensora.models.families import format_of, network_class
 from opensora.models.format import Part, RenamedWeights
 from opensora.models.transformer import SpaceTimeTransformer
-from opensora.training.parts import META, Origin, find_part, outline, transformer_class
+from opensora.training.parts import META, Origin, meta_model
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +54,14 @@ def build_transformer(
             return build_model(network_class("transformer", architecture), options, Path("objective.transformer"))
     if device == META and options is not None:  # what the weights would be does not matter
         return build_transformer(architecture, options, None, (), device)
-    found = find_part(init_from, "transformer", on_disk=device != META)
-    cls = transformer_class(found) if options is None else network_class("transformer", architecture)
+    part = find_part(init_from, "transformer", on_disk=device != META)
     if device == META:
-        return outline(found, cls).train()  # type: ignore[return-value]
+        return meta_model(part).train()
     if options is None and not new_parts:
-        return load_component(found.path, cls, config=found.config).train()  # type: ignore[return-value]
-    weights = read_weights(found.path)
-    if options is None:
-        options = dict(found.config or find_config(found.path, cls, weights))
-    model: SpaceTimeTransformer = build_model(cls, options, found.path)
-    start_from(model, weights, new_parts, source=str(found.path))
+        return part.load().train()
+    cls = part.cls if options is None else network_class("transformer", architecture)
+    model: SpaceTimeTransformer = build_model(cls, part.keywords() if options is None else options, part.path)
+    start_from(model, read_weights(part.path), new_parts, source=str(part.path))
     return model.train()
 
 

@@ -20,7 +20,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.text.captions import tokenize_captions
 from opensora.models.text.encoders import check_words
 from opensora.toybox.captions import build_tokenizer
-from opensora.training.parts import META, Origin, Untrained, build_part, find_part, find_tokenizer
+from opensora.training.parts import META, Origin, Untrained, build_part, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,4 @@ def _trained(config: TrainedText, init_from: Origin | None, words: int, device: 
             return T5EncoderModel(T5Config(vocab_size=words, **config.options))
     if init_from is None:
         raise OpenSoraError("a text encoder that is trained needs objective.text.options, or objective.init_from")
-    return (
-        build_part(find_part(init_from, "text_encoder").path, "text_encoder", T5EncoderModel, device)
-        .requires_grad_(True)
-        .train()
-    )
+    return build_part(init_from, "text_encoder", T5EncoderModel, device).requires_grad_(True).train()

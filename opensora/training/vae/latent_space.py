@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora.checkpoints.key_maps import adapt_weights
-from opensora.checkpoints.loading import load_component
+from opensora.checkpoints.source import find_part
 from opensora.checkpoints.weights import load_weights, read_object, read_weights
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.settings import load_settings, save_settings
-from opensora.training.parts import META, find_part, outline
+from opensora.training.parts import META, meta_model
 
 if TYPE_CHECKING:
     from opensora.training.vae.task import VAETaskConfig
@@ -71,10 +71,10 @@ def _go_on(config: "VAETaskConfig", origin: str, device: str) -> VideoAutoencode
             f"stage {config.stage!r} starts from {origin}, which is not there; "
             "train the stage before, or set objective.init_from"
         )
-    found = find_part(origin, "autoencoder", on_disk=device != META)
+    part = find_part(origin, "autoencoder", on_disk=device != META)
     if device == META:
-        return outline(found, VideoAutoencoder)
-    autoencoder = load_component(found.path, VideoAutoencoder, config=found.config).to(device)
+        return meta_model(part)
+    autoencoder = part.load().to(device)
     factor = autoencoder.latent_space.factor
     if config.scaling_factor is not None and abs(config.scaling_factor / factor - 1) > 1e-6:
         raise OpenSoraError(

@@ -13,7 +13,8 @@ from tiny_pipeline import make_pipeline, seeded
 from tiny_transformers import SIZES, build, inputs
 
 from opensora.checkpoints.adapters import ADAPTER_FILE, is_adapter, read_adapter
-from opensora.checkpoints.loading import load_component, load_pipeline
+from opensora.checkpoints.components import load_component
+from opensora.checkpoints.loading import load_pipeline
 from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
 from opensora.models.stdit import STDiT

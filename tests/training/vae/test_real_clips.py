@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opensora.checkpoints.loading import load_component
+from opensora.checkpoints.components import load_component
 from opensora.data.batch import DataContext
 from opensora.data.clips import ManifestClips
 from opensora.distributed.seeding import BatchKey

@@ -1,0 +1,42 @@
+"""SHA-256 of files; of large ones it is remembered, for reading many gigabytes takes minutes.
+
+A file of the same path, size and time of change is taken for the same. What is remembered lies in the user's cache
+folder; where that cannot be written, files are read every time.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+from opensora.files import replacing
+
+REMEMBERED_BYTES = 1 << 24
+"""Files of fewer bytes are read every time."""
+
+
+def file_hash(path: Path) -> str:
+    """64 hexadecimal digits."""
+    stat = path.stat()
+    if stat.st_size < REMEMBERED_BYTES:
+        return _read(path)
+    what = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    note = cache_folder() / f"{hashlib.sha256(what[0].encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        *noted, digest = json.loads(note.read_text(encoding="utf-8"))
+        if noted == what:
+            return digest
+    digest = _read(path)
+    with contextlib.suppress(OSError), replacing(note) as temporary:
+        temporary.write_text(json.dumps([*what, digest]), encoding="utf-8")
+    return digest
+
+
+def cache_folder() -> Path:
+    """Where hashes are remembered."""
+    return Path.home() / ".cache" / "opensora" / "hashes"
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,404 @@
+"""Where a model comes from: name, folder or repository -> its parts -> the class and the keywords of each.
+
+Said once for whoever loads a model, builds it without weights, inspects it, plans it, starts training from it or takes
+its hash. Nothing is read until it is asked for but `model_index.json`.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from opensora.checkpoints import hub
+from opensora.checkpoints.components import build_model, check_known, find_class, load_component, load_settings_of
+from opensora.checkpoints.file_hashes import file_hash
+from opensora.checkpoints.identify import identify, read_header
+from opensora.checkpoints.key_maps import find_config
+from opensora.checkpoints.published import (
+    BUNDLED,
+    PUBLISHED,
+    PublishedModel,
+    PublishedPart,
+    component_folders,
+    published_name,
+    unknown_model,
+)
+from opensora.checkpoints.weights import PICKLES, WEIGHT_SUFFIXES, read_object, read_pickle, weight_files
+from opensora.errors import OpenSoraError
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline
+
+PIPELINE_CLASS = "OpenSoraPipeline"
+PIPELINE_INDEX = "model_index.json"
+
+_TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+_DESCRIPTIONS = (".json", ".model", ".txt")  # configurations and vocabularies
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a model.
+
+    Attributes:
+        name: its place in the pipeline.
+        path: its folder or file; what to call it where nothing is there.
+        class_name: module and class, where the model says so; None for what stands alone.
+        config: keywords of the class that the model says, in place of what the path tells.
+        replaced: the path was put in place of the model's own part, so `config` holds where the path tells nothing.
+        published: the entry of the table of published models that it is, if it is one.
+    """
+
+    name: str
+    path: Path
+    class_name: tuple[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    replaced: bool = False
+    published: PublishedPart | None = None
+
+    @cached_property
+    def cls(self) -> Any:
+        """Its class: as the model says, else as its tensors tell.
+
+        Raises:
+            OpenSoraError: a class that may not be a component, or tensors of no network that fits here.
+        """
+        if self.class_name is not None:
+            return find_class(self.name, *self.class_name)
+        if self.name == "tokenizer":
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer
+        identity = identify(read_header(self.path))
+        if identity is None or not identity.supported or identity.kind != self.name:
+            what = "an unknown network" if identity is None else identity.summary
+            raise OpenSoraError(f"{self.path} holds {what}; expected a {self.name.replace('_', ' ')} of this family")
+        return find_class(self.name, *identity.runner)
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it has weights; schedulers and tokenizers have settings alone."""
+        return issubclass(self.cls, nn.Module)
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of its class; of its weights, names and shapes are read at most."""
+        if self.config is not None and not self.replaced:
+            return dict(self.config)
+        described = self.path / "config.json"
+        if self.class_name is not None and not self.replaced and not described.exists():
+            raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
+        return find_config(self.path, self.cls, self.config)
+
+    def build(self) -> Any:
+        """The network with arbitrary numbers for weights, on the default device: without any, on torch's "meta"."""
+        return build_model(self.cls, self.keywords(), self.path)
+
+    def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        """The network with its weights, see `load_component`."""
+        told = self.keywords() if self.config is not None else None
+        return load_component(self.path, self.cls, dtype, config=told, **options)
+
+    def load_settings(self) -> Any:
+        """The scheduler or tokenizer."""
+        return load_settings_of(self.path, self.cls) if self.config is None else self.cls(**self.config)
+
+    def files(self) -> dict[str, Path]:
+        """Name -> file of all that it is read from.
+
+        Raises:
+            OpenSoraError: weights that are not all there.
+        """
+        if self.published is not None:
+            return {file.name: file for file in hub.look_up(self.published).files}
+        if not self.path.is_dir():
+            return {self.path.name: self.path} if self.path.is_file() else {}
+        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS[:2]) if self.is_network else (*WEIGHT_SUFFIXES, *_DESCRIPTIONS)
+        found = {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
+        for file in weight_files(self.path) if self.is_network else ():  # which may lie in folders below
+            if file not in found.values():
+                found[file.name if file.name not in found else file.relative_to(self.path).as_posix()] = file
+        return found
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model before anything of it is loaded.
+
+    Attributes:
+        name: in full where it is a published one, else as it was asked for.
+        parts: component -> where it lies and what it is.
+        defaults: keywords of the pipeline other than its components.
+        folder: its own folder; None for a published model, whose parts lie apart.
+    """
+
+    name: str
+    parts: dict[str, Part]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @classmethod
+    def find(
+        cls,
+        name_or_path: str | Path,
+        components: Mapping[str, str | Path] | None = None,
+        *,
+        download: bool = False,
+        on_disk: bool = True,
+    ) -> "ModelSource":
+        """A model by a bundled or published name, from its folder, or from its repository on the Hub.
+
+        Args:
+            name_or_path: "toybox", "opensora-1.2", a folder with a `model_index.json`, or "somebody/model", which lies
+                in the local cache of the Hub.
+            components: part -> folder or file that takes its place. A text encoder's folder that holds a tokenizer
+                brings that too, to a published model.
+            download: fetch what is not there.
+            on_disk: whether the files of a published model are needed; else those that are not there are not missed.
+
+        Raises:
+            OpenSoraError: no such model, an unknown part, a path that does not exist, or parts of a published model
+                that are not there: the message names each, its size and how to fetch it.
+        """
+        full_name = published_name(str(name_or_path))
+        if full_name is not None:
+            return _find_published(full_name, components or {}, download=download, on_disk=on_disk)
+        return _find_in_folder(str(name_or_path), find_folder(name_or_path, download=download), components or {})
+
+    def pipeline(self, build: Callable[[Part], Any]) -> "OpenSoraPipeline":
+        """The pipeline of the parts that are built so.
+
+        Args:
+            build: part -> component.
+
+        Raises:
+            OpenSoraError: a part that every pipeline needs is missing, or one that none has is there.
+        """
+        from opensora.pipeline import OpenSoraPipeline
+
+        parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
+        where = self.name if self.folder is None else self.folder / PIPELINE_INDEX
+        missing = [name for name in needed_parts() if name not in self.parts]
+        if missing:
+            raise OpenSoraError(f"{where} names no {', '.join(missing)}; a pipeline needs all of {needed_parts()}")
+        check_known([*self.parts, *self.defaults], parameters, where)
+        parts = {name: build(self.parts[name]) for name in parameters if name in self.parts}
+        return OpenSoraPipeline(**parts, **self.defaults)
+
+    def hash(self) -> str:
+        """SHA-256 over what decides the frames: weights and configuration of every part, by name and content.
+
+        Every file that is loaded counts, wherever it lies. The pipeline's defaults are left out: they are settings of a
+        call, recorded as such.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            OpenSoraError: there are no weights, or not all of them.
+        """
+        files = {f"{part.name}/{name}": file for part in self.parts.values() for name, file in part.files().items()}
+        if not any(name.endswith(WEIGHT_SUFFIXES) for name in files):
+            raise OpenSoraError(f"{self.folder or self.name} holds no weights to take a hash of")
+        hashes = {name: hub.content_hash(file) or file_hash(file) for name, file in files.items()}
+        if self.folder is None:  # what the table says decides as well
+            told = {p.name: [".".join(p.class_name or ()), dict(p.config or {})] for p in self._told_by_table()}
+            hashes["table"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        total = hashlib.sha256()
+        for name, digest in sorted(hashes.items()):
+            total.update(f"{name}\0{digest}\n".encode())
+        return total.hexdigest()
+
+    def _told_by_table(self) -> list[Part]:
+        return [part for part in self.parts.values() if not part.replaced]
+
+
+def needed_parts() -> list[str]:
+    """Components that no pipeline can be without."""
+    from opensora.pipeline import OpenSoraPipeline
+
+    parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
+    return [n for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty]
+
+
+def find_part(origin: str | Path, name: str, *, on_disk: bool = True) -> Part:
+    """A part of a model, or what stands alone in a folder or file.
+
+    Args:
+        origin: as for `ModelSource.find`; or the part's own folder, file or repository.
+        name: which part.
+        on_disk: whether its files are needed.
+
+    Raises:
+        OpenSoraError: it is not there; of a published model the message says how to fetch it.
+    """
+    full_name = published_name(str(origin))
+    if full_name is not None:
+        part = ModelSource.find(full_name, on_disk=False).parts[name]
+        entry = part.published
+        if on_disk and entry is not None and hub.part_path(entry, hub.look_up(entry)) is None:
+            raise OpenSoraError(
+                f"the {name} of {full_name} ({entry.repository}, {hub.gigabytes(entry.size_bytes)}) is not on this "
+                f"machine; fetch it by: {hub.fetch_command(entry)}"
+            )
+        return part
+    path = locate(origin)
+    if (path / PIPELINE_INDEX).is_file():
+        part = _find_in_folder(str(origin), path, {}).parts.get(name)
+        if part is None:
+            raise OpenSoraError(f"{path / PIPELINE_INDEX} names no {name}")
+        return part
+    if not path.exists():
+        raise OpenSoraError(f"no {name} in {origin}; train it first, or give a model's name, its folder or its weights")
+    return Part(name, path)
+
+
+# --- published models -------------------------------------------------------------------------------------------------
+
+
+def _find_published(name: str, components: Mapping[str, str | Path], *, download: bool, on_disk: bool) -> ModelSource:
+    model = PUBLISHED[name]
+    given = _check_components(components, model.parts)
+    encoder = given.get("text_encoder")
+    if encoder is not None and "tokenizer" not in given and any((encoder / f).is_file() for f in _TOKENIZER_FILES):
+        given["tokenizer"] = encoder
+    parts: dict[str, Part] = {}
+    missing: list[str] = []
+    for part_name, entry in model.parts.items():
+        class_name = _split(entry.class_name)
+        config = entry.config if part_name != "tokenizer" else None
+        if part_name in given:
+            parts[part_name] = Part(part_name, given[part_name], class_name, config, replaced=True)
+            continue
+        cached = hub.look_up(entry)
+        if not cached.complete and download:
+            cached = hub.download(entry)
+        path = hub.part_path(entry, cached)
+        if path is None and on_disk:
+            missing.append(part_name)
+        parts[part_name] = Part(part_name, path or Path(entry.repository), class_name, config, published=entry)
+    if missing:
+        raise _incomplete(name, model, missing)
+    scheduler = Part("scheduler", Path(name), _split(model.scheduler_class), model.scheduler_config)
+    trained_on = {"latent_space": model.autoencoder.config["latent_space"]}
+    return ModelSource(name, {**parts, "scheduler": scheduler}, {**model.defaults, "trained_on": trained_on})
+
+
+def _split(class_name: str) -> tuple[str, str]:
+    module, _, name = class_name.rpartition(".")
+    return module, name
+
+
+def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSoraError:
+    parts = [(part_name, model.parts[part_name]) for part_name in missing]
+    listed = ", ".join(
+        f"{part_name} ({part.repository}, {hub.gigabytes(part.size_bytes)})" for part_name, part in parts
+    )
+    commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for _, part in parts))
+    total = hub.gigabytes(sum(part.size_bytes for _, part in parts))
+    return OpenSoraError(
+        f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with `download`, "
+        f"or by: {commands}"
+    )
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can only be that of a repository on the Hub: "somebody/model", and no such path."""
+    return _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
+
+
+def find_folder(name_or_path: str | Path, *, download: bool = False) -> Path:
+    """The folder of a bundled model, of a path, or of a repository in the local cache of the Hub.
+
+    Raises:
+        OpenSoraError: no such model (the nearest known name is given), not a folder, or a folder without a pipeline.
+    """
+    name = str(name_or_path)
+    if download and is_repository(name):
+        hub.download_repository(name)
+    folder = locate(name_or_path)
+    if folder.is_file():
+        # A lone file of weights is refused in any case; one that carries code deserves to be called by its name.
+        if folder.suffix in PICKLES:
+            read_pickle(folder)
+        raise OpenSoraError(
+            f"{folder} is a file; a model is a folder with a {PIPELINE_INDEX} and all its components, or a published "
+            "model in which this file takes the place of a part (components)"
+        )
+    if not folder.is_dir():
+        if name in BUNDLED:
+            raise OpenSoraError(f"the bundled model {name!r} is not installed: {folder} is missing; reinstall")
+        raise unknown_model(name)
+    if not (folder / PIPELINE_INDEX).is_file():
+        raise OpenSoraError(f"{folder} holds no {PIPELINE_INDEX}; expected the folder of a pipeline")
+    return folder
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The folder of a bundled model or of a repository in the local cache of the Hub; any other path as it is."""
+    name = str(name_or_path)
+    if name in BUNDLED:
+        return BUNDLED[name].folder
+    cached = hub.snapshot(name) if is_repository(name) else None
+    return cached or Path(name_or_path).expanduser()
+
+
+def _find_in_folder(name: str, folder: Path, components: Mapping[str, str | Path]) -> ModelSource:
+    index = read_index(folder)
+    named = {part: (entry[0], entry[1]) for part, entry in index.items() if _is_component(entry)}
+    given = _check_components(components, named)
+    parts: dict[str, Part] = {}
+    for part, own in component_folders(folder, named).items():
+        parts[part] = Part(part, own, named[part])
+        if part in given:
+            described = own / "config.json"
+            config = read_object(described) if described.is_file() else {}
+            told = {key: value for key, value in config.items() if not key.startswith("_")} or None
+            parts[part] = Part(part, given[part], named[part], told, replaced=True)
+    defaults = {key: value for key, value in index.items() if key not in named and value != [None, None]}
+    return ModelSource(name, parts, defaults, folder)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` says: components as [module, class], and the pipeline's defaults.
+
+    Raises:
+        OpenSoraError: unreadable, or the index of another pipeline.
+    """
+    index = read_object(folder / PIPELINE_INDEX)
+    named = index.get("_class_name")
+    class_name = named[-1] if isinstance(named, list) and named else named  # [module in the folder, class], or a class
+    if class_name != PIPELINE_CLASS:
+        raise OpenSoraError(f"{folder / PIPELINE_INDEX} describes a {class_name}; expected an {PIPELINE_CLASS}")
+    return {key: value for key, value in index.items() if not key.startswith("_")}
+
+
+def _is_component(value: Any) -> bool:
+    """Whether an entry of `model_index.json` names a component: [module, class]."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _check_components(components: Mapping[str, str | Path], names: Iterable[str]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    known = list(names)
+    for name, given in components.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise OpenSoraError(f"unknown component {name!r}; {hint}")
+        paths[name] = Path(given).expanduser()
+        if not paths[name].exists():
+            raise OpenSoraError(f"{given}, given as {name}, does not exist")
+    return paths
