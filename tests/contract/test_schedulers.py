@@ -301,6 +301,21 @@ def test_copies_share_their_tables(scheduler: Any) -> None:
     assert other.config == scheduler.config
 
 
+def test_a_run_changes_nothing_that_a_copy_shares(scheduler: Any) -> None:
+    """What two threads could trip over in the middle of a step."""
+    other = copy.deepcopy(scheduler)
+
+    def inside() -> dict[str, dict[str, int]]:
+        parts = {name: part for name, part in vars(other).items() if hasattr(part, "__dict__")}
+        return {name: {key: id(value) for key, value in vars(part).items()} for name, part in parts.items()}
+
+    before = inside()
+    for t in scheduler.timesteps[:2]:
+        step(scheduler, normal(0), t)
+    scheduler.set_timesteps(3)
+    assert inside() == before and len(other.timesteps) == NUM_STEPS
+
+
 def test_two_threads_each_with_a_copy_make_their_own_clips(scheduler: Any) -> None:
     expected = {}
     for seed in (0, 1):
