@@ -1,6 +1,8 @@
 """Folders on disk: saved and loaded again, and every way in which one can be wrong."""
 
+import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -14,13 +16,15 @@ from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import dynamic_modules_utils
 from exploit import Exploit
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import make_pipeline, make_transformer, seeded
 from transformers import T5EncoderModel
 
 import opensora
-from opensora.checkpoints import loading
+from opensora.checkpoints import file_hashes, loading
 from opensora.checkpoints.components import load_component
+from opensora.checkpoints.fit import inspect_model
 from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import BUNDLED, BundledModel
 from opensora.checkpoints.source import ModelSource
@@ -270,6 +274,130 @@ def test_no_weights_have_no_hash(folder):
         path.unlink()
     with pytest.raises(OpenSoraError, match="holds no weights"):
         ModelSource.find(folder).hash()
+
+
+def in_shards(folder: Path, shard: str) -> Path:
+    """Moves a transformer's weights to where its index then says they are."""
+    whole = folder / "transformer" / WEIGHTS
+    weights = load_file(whole)
+    whole.unlink()
+    (folder / "transformer" / shard).parent.mkdir(exist_ok=True)
+    save_file(weights, folder / "transformer" / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder / "transformer" / shard
+
+
+def test_the_hash_covers_weights_in_folders_below(folder):
+    shard = in_shards(folder, "parts/first.safetensors")
+    before = ModelSource.find(folder).hash()
+    change_weights(shard, lambda weights: weights["t_block.1.bias"].add_(1))
+    assert ModelSource.find(folder).hash() != before
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_hash_covers_the_weights_of_a_training_run(folder, average):
+    """Which keeps them in a folder `model`, and their moving average beside it."""
+    run = folder / "transformer"
+    weights = load_file(run / WEIGHTS)
+    (run / "model").mkdir()
+    (run / WEIGHTS).rename(run / "model" / WEIGHTS)
+    if average:
+        torch.save(weights, run / "ema.pt")
+    before = ModelSource.find(folder).hash()
+    weights["t_block.1.bias"].add_(1)
+    if average:
+        torch.save(weights, run / "ema.pt")
+    else:
+        save_file(weights, run / "model" / WEIGHTS)
+    assert ModelSource.find(folder).hash() != before
+    loaded = load_pipeline(folder).transformer.state_dict()
+    assert torch.equal(loaded["t_block.1.bias"], weights["t_block.1.bias"])
+
+
+@pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "parts/../../elsewhere.safetensors", "/absolute"])
+def test_shards_outside_of_the_folder_are_refused(folder, outside):
+    in_shards(folder, "first.safetensors")
+    index = folder / "transformer" / f"{WEIGHTS}.index.json"
+    shard = str(folder / "elsewhere.safetensors") if outside == "/absolute" else outside
+    shutil.copy(folder / "transformer" / "first.safetensors", folder / "elsewhere.safetensors")
+    index.write_text(json.dumps({"weight_map": {"t_block.1.bias": shard}}))
+    assert f"names {shard}, which is outside of its folder" in refusal(folder)
+    with pytest.raises(OpenSoraError, match="outside of its folder"):
+        ModelSource.find(folder).hash()
+
+
+def test_hashes_of_large_files_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(file_hashes, "cache_folder", lambda: tmp_path / "hashes")
+    file = tmp_path / "large"
+    file.write_bytes(b"first")
+    first = file_hashes.file_hash(file)
+    assert first == hashlib.sha256(b"first").hexdigest()
+    read = []
+    monkeypatch.setattr(file_hashes, "_read", lambda path: read.append(path) or "read again")
+    assert file_hashes.file_hash(file) == first and not read
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert file_hashes.file_hash(file) == "read again"
+    file.write_bytes(b"longer")
+    file_hashes.file_hash(file)
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("note", [None, b"", b"{}", b"[1]", b"3"])
+def test_hashes_that_cannot_be_remembered_are_taken_anew(tmp_path, monkeypatch, note):
+    monkeypatch.setattr(file_hashes, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(file_hashes, "cache_folder", lambda: tmp_path / "hashes")
+    file = tmp_path / "large"
+    file.write_bytes(b"first")
+    if note is None:
+        (tmp_path / "hashes").write_text("no folder can be here")
+    else:
+        file_hashes.file_hash(file)
+        next((tmp_path / "hashes").iterdir()).write_bytes(note)
+    assert file_hashes.file_hash(file) == hashlib.sha256(b"first").hexdigest()
+
+
+# --- repositories on the Hub ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+def put_on_the_hub(cache: Path, repository: str, folder: Path) -> None:
+    stored = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, stored / "snapshots" / "0")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0")
+
+
+def test_a_repository_in_the_cache_is_a_model(saved, hub_cache):
+    put_on_the_hub(hub_cache, "somebody/model", saved["flow"])
+    source = ModelSource.find("somebody/model")
+    assert source.hash() == ModelSource.find(saved["flow"]).hash()
+    assert load_pipeline("somebody/model").config.height == 16
+    assert inspect_model("somebody/model").problems == []
+    assert "unknown model 'somebody/other'" in refusal("somebody/other")
+
+
+def test_a_repository_is_fetched_if_that_is_asked_for(saved, hub_cache, monkeypatch):
+    def snapshot_download(repository, *, allow_patterns, cache_dir):
+        assert allow_patterns is None
+        put_on_the_hub(hub_cache, repository, saved["flow"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert isinstance(load_pipeline("somebody/model", download=True), OpenSoraPipeline)
+
+
+def test_a_folder_goes_before_a_repository_of_its_name(saved, hub_cache, tmp_path):
+    put_on_the_hub(hub_cache, "somebody/model", saved["flow"])
+    shutil.copytree(saved["iddpm"], tmp_path / "somebody" / "model")
+    assert ModelSource.find("somebody/model").hash() == ModelSource.find(saved["iddpm"]).hash()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
