@@ -13,7 +13,7 @@ import enum
 import json
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -68,6 +68,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def parts_of_type(settings: Any, cls: type[T]) -> Iterator[T]:
+    """Every `cls` among settings and the dataclasses inside them, outermost first."""
+    if isinstance(settings, cls):
+        yield settings
+    elif dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            yield from parts_of_type(getattr(settings, field.name), cls)
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from opensora.cli.evaluate import check_count
-from opensora.cli.options import FLAG, option
+from opensora.cli.options import FLAG, option, with_flags
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 
@@ -55,7 +54,7 @@ class DataPlan:
 
     def run(self) -> None:
         from opensora.data.buckets import Buckets
-        from opensora.data.epoch_plan import plan_epoch
+        from opensora.data.epoch_plan import plan_epoch, plan_lines, why_nothing
         from opensora.data.sampler import BucketSampler
         from opensora.manifest import read_manifest
 
@@ -63,7 +62,7 @@ class DataPlan:
             check_count(f"--{name}", getattr(self, name))
         config = self._config()
         manifest = read_manifest(self.manifest, text_required=config.text_required)
-        broken = _broken(manifest.rows) if self.verify else {}
+        broken = self._broken(manifest.rows) if self.verify else {}
         rows = [row for row in manifest.rows if row.path not in broken]
         sampler = BucketSampler(
             rows,
@@ -79,7 +78,7 @@ class DataPlan:
             print(json.dumps({**dataclasses.asdict(plan), "rejected": rejected, "broken": unread}, indent=2))
         else:
             _print_table(plan)
-            lines = [*_lines(plan, self.ranks, self.microbatches, config.batches_in_a_row)]
+            lines = [*plan_lines(plan, self.ranks, self.microbatches, config.batches_in_a_row)]
             if broken:
                 lines += [f"broken: {len(broken)}", *(f"  {path}: {reason}" for path, reason in broken.items())]
             if manifest.rejected:
@@ -88,21 +87,27 @@ class DataPlan:
                 lines += [f"  and {len(manifest.rejected) - _MOST_REJECTED} more"] * (
                     len(manifest.rejected) > _MOST_REJECTED
                 )
-            print("\n".join(lines))
+            print(with_flags("\n".join(lines), self))
         if not plan.batches:
-            raise OpenSoraError(f"nothing to train on: {_why_nothing(plan, len(broken), len(manifest.rejected))}")
+            raise OpenSoraError(f"nothing to train on: {why_nothing(plan, len(broken), len(manifest.rejected))}")
+
+    def _broken(self, rows: "list[ClipRow]") -> dict[Path, str]:
+        from opensora.data.scan import broken_clips
+
+        with Progress("reading clips") as progress:
+            return broken_clips(rows, progress.update)
 
     def _config(self) -> "ManifestClips":
         """How the clips are used, by the recipe and what was said besides."""
         from opensora.data.clips import ManifestClips
-        from opensora.settings import read_json
+        from opensora.settings import parts_of_type, read_json
 
         if self.recipe is not None and self.buckets is not None:
             raise OpenSoraError("--recipe and --buckets both say which sizes are trained; give one of them")
         if self.recipe is not None:
             from opensora.recipes import find_recipe
 
-            config = next(_clips_in(find_recipe(self.recipe)), None)
+            config = next(parts_of_type(find_recipe(self.recipe), ManifestClips), None)
             if config is None:
                 raise OpenSoraError(f"recipe {self.recipe} does not train on the clips of a manifest; give --buckets")
         elif self.buckets is not None:
@@ -115,35 +120,6 @@ class DataPlan:
         said: dict[str, Any] = {"frame_interval": self.frame_interval, "batches_in_a_row": self.batches_in_a_row}
         said |= {"text_required": False if self.uncaptioned else None}
         return dataclasses.replace(config, **{name: value for name, value in said.items() if value is not None})
-
-
-def _clips_in(settings: Any) -> Iterator["ManifestClips"]:
-    """Every `ManifestClips` of a recipe."""
-    from opensora.data.clips import ManifestClips
-
-    if isinstance(settings, ManifestClips):
-        yield settings
-    elif dataclasses.is_dataclass(settings):
-        for field in dataclasses.fields(settings):
-            yield from _clips_in(getattr(settings, field.name))
-
-
-def _broken(rows: "list[ClipRow]") -> dict[Path, str]:
-    """Files that are broken, or other than the manifest says."""
-    from opensora.data.scan import probe_all
-
-    with Progress("reading clips") as progress:
-        findings = probe_all([row.path for row in rows], on_progress=progress.update)
-    broken = {}
-    for row in rows:
-        found = findings[row.path]
-        if isinstance(found, str):
-            broken[row.path] = found
-        elif (found.height, found.width) != (row.height, row.width):
-            broken[row.path] = f"{found.height}x{found.width} pixels, but the manifest says {row.height}x{row.width}"
-        elif found.num_frames < row.num_frames:
-            broken[row.path] = f"{found.num_frames} of the manifest's {row.num_frames} frames are there"
-    return broken
 
 
 def _print_table(plan: "EpochPlan") -> None:
@@ -162,23 +138,3 @@ def _print_table(plan: "EpochPlan") -> None:
         numbers = (f"{bucket.clips:,}", str(bucket.batch_size), f"{bucket.batches:,}", f"{bucket.share:.1%}")
         table.add_row(bucket.label, *numbers, f"{bucket.repeats:,}", ", ".join(ratios[:3]) + more)
     Console(width=110, highlight=False).print(table)
-
-
-def _lines(plan: "EpochPlan", ranks: int, microbatches: int, batches_in_a_row: int) -> Iterator[str]:
-    """What there is to say below the table."""
-    epoch = "the first epoch (others keep other clips by chance)" if plan.by_chance else "an epoch"
-    each = f" of {ranks} x {microbatches} batches" if ranks * microbatches > 1 else ""
-    yield f"{epoch}: {plan.clips:,} of {plan.rows:,} clips, {plan.batches:,} batches, {plan.steps:,.1f} steps{each}"
-    if plan.mixed_steps:
-        yield f"in {plan.mixed_steps:,} of {plan.batches // ranks:,} steps the ranks work on different sizes" + (
-            f"; --batches-in-a-row {ranks} makes them fewer" if batches_in_a_row % ranks else ""
-        )
-    for dropped in plan.dropped:
-        yield f"dropped: {dropped.clips:,} {dropped.reason}, such as"
-        yield from (f"  {example}" for example in dropped.examples)
-
-
-def _why_nothing(plan: "EpochPlan", num_broken: int, num_rejected: int) -> str:
-    reasons = [f"{dropped.clips} {dropped.reason}" for dropped in plan.dropped]
-    reasons += [f"{num_broken} broken"] * bool(num_broken) + [f"{num_rejected} set aside"] * bool(num_rejected)
-    return ", ".join(reasons) or "the manifest has no rows"

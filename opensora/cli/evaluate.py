@@ -12,8 +12,6 @@ from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
-    from opensora.data.toybox import ToyboxClips
-    from opensora.evaluation.judge import Judge
     from opensora.evaluation.loss import LossResults
 
 
@@ -67,7 +65,7 @@ class EvaluateToybox:
             toybox.evaluate(pipeline, judge, results, self.output, self.batch_size, progress.update)
         if self.gates:
             size = toybox.clip_size(pipeline)
-            read_gates(judge, pipeline.autoencoder, size, self.seed, self.num_gate_clips, results.gates)
+            toybox.read_gates(judge, pipeline.autoencoder, size, self.seed, self.num_gate_clips, results.gates)
             if self.output is not None:
                 results.save(self.output)
         columns = {f"{self.model}, {len(results.read)} clips": results.accuracy()} if results.read else {}
@@ -105,6 +103,7 @@ class EvaluateToyboxVae:
 
         from opensora.checkpoints.components import load_component
         from opensora.checkpoints.loading import choose_device
+        from opensora.evaluation import toybox
         from opensora.evaluation.judge import load_judge
         from opensora.models.autoencoders.video import VideoAutoencoder
 
@@ -116,7 +115,7 @@ class EvaluateToyboxVae:
         autoencoder = load_component(self.autoencoder, VideoAutoencoder)
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
-        print_table(read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
+        print_table(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class EvaluateLoss:
             raise OpenSoraError("--manifest and --cache both say which clips are measured; give one of them")
         if (self.manifest is None) != (self.buckets is None):
             raise OpenSoraError("--manifest needs --buckets, which says at what sizes, and the other way round")
-        toy_clips = toybox_sizes(self.sizes, self.lengths)
+        toy_clips = held_out.toybox_sizes(self.sizes, self.lengths)
         pipeline = opensora.load_pipeline(self.model, device=choose_device(self.device))
         clips: dict[str, Any] = {"clips": "toybox"}
         if self.manifest is not None and self.buckets is not None:
@@ -239,25 +238,6 @@ class EvaluateLoss:
             print(f"results: {self.output}")
 
 
-def toybox_sizes(sizes: tuple[str, ...], lengths: tuple[int, ...]) -> "list[ToyboxClips]":
-    """Every size in every length.
-
-    Raises:
-        OpenSoraError: a size that is not HxW, or no frames.
-    """
-    from opensora.data.toybox import ToyboxClips
-
-    for length in lengths:
-        check_count("--lengths", length)
-    clips = []
-    for size in sizes:
-        height, x, width = size.partition("x")
-        if not (x and height.isdecimal() and width.isdecimal()):
-            raise OpenSoraError(f"--sizes is {size!r}; give height and width in pixels, such as 64x64")
-        clips += [ToyboxClips(num_frames=n, height=int(height), width=int(width)) for n in lengths]
-    return clips
-
-
 Evaluate = (
     Annotated[EvaluateToybox, tyro.conf.subcommand("toybox")]
     | Annotated[EvaluateGivenFrames, tyro.conf.subcommand("given-frames")]
@@ -280,24 +260,6 @@ def check_output(option: str, path: Path | None, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         raise OpenSoraError(f"{option} is {path}; give a file that ends in {suffix}")
     check_writable(path)
-
-
-def read_gates(
-    judge: "Judge",
-    autoencoder: Any,
-    size: tuple[int, int, int],
-    seed: int,
-    num_clips: int,
-    gates: dict[str, dict[str, float]],
-) -> dict[str, dict[str, float]]:
-    """Adds to `gates` what the judge reads of real clips and of the autoencoder's reconstructions of them."""
-    from opensora.evaluation import toybox
-
-    gates[f"real, {num_clips} clips"] = toybox.real_accuracy(judge, num_clips, seed, size=size)
-    gates[f"autoencoder, {num_clips} clips"] = toybox.reconstruction_accuracy(
-        autoencoder, judge, num_clips, seed, size=size
-    )
-    return gates
 
 
 def print_table(columns: dict[str, dict[str, float]]) -> None:

@@ -162,11 +162,13 @@ class Generate:
             if is_first:
                 made.save(path, format=kind, metadata=metadata)
                 print(path, flush=True)
+        from opensora.generation.measure import peak_memory, process_seconds
+
         sampling = clips[0].sampling
         say(
             f"{'' if len(clips) == 1 else f'{len(clips)} times '}{size}; {sampling.file_fps:g} fps, "
-            f"{sampling.num_inference_steps} steps: {_process_seconds():.1f} s from start to end, "
-            f"{sampling_s:.1f} s of it sampling and decoding; peak memory {_peak_memory(engine.pipeline.device)}"
+            f"{sampling.num_inference_steps} steps: {process_seconds():.1f} s from start to end, "
+            f"{sampling_s:.1f} s of it sampling and decoding; peak memory {peak_memory(engine.pipeline.device)}"
         )
 
     def _record(self) -> Record | None:
@@ -257,27 +259,3 @@ def _ask_to_fetch(missing: str) -> bool:
         raise OpenSoraError(missing)
     print(f"{missing}\nFetch now? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _process_seconds() -> float:
-    """Since the process started, imports included."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
-
-
-def _peak_memory(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GB on the device"
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GB"
-    except ImportError:  # Windows
-        import psutil
-
-        memory = psutil.Process().memory_info()
-        return f"{getattr(memory, 'peak_wset', memory.rss) / 2**30:.2f} GB"

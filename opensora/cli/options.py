@@ -27,10 +27,10 @@ def flag(field: str) -> str:
     return f"--{field.strip('_').replace('_', '-')}"
 
 
-def with_flags(message: str, options: Any) -> str:
-    """An error as the command line says it: where it names a field in backticks, the option of that name."""
-    known = {name for name, _ in _fields(options)}
-    return re.sub(r"`(\w+)`", lambda match: flag(match[1]) if match[1] in known else match[0], message)
+def with_flags(text: str, *options: Any) -> str:
+    """A text as the command line says it: where it names a field in backticks, the option of that name."""
+    known = {name for group in options for name, _ in _fields(group)}
+    return re.sub(r"`(\w+)`", lambda match: flag(match[1]) if match[1] in known else match[0], text)
 
 
 def _fields(options: Any) -> Iterator[tuple[str, Any]]:

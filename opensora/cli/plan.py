@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from opensora.cli.generate_options import MachineOptions, ModelOptions, SizeOptions
-from opensora.cli.options import FLAG, flag, given_options, option
+from opensora.cli.generate_options import MachineOptions, MemoryOptions, ModelOptions, SizeOptions
+from opensora.cli.options import FLAG, given_options, option, with_flags
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
 from opensora.generation.resolve import describe_size, resolve_size
@@ -40,8 +40,13 @@ class Plan:
         if self.model.download:
             raise OpenSoraError("a plan needs no weights; leave out --download")
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
-        plan = _with_options(self._predict(self._device(), memory_bytes))
-        print(json.dumps(plan, indent=2) if self.json else "\n".join(_lines(plan)))
+        from opensora.planning.report import plan_lines
+
+        plan = self._predict(self._device(), memory_bytes)
+        if self.json:
+            print(json.dumps(_with_options(plan), indent=2))
+        else:
+            print(with_flags("\n".join(plan_lines(plan)), self, MemoryOptions()))
 
     @property
     def request(self) -> ClipRequest:
@@ -66,7 +71,7 @@ class Plan:
         clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
         plan = plan_clip(tracer, outlined, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
-        return {"model": plan["model"], "clip": describe_size(clip.size, made.nominal_size), **plan}
+        return {**plan, "clip": describe_size(clip.size, made.nominal_size)}
 
     def _device(self) -> str:
         """Where it will run; not checked, for a plan may be made elsewhere."""
@@ -106,43 +111,13 @@ def _with_options(plan: Any) -> Any:
         return [_with_options(part) for part in plan]
     if not isinstance(plan, dict):
         return plan
-    said: dict[str, Any] = {}
-    for name, value in plan.items():
-        if name == "choices":
-            words = [(flag(choice), None if chosen is True else str(chosen)) for choice, chosen in value.items()]
-            said["options"] = [word for both in words for word in both if word is not None]
-        else:
-            said[name] = _with_options(value)
-    return said
+    from opensora.planning.report import choices_in_words
 
-
-def _lines(plan: dict[str, Any]) -> list[str]:
-    """The plan on one screen."""
-    from opensora.planning.report import gigabytes
-
-    where = "on the CPU" if plan["device"] == "cpu" else f"on {_article(plan['device'])}"
-    branches = "two branches of guidance" if plan["guided"] else "no guidance"
-    lines = [f"{plan['model']}: {plan['clip']}", f"{branches}, {plan['dtype']} {where}; GB are 1024^3 bytes", ""]
-    lines.append(f"{'stage':<9}{'network':<14}{'weights':>10}{'activations':>14}{'in small portions':>20}")
-    for stage in plan["stages"]:
-        sizes = (stage["weight_bytes"], stage["activation_bytes"], stage["activation_bytes_in_portions"])
-        weights, activations, in_portions = (gigabytes(value) for value in sizes)
-        network = stage["network"].replace("_", " ")
-        lines.append(f"{stage['name']:<9}{network:<14}{weights:>10}{activations:>14}{in_portions:>20}")
-    lines += ["", f"{'in all':>10}   options of generate (what the process itself takes is included)"]
-    lines += [f"{gigabytes(way['needed_bytes']):>10}   {' '.join(way['options']) or 'none'}" for way in plan["ways"]]
-    if "fits" not in plan:
-        return lines
-    memory = gigabytes(plan["device_memory_bytes"])
-    if plan["fits"]:
-        way = plan["with"]
-        how = f"with {' '.join(way['options'])}" if way["options"] else "as it is"
-        return [*lines, "", f"fits into {memory} {how}: {gigabytes(way['needed_bytes'])}"]
-    options, too_large = " ".join(plan["smallest"]["options"]), plan["too_large"]
-    needs = ", ".join(f"{name} still takes {gigabytes(size)}" for name, size in too_large.items())
-    advice = "a smaller --text-encoder" if "text" in too_large else "fewer --num-frames or a smaller --resolution"
-    return [*lines, "", f"does not fit into {memory}: with {options} {needs}; choose {advice}"]
-
-
-def _article(device: str) -> str:
-    return "an accelerator" if device == "accelerator" else device
+    return {
+        "options" if name == "choices" else name: (
+            with_flags(choices_in_words(value), MachineOptions(), MemoryOptions()).split()
+            if name == "choices"
+            else _with_options(value)
+        )
+        for name, value in plan.items()
+    }

@@ -1,9 +1,7 @@
 """`opensora train`: run a recipe, or see what it would do."""
 
 import contextlib
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,6 +56,7 @@ class Train:
         from opensora.checkpoints.loading import choose_device
         from opensora.recipes import find_recipe
         from opensora.settings import apply_overrides
+        from opensora.training.interrupts import stopping_between_steps
         from opensora.training.trainer import Trainer
 
         if self.threads is not None:
@@ -82,23 +81,6 @@ class Train:
             if trainer.skipped_steps:
                 print(f"{trainer.skipped_steps} of {trainer.step} steps were skipped: their gradients were not finite")
             print(f"model: {model}")
-
-
-@contextlib.contextmanager
-def stopping_between_steps(trainer: "Trainer") -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM finish and save the step under way; a second one stops at once."""
-
-    def stop(signal_number: int, frame: object) -> None:
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Progress:

@@ -1,7 +1,7 @@
 """What training will make of a manifest: which clips go into which bucket, how many steps there are, what is lost."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,3 +127,24 @@ def plan_epoch(rows: Sequence[ClipRow], sampler: BucketSampler, *, ranks: int = 
 def _describe(row: ClipRow) -> str:
     frames = f"{row.num_frames} frame{'s' * (row.num_frames != 1)}"
     return f"{row.path} ({frames} of {row.height}x{row.width})"
+
+
+def plan_lines(plan: EpochPlan, ranks: int, microbatches: int, batches_in_a_row: int) -> Iterator[str]:
+    """What an epoch comes to, in words, but for its buckets."""
+    epoch = "the first epoch (others keep other clips by chance)" if plan.by_chance else "an epoch"
+    each = f" of {ranks} x {microbatches} batches" if ranks * microbatches > 1 else ""
+    yield f"{epoch}: {plan.clips:,} of {plan.rows:,} clips, {plan.batches:,} batches, {plan.steps:,.1f} steps{each}"
+    if plan.mixed_steps:
+        yield f"in {plan.mixed_steps:,} of {plan.batches // ranks:,} steps the ranks work on different sizes" + (
+            f"; `batches_in_a_row` {ranks} makes them fewer" if batches_in_a_row % ranks else ""
+        )
+    for dropped in plan.dropped:
+        yield f"dropped: {dropped.clips:,} {dropped.reason}, such as"
+        yield from (f"  {example}" for example in dropped.examples)
+
+
+def why_nothing(plan: EpochPlan, num_broken: int, num_rejected: int) -> str:
+    """Why there is nothing to train on."""
+    reasons = [f"{dropped.clips} {dropped.reason}" for dropped in plan.dropped]
+    reasons += [f"{num_broken} broken"] * bool(num_broken) + [f"{num_rejected} set aside"] * bool(num_rejected)
+    return ", ".join(reasons) or "the manifest has no rows"

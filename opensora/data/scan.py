@@ -244,3 +244,23 @@ def summary(rows: Sequence[ClipRow]) -> str:
     parts = [f"{len(videos):,} clip{'s' * (len(videos) != 1)} ({length})"] if videos else []
     images = len(rows) - len(videos)
     return ", ".join([*parts, *([f"{images:,} image{'s' * (images != 1)}"] if images else [])]) or "nothing"
+
+
+def broken_clips(rows: Sequence[ClipRow], on_progress: Callable[[int, int], None] | None = None) -> dict[Path, str]:
+    """Files that are broken, or other than the manifest says, and what is wrong with them.
+
+    Args:
+        rows: of the manifest.
+        on_progress: called with how many files of how many are read.
+    """
+    findings = probe_all([row.path for row in rows], on_progress=on_progress or (lambda done, total: None))
+    broken = {}
+    for row in rows:
+        found = findings[row.path]
+        if isinstance(found, str):
+            broken[row.path] = found
+        elif (found.height, found.width) != (row.height, row.width):
+            broken[row.path] = f"{found.height}x{found.width} pixels, but the manifest says {row.height}x{row.width}"
+        elif found.num_frames < row.num_frames:
+            broken[row.path] = f"{found.num_frames} of the manifest's {row.num_frames} frames are there"
+    return broken

@@ -168,3 +168,21 @@ def toybox_portions(
 
     parts = {start: specs[start : start + batch_size] for start in range(0, num_clips, batch_size)}
     return [Portion(label, start, len(part), functools.partial(load, part)) for start, part in parts.items()]
+
+
+def toybox_sizes(sizes: tuple[str, ...], lengths: tuple[int, ...]) -> list[ToyboxClips]:
+    """Every size in every length.
+
+    Raises:
+        OpenSoraError: a size that is not HxW, or no frames.
+    """
+    for length in lengths:
+        if length < 1:
+            raise OpenSoraError(f"`lengths` is {length}; give 1 or more")
+    clips = []
+    for size in sizes:
+        height, x, width = size.partition("x")
+        if not (x and height.isdecimal() and width.isdecimal()):
+            raise OpenSoraError(f"`sizes` is {size!r}; give height and width in pixels, such as 64x64")
+        clips += [ToyboxClips(num_frames=n, height=int(height), width=int(width)) for n in lengths]
+    return clips

@@ -1,4 +1,4 @@
-"""What a clip would take on a device, and which choices make it fit, as plain data."""
+"""What a clip would take on a device, and which choices make it fit: as plain data, and on one screen."""
 
 import dataclasses
 from dataclasses import replace
@@ -43,6 +43,7 @@ def plan_clip(
     ways = dict.fromkeys([default, replace(default, offload=True), smallest])
     plan = {
         "model": outlined.name,
+        "clip": str(clip.size),
         "guided": clip.guided,
         "device": device,
         "dtype": _name(chosen),
@@ -84,6 +85,43 @@ def _way(planner: Planner, choices: Choices, default: Choices) -> dict[str, Any]
         "activation_bytes": activation_bytes,
         "needed_bytes": planner.needed_bytes(choices),
     }
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """What `plan_clip` tells, on one screen; names of choices and wishes stand in backticks."""
+    where = "on the CPU" if plan["device"] == "cpu" else f"on {_article(plan['device'])}"
+    branches = "two branches of guidance" if plan["guided"] else "no guidance"
+    lines = [f"{plan['model']}: {plan['clip']}", f"{branches}, {plan['dtype']} {where}; GB are 1024^3 bytes", ""]
+    lines.append(f"{'stage':<9}{'network':<14}{'weights':>10}{'activations':>14}{'in small portions':>20}")
+    for stage in plan["stages"]:
+        sizes = (stage["weight_bytes"], stage["activation_bytes"], stage["activation_bytes_in_portions"])
+        weights, activations, in_portions = (gigabytes(value) for value in sizes)
+        network = stage["network"].replace("_", " ")
+        lines.append(f"{stage['name']:<9}{network:<14}{weights:>10}{activations:>14}{in_portions:>20}")
+    lines += ["", f"{'in all':>10}   options of generate (what the process itself takes is included)"]
+    lines += [
+        f"{gigabytes(way['needed_bytes']):>10}   {choices_in_words(way['choices']) or 'none'}" for way in plan["ways"]
+    ]
+    if "fits" not in plan:
+        return lines
+    memory = gigabytes(plan["device_memory_bytes"])
+    if plan["fits"]:
+        way = plan["with"]
+        how = f"with {choices_in_words(way['choices'])}" if way["choices"] else "as it is"
+        return [*lines, "", f"fits into {memory} {how}: {gigabytes(way['needed_bytes'])}"]
+    choices, too_large = choices_in_words(plan["smallest"]["choices"]), plan["too_large"]
+    needs = ", ".join(f"{name} still takes {gigabytes(size)}" for name, size in too_large.items())
+    advice = "a smaller `text_encoder`" if "text" in too_large else "fewer `num_frames` or a smaller `resolution`"
+    return [*lines, "", f"does not fit into {memory}: with {choices} {needs}; choose {advice}"]
+
+
+def _article(device: str) -> str:
+    return "an accelerator" if device == "accelerator" else device
+
+
+def choices_in_words(choices: dict[str, Any]) -> str:
+    """``"`dtype` bfloat16 `offload`"``."""
+    return " ".join(f"`{name}`" if chosen is True else f"`{name}` {chosen}" for name, chosen in choices.items())
 
 
 def gigabytes(num_bytes: float) -> str:

@@ -135,7 +135,7 @@ def test_share_right_counts_whole_clips_too():
 def test_gates_read_the_same_clips_and_a_perfect_autoencoder_changes_nothing():
     torch.manual_seed(0)
     judge = Judge(dim=8).eval()
-    perfect = SimpleNamespace(encode=lambda video: video, decode=lambda latents, num_frames: latents)
+    perfect = SimpleNamespace(encode_video=lambda video: video, decode_latents=lambda latents, num_frames: latents)
     size = (3, 32, 32)
     real = real_accuracy(judge, 12, seed=1, size=size, batch_size=5)
     assert reconstruction_accuracy(perfect, judge, 12, seed=1, size=size, batch_size=5) == real

@@ -17,11 +17,11 @@ import torch.distributed.checkpoint as dcp
 from ranks import SERVER, run_ranks
 from tiny_regression import assert_equal_weights, final_weights, recipe
 
-from opensora.cli.train import stopping_between_steps
 from opensora.distributed import checkpoint
 from opensora.distributed.checkpoint import newest_checkpoint
 from opensora.errors import OpenSoraError
 from opensora.training.config import Recipe
+from opensora.training.interrupts import stopping_between_steps
 from opensora.training.trainer import Trainer
 
 pytestmark = pytest.mark.multi
