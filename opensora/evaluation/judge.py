@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
-from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.portable_config import PortableModelMixin
 from opensora.toybox.world import ATTRIBUTES
 
 WEIGHTS = Path(__file__).parent.parent / "toybox" / "weights" / "judge"
@@ -45,7 +44,7 @@ class Tower(nn.Module):
         return self.head(pooled)
 
 
-class Judge(ModelMixin, PortableConfigMixin):
+class Judge(PortableModelMixin):
     """Reads the attributes of toy clips.
 
     Args:

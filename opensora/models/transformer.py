@@ -23,7 +23,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -33,7 +33,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
 from opensora.models.caching import CacheIdentifiers, apply_cache
 from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
-from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.portable_config import PortableModelMixin
 
 SPACE, TIME = 2, 1  # axes of the tokens (B, T, S, D)
 
@@ -188,7 +188,7 @@ class FinalLayer(nn.Module):
         return self.linear(tokens)
 
 
-class SpaceTimeTransformer(ModelMixin, PortableConfigMixin, CacheMixin, PeftAdapterMixin):
+class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
     """Text, checks, caches and the way in and out; subclasses build the layers and write `forward`.
 
     What of diffusers works with these models:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -25,10 +24,10 @@ from opensora.geometry import SizeRule
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Generators, Posterior
 from opensora.models.offload_hooks import apply_offload_hooks
-from opensora.models.portable_config import PortableConfigMixin
+from opensora.models.portable_config import PortableModelMixin
 
 
-class VideoCodec(AutoencoderMixin, ModelMixin, PortableConfigMixin, ABC):
+class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
     """Base of a video autoencoder.
 
     A new one sets the three numbers without a default, implements the abstract methods, and overrides what is not true

@@ -81,13 +81,15 @@ class FrameAutoencoder(nn.Module):
         if not isinstance(self.module, AutoencoderKL):
             kind = type(self.module).__name__
             raise OpenSoraError(f"{kind} cannot be tiled; decode fewer frames at once (chunk_size)")
-        if tile_sample_min_size is not None:
-            if tile_sample_min_size < 1 or tile_sample_min_size % self.spatial_factor:
-                raise OpenSoraError(
-                    f"tile_sample_min_size is {tile_sample_min_size}, expected a multiple of {self.spatial_factor} px"
-                )
-            self.module.tile_sample_min_size = tile_sample_min_size // self.patch_size
-            self.module.tile_latent_min_size = tile_sample_min_size // self.spatial_factor
+        # Three quarters of a tile must be whole cells, or what diffusers puts together has another size.
+        multiple = round(self.spatial_factor / self.module.tile_overlap_factor)
+        edge = (
+            self.module.tile_sample_min_size * self.patch_size if tile_sample_min_size is None else tile_sample_min_size
+        )
+        if edge < 1 or edge % multiple:
+            raise OpenSoraError(f"tile_sample_min_size is {edge}, expected a multiple of {multiple} px")
+        self.module.tile_sample_min_size = edge // self.patch_size
+        self.module.tile_latent_min_size = edge // self.spatial_factor
         self.module.enable_tiling()
 
 

@@ -76,8 +76,8 @@ class StoredStatistics(VideoCodec):
         for name, value in zip(model.declared_tensors, model._own_statistics(), strict=True):
             model.register_buffer(name, value)
         devices = kwargs.get("device_map")
-        if devices is not None and "" not in devices:
-            kwargs["device_map"] = {**devices, **dict.fromkeys(model.declared_tensors, "cpu")}
+        if devices is not None and "" not in devices:  # accelerate, which gets it next, asks for every name there is
+            devices.update(dict.fromkeys(model.declared_tensors, "cpu"))
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
         model.check_statistics({name: model._buffers.pop(name) for name in model.declared_tensors})  # type: ignore[arg-type]
         return loaded

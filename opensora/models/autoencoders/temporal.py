@@ -9,6 +9,7 @@ Letters: B batch, C channels of a frame latent, Z channels of a video latent, T 
 h, w latent height and width, r temporal factor, D channels inside.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -68,18 +69,38 @@ class ResBlock(nn.Module):
         return hidden_states + shortcut
 
 
-def _run(blocks: Iterable[nn.Module], hidden_states: Tensor, checkpoint: Callable[..., Tensor] | None) -> Tensor:
-    """Applies blocks in turn, recomputing each in the backward pass where `checkpoint` is given."""
-    for block in blocks:
-        hidden_states = checkpoint(block, hidden_states) if checkpoint else block(hidden_states)
-    return hidden_states
+class ResBlocks(nn.Sequential):
+    """Residual blocks in turn, each of which may be recomputed in the backward pass."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, D_in, T, h, w) -> (B, D_out, T, h, w)."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self:
+            run = functools.partial(self._gradient_checkpointing_func, block) if recompute else block
+            hidden_states = run(hidden_states)
+        return hidden_states
+
+
+class Levels(nn.Module):
+    """Modules by number, called from the last to the first; a `ModuleList` would be offloaded in its own order."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for number, module in enumerate(modules):
+            self.add_module(str(number), module)
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number))
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 class TemporalEncoder(nn.Module):
     """Frame latents -> moments before the quantisation convolution; halves time after every block so marked."""
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -97,7 +118,7 @@ class TemporalEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         dim = filters
         for level, multiplier in enumerate(channel_multipliers):
-            blocks = nn.ModuleList()
+            blocks = ResBlocks()
             for _ in range(num_res_blocks):
                 blocks.append(ResBlock(dim, filters * multiplier, num_groups))
                 dim = filters * multiplier
@@ -105,28 +126,23 @@ class TemporalEncoder(nn.Module):
             if level < len(temporal_downsample):
                 halve = temporal_downsample[level]
                 self.conv_blocks.append(CausalConv3d(dim, dim, time_stride=2) if halve else nn.Identity())
-        self.res_blocks = nn.ModuleList(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks))
+        self.res_blocks = ResBlocks(*(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks)))
         self.norm1 = nn.GroupNorm(num_groups, dim)
         self.conv2 = CausalConv3d(dim, out_channels, kernel_size=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, C, N * r, h, w) -> (B, 2Z, N, h, w)."""
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        checkpoint = self._gradient_checkpointing_func if recompute else None
         hidden_states = self.conv_in(hidden_states)
         for level, blocks in enumerate(self.block_res_blocks):
-            hidden_states = _run(blocks.children(), hidden_states, checkpoint)
+            hidden_states = blocks(hidden_states)
             if level < len(self.conv_blocks):
                 hidden_states = self.conv_blocks[level](hidden_states)
-        hidden_states = _run(self.res_blocks, hidden_states, checkpoint)
+        hidden_states = self.res_blocks(hidden_states)
         return self.conv2(F.silu(self.norm1(hidden_states)))
 
 
 class TemporalDecoder(nn.Module):
     """Mirror of the encoder. Block lists are indexed as in the encoder, so they run from the last to the first."""
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -141,11 +157,11 @@ class TemporalDecoder(nn.Module):
         super().__init__()
         dim = filters * channel_multipliers[-1]
         self.conv1 = CausalConv3d(in_channels, dim)
-        self.res_blocks = nn.ModuleList(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks))
-        block_res_blocks: list[nn.ModuleList] = []
+        self.res_blocks = ResBlocks(*(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks)))
+        block_res_blocks: list[ResBlocks] = []
         conv_blocks: list[nn.Module] = []
         for level in reversed(range(len(channel_multipliers))):
-            blocks = nn.ModuleList()
+            blocks = ResBlocks()
             for _ in range(num_res_blocks):
                 blocks.append(ResBlock(dim, filters * channel_multipliers[level], num_groups))
                 dim = filters * channel_multipliers[level]
@@ -153,19 +169,17 @@ class TemporalDecoder(nn.Module):
             if level > 0:
                 double = temporal_downsample[level - 1]
                 conv_blocks.insert(0, CausalConv3d(dim, 2 * dim) if double else nn.Identity())
-        self.block_res_blocks = nn.ModuleList(block_res_blocks)
-        self.conv_blocks = nn.ModuleList(conv_blocks)
+        self.block_res_blocks = Levels(block_res_blocks)
+        self.conv_blocks = Levels(conv_blocks)
         self.temporal_downsample = tuple(temporal_downsample)
         self.norm1 = nn.GroupNorm(num_groups, dim)
         self.conv_out = CausalConv3d(dim, out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, Z, N, h, w) -> (B, C, N * r, h, w)."""
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        checkpoint = self._gradient_checkpointing_func if recompute else None
-        hidden_states = _run(self.res_blocks, self.conv1(hidden_states), checkpoint)
+        hidden_states = self.res_blocks(self.conv1(hidden_states))
         for level in reversed(range(len(self.block_res_blocks))):
-            hidden_states = _run(self.block_res_blocks[level].children(), hidden_states, checkpoint)
+            hidden_states = self.block_res_blocks[level](hidden_states)
             if level > 0 and self.temporal_downsample[level - 1]:
                 hidden_states = _channels_to_time(self.conv_blocks[level - 1](hidden_states))
         return self.conv_out(F.silu(self.norm1(hidden_states)))

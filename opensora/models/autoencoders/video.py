@@ -67,6 +67,12 @@ class VideoAutoencoder(StoredStatistics):
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D", "Attention", "AutoencoderKLTemporalDecoder", "ResBlock", "CausalMixer"]
+    # Modules that are called as such: offloaded groups come in when a part of them is, for `forward` is not always.
+    _group_offload_block_modules = [
+        *("spatial_vae", "module", "temporal_vae", "encoder", "decoder", "quant_conv", "post_quant_conv"),
+        *("encoder_in", "encoder_out", "decoder_in", "decoder_out"),
+    ]
     temporal_vae: TemporalPart | None
 
     @register_to_config
@@ -229,8 +235,8 @@ class VideoAutoencoder(StoredStatistics):
         not the same. What works over time is not tiled.
 
         Args:
-            tile_sample_min_size: edge of a tile in pixels, a multiple of `spatial_factor`; None for what the
-                autoencoder's own configuration says (`sample_size`).
+            tile_sample_min_size: edge of a tile in pixels, a multiple of 4 * `spatial_factor`; a quarter of it overlaps
+                with the next. None for what the 2D part's own configuration says (`sample_size`).
 
         Raises:
             OpenSoraError: an edge that is no such multiple, or a decoder over time, which diffusers cannot tile.
@@ -368,6 +374,8 @@ class VideoAutoencoder(StoredStatistics):
                 f"{', '.join(fields)} given, but the folder's own configuration belongs to its weights; "
                 "keep it, or pass override_latent_space=... to replace the latent space"
             )
+        if isinstance(loading.get("device_map"), dict):  # it is added to
+            loading["device_map"] = dict(loading["device_map"])
         if override_latent_space is not None:
             found = {name: loading[name] for name in _WHERE if name in loading}
             config: Any = cls.load_config(pretrained_model_name_or_path, **found)
