@@ -338,7 +338,7 @@ def test_tiles_of_a_trained_one_are_close_to_the_whole():
     whole = trained(video).sample
     trained.enable_tiling(96)
     error = (trained(video).sample - whole).square().mean()
-    assert 0 < error < 0.1 * (whole - whole.mean()).square().mean()
+    assert 0 < error < 0.2 * (whole - whole.mean()).square().mean()
 
 
 # ---- diffusers' manner ----------------------------------------------------------------------------------------------
