@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opensora.checkpoints.weights import fingerprint
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -170,6 +172,17 @@ def test_no_cast_touches_the_latent_space(model, dtype):
         torch.equal(model.state_dict()[name], value) for name, value in zip(("shift", "scale"), stored, strict=True)
     )
     assert torch.equal(model.latent_space.normalise(latents), space.normalise(latents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fingerprints_are_those_of_the_file(model, dtype, tmp_path):
+    """Also where it holds the figures in half precision; what they are rounded to computes nothing."""
+    rounded = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    save_file(rounded, tmp_path / "rounded.safetensors")
+    model.load_state_dict(load_file(tmp_path / "rounded.safetensors"))
+    assert fingerprint(model.state_dict()) == fingerprint(rounded)
+    assert fingerprint(nn.Module.to(model, dtype).state_dict()) == fingerprint(rounded)
+    assert model.latent_space.shift == tuple(SPACE["shift"])
 
 
 def test_an_override_computes_and_leaves_the_weights_their_own(model, tmp_path):

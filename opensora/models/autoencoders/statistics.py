@@ -17,7 +17,7 @@ from opensora.models.autoencoders.latent_space import LatentSpace
 
 
 class StoredStatistics(VideoCodec):
-    """A codec whose state dict names `shift` and `scale`, each (1, Z, 1, 1, 1) float32.
+    """A codec whose state dict names `shift` and `scale`, each (1, Z, 1, 1, 1).
 
     Published files may hold one number for all channels, none at all, or the declared ones in half precision.
     """
@@ -28,6 +28,7 @@ class StoredStatistics(VideoCodec):
         """The declaration that goes with the weights, when the model is built."""
         latent_space.statistics(self.latent_channels)
         self._latent_space = latent_space
+        self._precisions: dict[str, torch.dtype] = {}  # in which the weights that were loaded have them
         self.register_state_dict_post_hook(_write_statistics)
         self.register_load_state_dict_pre_hook(_read_statistics)
 
@@ -39,6 +40,8 @@ class StoredStatistics(VideoCodec):
     def set_latent_space(self, latent_space: LatentSpace) -> None:
         """Declares what these weights' latents stand for, after training them."""
         latent_space.statistics(self.latent_channels)
+        if latent_space.declared_by_weights != self._latent_space.declared_by_weights:
+            self._precisions = {}
         self._latent_space = latent_space
         self.register_to_config(latent_space=latent_space.to_dict())
 
@@ -54,7 +57,7 @@ class StoredStatistics(VideoCodec):
         )
         found = {name: weights[name].detach().cpu() for name in self.declared_tensors if name in weights}
         found = {name: value for name, value in found.items() if value.shape in ((), own[name].shape)}
-        other = {name: value for name, value in found.items() if not _same_but_for_rounding(value, own[name])}
+        other = {name: value for name, value in found.items() if _precision(value, own[name]) is None}
         figures = {name: _float32_values(value.expand(own[name].shape)) for name, value in other.items()}
         return replace(declared, **figures)
 
@@ -69,6 +72,9 @@ class StoredStatistics(VideoCodec):
             self.set_latent_space(replace(space, replaces=None).overriding(found))
         else:
             space.check_same(found, here="the configuration", there="the weights")
+        own = zip(self.declared_tensors, self._own_statistics(), strict=True)
+        kinds = {name: _precision(weights[name].detach().cpu(), value) for name, value in own if name in weights}
+        self._precisions |= {name: kind for name, kind in kinds.items() if kind is not None}
 
     @classmethod
     def _load_pretrained_model(cls, model: "StoredStatistics", *args: Any, **kwargs: Any) -> Any:
@@ -87,8 +93,9 @@ class StoredStatistics(VideoCodec):
 
 
 def _write_statistics(model: StoredStatistics, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """As a tensor of the model would be that was loaded and cast: fingerprints of weights are those of their file."""
     for name, value in zip(model.declared_tensors, model._own_statistics(), strict=True):
-        state_dict.setdefault(prefix + name, value)
+        state_dict.setdefault(prefix + name, value.to(model._precisions.get(name, value.dtype)).to(model.dtype))
 
 
 def _read_statistics(
@@ -115,8 +122,8 @@ def _float32_values(tensor: Tensor) -> tuple[float, ...]:
     return tuple(float(str(value)) for value in tensor.float().flatten().numpy())
 
 
-def _same_but_for_rounding(found: Tensor, declared: Tensor) -> bool:
-    """Whether `found` is `declared`, maybe stored in half precision at some time."""
+def _precision(found: Tensor, declared: Tensor) -> torch.dtype | None:
+    """The precision in which `found` was stored at some time if it is `declared`; None if it is not."""
     found = found.float().expand(declared.shape)
     kinds = (torch.float32, torch.float16, torch.bfloat16)
-    return any(torch.equal(found, declared.to(kind).float()) for kind in kinds)
+    return next((kind for kind in kinds if torch.equal(found, declared.to(kind).float())), None)
