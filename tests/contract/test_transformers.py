@@ -241,6 +241,17 @@ def test_layerwise_casting_casts_the_layers_of_the_blocks_and_no_others(variant)
     assert 0 < (sample - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
+def test_layerwise_casting_in_half_precision_leaves_adapters_alone(model):
+    model.to(torch.bfloat16)
+    adapted(model, ["qkv", "fc1"], seed=1)
+    expected = predict(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    kinds = {"lora_" in name: p.dtype for name, p in model.named_parameters() if ".qkv." in name}
+    assert kinds == {True: torch.bfloat16, False: torch.float8_e4m3fn} and model.dtype == torch.bfloat16
+    sample = predict(model)
+    assert (sample - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
 # ---- caches ---------------------------------------------------------------------------------------------------------
 
 
