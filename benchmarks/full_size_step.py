@@ -48,7 +48,7 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
 
     from opensora.checkpoints.published import PUBLISHED, published_name
     from opensora.models.clip_conditions import ClipConditions
-    from opensora.models.guidance import ChannelGuidance, default_guider
+    from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -73,8 +73,10 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
             latents = sample.repeat(2, 1, 1, 1, 1).to(transformer.dtype)
             clip = ClipConditions(defaults["fps"], height, width, size[0])
             prediction = transformer(latents, t.expand(2), text_context=text, clip_conditions=clip).sample.float()
-            state = {"step": i, "num_inference_steps": len(scheduler.timesteps), "timestep": t}
-            sample = scheduler.step(guidance(*prediction.chunk(2), **state), t, sample).prev_sample
+            state = GuidanceStep(i, len(scheduler.timesteps), t)
+            sample = scheduler.step(
+                guidance.combine(dict(zip(("text", "null"), prediction.chunk(2), strict=True)), state), t, sample
+            ).prev_sample
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - cpu_started)
     if not torch.isfinite(sample).all():

@@ -10,31 +10,37 @@ Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T 
 """
 
 import contextlib
+import copy
 import inspect
-import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
-from opensora.conditioning import GivenFrames
+from opensora.conditioning import GivenFrames, condition
+from opensora.denoiser import Denoiser
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
+from opensora.media.transforms import clips_of
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
     NOT_GIVEN,
     CfgChannels,
-    ChannelGuidance,
+    GuidanceRule,
+    GuidanceStep,
     NotGiven,
     default_guider,
     merge_cfg_channel_alias,
@@ -42,13 +48,13 @@ from opensora.models.guidance import (
 from opensora.models.portable_config import PortablePipelineMixin
 from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.cleaning import clean_text
-from opensora.models.text.encoders import encode_prompts, null_prompts
-from opensora.models.text.prompts import append_scores, pair_prompts
-from opensora.models.transformer import TextContext
-from opensora.staging import Stages
+from opensora.models.text.conditioner import TextConditioner, TextStates
+from opensora.models.text.prompts import append_scores, as_prompt_lists
+from opensora.offloading import Offloader
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+_CALLBACK_TENSORS = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass
@@ -66,11 +72,96 @@ class OpenSoraPipelineOutput(BaseOutput):
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
+@dataclass(eq=False)
+class Run:
+    """The state of one call. Nothing of it lies on the pipeline, so that several threads may call that.
+
+    Attributes:
+        pipeline: that is called.
+        scheduler: of this run alone, its steps laid out.
+        rule: of guidance, likewise.
+        clip: what the network is told of the clips.
+        text, negative: one row per clip; None for the unconditional text.
+        latents: (B, C, T', H', W'), where the run is.
+        frame_strength: (B, T'), how much of each frame is made anew; None for all.
+        generators: one per clip.
+        denoiser: the network and the branches of guidance.
+        timestep: of the present step.
+        guided: whether that step has more branches than one.
+        interrupted: no further step is made.
+    """
+
+    pipeline: "OpenSoraPipeline"
+    scheduler: Any
+    rule: GuidanceRule
+    clip: ClipConditions
+    text: TextStates
+    negative: TextStates | None
+    latents: Tensor
+    frame_strength: Tensor | None
+    generators: list[torch.Generator]
+    denoiser: Denoiser = field(init=False)
+    timestep: Tensor | None = None
+    guided: bool = False
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        pipeline = self.pipeline
+        branches = pipeline.text_conditioner.branches(self.text, self.negative)
+        sequential, ranks = pipeline.sequential_guidance, pipeline.ranks
+        self.denoiser = Denoiser(pipeline.transformer, branches, self.clip, sequential=sequential, ranks=ranks)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the run."""
+        return len(self.scheduler.timesteps)
+
+    def tensors(self, prediction: Tensor) -> dict[str, Any]:
+        """What a callback may see after a step that predicted this."""
+        return {
+            "latents": self.latents,
+            "noise_pred": prediction,
+            "prompt_embeds": self.text,
+            "negative_prompt_embeds": self.negative,
+        }
+
+    def replace(self, changes: Mapping[str, Any]) -> None:
+        """Takes over what a callback returned."""
+        self.latents = changes.get("latents", self.latents)
+        text, negative = changes.get("prompt_embeds", self.text), changes.get("negative_prompt_embeds", self.negative)
+        if text is not self.text or negative is not self.negative:
+            self.text, self.negative = text, negative
+            self.__post_init__()
+
+
+_RUN: ContextVar[Run | None] = ContextVar("opensora_run", default=None)
+"""The call under way in this thread or task."""
+
+
+class Turn:
+    """A lock that a pipeline's copies do not share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: Any) -> "Turn":
+        return Turn()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        return Turn, ()
+
+
+class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, DiffusionPipeline):
     """Text to video with a diffusion transformer of the Open-Sora family.
 
     Attributes:
-        stages: keeps networks in memory only while they work (`load_pipeline(..., offload=True)`); None for always.
+        offloader: keeps networks in memory only while they work (`load_pipeline(..., offload=True)`); None for always.
         sequential_guidance: the branches of guidance run one after the other instead of in one batch, which takes half
             the memory.
         ranks: how several processes share each clip (`parallelize`); None for one process.
@@ -113,6 +204,9 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
+    _callback_tensor_inputs = list(_CALLBACK_TENSORS)
+    # CogVideoXLoraLoaderMixin is diffusers' loader of adapters for pipelines in which a transformer alone is adapted:
+    # `load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights`, ...
     # Declared for readers and type checkers; both are diffusers'.
     config: Any
     progress_bar: Any
@@ -183,15 +277,16 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             condition_frames=condition_frames,
             trained_on=trained_on,
         )
-        self.stages: Stages | None = None
+        self.offloader: Offloader | None = None
         self.sequential_guidance = False
         self.ranks: SamplingRanks | None = None
-        self._current_timestep: Tensor | None = None
+        self._runs: list[Run] = []  # calls under way, of all threads
+        self._turn = Turn()
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
@@ -200,20 +295,34 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         nominal_size: Sequence[int] | None = None,
         fps: float | None = None,
         scores: Mapping[str, float | str | None] | None = None,
+        image: Any = None,
+        last_image: Any = None,
+        video: Any = None,
+        strength: float | None = None,
         given: GivenFrames | None = None,
         num_inference_steps: int | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
         cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
         guider: Any = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         latents: Tensor | None = None,
-        output_type: OutputType = "pt",
+        prompt_embeds: TextStates | Tensor | None = None,
+        negative_prompt_embeds: TextStates | Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: OutputType = "pil",
         callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> Any:
         """Make one video per prompt, or several; what is left out comes from the model's own defaults.
+
+        Several threads may call one pipeline: what belongs to a run is kept in the run. Where the networks themselves
+        keep something between steps (caches, offloading, ranks), calls wait for each other.
 
         Args:
             prompt: a sentence or a list of them.
@@ -226,19 +335,34 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
                 for the true one of any other.
             fps: frames per second.
             scores: `aesthetic`, `flow` and `camera_motion`, in place of the model's defaults.
-            given: frames that are there already, see `conditioning.condition`.
+            image: the picture that the video begins with, resized and cropped to its size: a PIL image, an array
+                (H, W, 3), a tensor (3, H, W), numbers in [0, 1] or uint8; a list holds one per prompt.
+            last_image: the picture that it ends with, likewise.
+            video: a clip that is made anew: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W).
+            strength: how much of `video` is made anew, from 0 (nothing) to 1 (all).
+            given: frames that are there already in any other way, see `conditioning.condition`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
+            timesteps: of the steps, in place of a number of them; see the scheduler's `set_timesteps`.
+            sigmas: noise levels of the steps, likewise.
             guidance_scale: strength of classifier-free guidance; 1 = none, which halves the work.
             cfg_channels: which latent channels are guided: the first k, a list of indices, None or "all".
             cfg_channel: an older name of `cfg_channels`.
-            guider: a guider of `diffusers.guiders` in place of plain guidance; it brings its own scale.
+            guider: a guider of `diffusers.guiders` in place of plain guidance, or a `GuidanceRule`; it brings its own
+                scale.
             num_videos_per_prompt: the videos of one prompt come one after the other.
             generator: a list holds one per video, and each video is then the one it would be alone. A single one is
-                used as it is for one video and seeds one per video for several. None draws the seeds at random.
+                used as it is for one video and seeds one per video for several. Seeds may stand for generators. None
+                draws the seeds at random.
             latents: the noise to start from, (B, C, T', H', W').
+            prompt_embeds: in place of `prompt`, what `encode_prompt` made of it, or text states (B, L, D).
+            negative_prompt_embeds: likewise, in place of `negative_prompt`.
+            prompt_attention_mask: (B, L), 1 for a token, of text states without one.
+            negative_prompt_attention_mask: likewise.
             output_type: see `OpenSoraPipelineOutput.frames`.
-            callback_on_step_end: called after each step as (pipeline, step, timestep, {"latents": latents}); may
-                return a dict with new "latents".
+            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors); may return a dict with
+                new "latents", "prompt_embeds" or "negative_prompt_embeds".
+            callback_on_step_end_tensor_inputs: which tensors it is handed, of "latents", "noise_pred" (the guided
+                prediction), "prompt_embeds" and "negative_prompt_embeds".
             return_dict: False returns `(frames,)`.
 
         Returns:
@@ -248,65 +372,81 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
                 or latents that are not finite.
         """
-        if output_type not in _OUTPUT_TYPES:
-            raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
+        _check_choices(output_type, callback_on_step_end_tensor_inputs)
         channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.default_cfg_channels)
-        guidance = self._guidance(guider, guidance_scale, channels)
-        prompts, negative_prompts = pair_prompts(prompt, negative_prompt, num_videos_per_prompt)
+        rule = self._guidance_rule(guider, guidance_scale, channels)
+        prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
         size = self._size(num_frames, height, width)
-        told = self._told(size, nominal_size, fps)
-        generators = generators_per_video(generator, len(prompts))
-        device = self._execution_device
-
-        timesteps = self._timesteps(num_inference_steps, told, device)
-        num_steps = len(timesteps)
-        guided = [guidance.needs_uncond(step=i, num_inference_steps=num_steps, timestep=t) for i, t in timesteps]
-        sample = self._initial_latents(latents, len(prompts), size, generators, device)
-        sample, strength = _with_given_frames(sample, given)
-        if self.ranks is not None:
-            sample = self.ranks.follow_first(sample, generators)
-        frame_mask = None
-        spelled = self._spell(prompts, self._scores(scores))
-        spelled_negative = None if negative_prompts is None else self._spell(negative_prompts, {})
-        text = self._encode_text(spelled, spelled_negative, device)
-        with self.resident("transformer"), self._hooks_left_clean(), self.progress_bar(total=num_steps) as progress:
-            text_contexts = self._text_contexts(text, guided)
-            for i, t in timesteps:
-                self._current_timestep = t
-                if strength is not None:
-                    sample, frame_mask = self.scheduler.activate_frames(sample, t, strength, generator=generators)
-                cond, uncond = self._predict(sample, t, text_contexts[guided[i]], frame_mask, told, i, num_steps)
-                if guided[i] and self.ranks is not None and self.ranks.branches is not None:
-                    cond, uncond = self.ranks.exchange(cond)  # what this rank has predicted is one of them
-                prediction = guidance(cond, uncond, step=i, num_inference_steps=num_steps, timestep=t)
-                sample = self.scheduler.step(
-                    prediction, t, sample, frame_mask=frame_mask, generator=generators
-                ).prev_sample
-                if callback_on_step_end is not None:
-                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
-                progress.update()
-
-        del text, text_contexts  # their memory is decoding's
-        _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
-        with self.resident("autoencoder"):
-            frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
-        self.maybe_free_model_hooks()
+        clip = self._clip_conditions(size, nominal_size, fps)
+        with self._exclusive():
+            device = self._execution_device
+            scheduler = self._prepared_scheduler(num_inference_steps, timesteps, sigmas, clip, device)
+            text, negative = self.encode_prompt(
+                prompts,
+                negatives,
+                num_videos_per_prompt=num_videos_per_prompt,
+                scores=scores,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+            )
+            generators = generators_per_video(generator, len(text))
+            given = self._conditioning(given, image, last_image, video, strength, size)
+            noise = self._initial_latents(latents, len(text), size, scheduler, generators, device)
+            sample, frame_strength = _with_given_frames(noise, given)
+            if self.ranks is not None:
+                sample = self.ranks.follow_first(sample, generators)
+            run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators)
+            self._denoise(run, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            sample, num_steps = run.latents, run.num_steps
+            del run, text, negative  # their memory is decoding's
+            _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
+            with self.on_device("autoencoder"):
+                frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
+            self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
+        spelled = None if prompts is None else self.spell(prompts, scores)
+        per_video = {"prompt": prompts, "negative_prompt": negatives, "spelled_prompt": spelled}
         settings = {
             **self.describe(),
             **asdict(size),
-            "prompt": prompts,
-            "negative_prompt": negative_prompts,
-            "spelled_prompt": spelled,
-            "clip_conditions": asdict(told),
-            "frame_strength": None if strength is None else strength.tolist(),
+            **{name: repeat_each(texts, num_videos_per_prompt) for name, texts in per_video.items()},
+            "clip_conditions": asdict(clip),
+            "frame_strength": None if frame_strength is None else frame_strength.tolist(),
             "seed": [generator.initial_seed() for generator in generators],
             "fps": self.config.fps if fps is None else fps,
             "num_inference_steps": num_inference_steps or self.config.num_inference_steps,
-            **_describe_guidance(guidance),
+            **rule.describe(),
         }
+        if timesteps is not None or sigmas is not None:
+            settings |= {"num_inference_steps": num_steps, "timesteps": scheduler.timesteps.tolist()}
         return OpenSoraPipelineOutput(frames, settings)
+
+    def _denoise(self, run: "Run", callback: Callable[..., Any] | None, tensor_inputs: Sequence[str]) -> None:
+        """Walks the latents of a run from noise to the clip."""
+        scheduler, rule, frame_mask = run.scheduler, run.rule, None
+        with self._running(run), self.on_device("transformer"), self.progress_bar(total=run.num_steps) as progress:
+            for i, t in enumerate(scheduler.timesteps):
+                if run.interrupted:
+                    break
+                run.timestep, step = t, GuidanceStep(i, run.num_steps, t)
+                if run.frame_strength is not None:
+                    run.latents, frame_mask = scheduler.activate_frames(
+                        run.latents, t, run.frame_strength, generator=run.generators
+                    )
+                noisy, names = scheduler.scale_model_input(run.latents, t), rule.branches(step)
+                run.guided = len(names) > 1
+                predictions = run.denoiser(names, noisy, t, frame_mask, step=i, num_steps=run.num_steps)
+                prediction = rule.combine(predictions, step)
+                run.latents = scheduler.step(
+                    prediction, t, run.latents, frame_mask=frame_mask, generator=run.generators
+                ).prev_sample
+                if callback is not None:
+                    wanted = {name: run.tensors(prediction)[name] for name in tensor_inputs}
+                    run.replace(callback(self, i, t, wanted) or {})
+                progress.update()
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """As diffusers.
@@ -314,35 +454,136 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         Raises:
             OpenSoraError: the pipeline is offloaded, so its weights are not there.
         """
-        if self.stages is not None:
+        if self.offloader is not None:
             raise OpenSoraError("an offloaded pipeline cannot be saved; load it without offload")
         super().save_pretrained(save_directory, **options)
 
-    def resident(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """The stage of one network ("text_encoder", "transformer", "autoencoder"): it is in memory within.
+    def on_device(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Where one network ("text_encoder", "transformer", "autoencoder") works: it is in memory within.
 
-        Who uses a network of an offloaded pipeline outside of a call asks for its stage.
+        Who uses a network of an offloaded pipeline outside of a call asks for it.
         """
-        return contextlib.nullcontext() if self.stages is None else self.stages.resident(name)
+        return contextlib.nullcontext() if self.offloader is None else self.offloader.on_device(name)
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return super().device if self.stages is None else self.stages.device
+        return super().device if self.offloader is None else self.offloader.device
+
+    # --- what diffusers' users expect ---------------------------------------------------------------------------------
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, by the name that it has in other pipelines."""
+        return self.autoencoder
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode frames in overlapping tiles, in less memory; see the autoencoder's `enable_tiling`."""
+        self.autoencoder.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Frames whole again."""
+        self.autoencoder.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode the clips of a batch one by one; the result is the same."""
+        self.autoencoder.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """All clips of a batch at once again."""
+        self.autoencoder.disable_slicing()
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Components and the model's defaults: `OpenSoraPipeline(**pipe.components)` is the same model again."""
+        networks = super().components
+        known = set(inspect.signature(type(self).__init__).parameters) - set(networks)
+        return {**networks, **{name: value for name, value in dict(self.config).items() if name in known}}
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> "OpenSoraPipeline":
+        """A pipeline of this class that shares another one's networks, with the model's defaults.
+
+        Args:
+            pipeline: made of the same components.
+            **changes: components or defaults to take the place of its own, and `torch_dtype`.
+
+        Raises:
+            OpenSoraError: components are missing.
+        """
+        dtype = changes.pop("torch_dtype", None)
+        known = inspect.signature(cls.__init__).parameters
+        parts = {name: part for name, part in pipeline.components.items() if name in known} | changes
+        required = [n for n, p in known.items() if n != "self" and p.default is inspect.Parameter.empty]
+        if missing := [name for name in required if name not in parts]:
+            raise OpenSoraError(f"a {type(pipeline).__name__} has no {', '.join(missing)}; give them as well, by name")
+        made = cls(**parts)
+        return made if dtype is None else made.to(dtype)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the call under way in this thread; None outside of one, and for rules without."""
+        run = self._current_run()
+        return None if run is None else run.rule.describe().get("guidance_scale")
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call under way in this thread has an unconditional branch at its present step."""
+        run = self._current_run()
+        return run is not None and run.guided
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Steps of the call under way in this thread; None outside of one."""
+        run = self._current_run()
+        return None if run is None else run.num_steps
 
     @property
     def current_timestep(self) -> Tensor | None:
         """Where the denoising loop is, for caches that ask; None outside it."""
-        return self._current_timestep
+        run = self._current_run()
+        return None if run is None else run.timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call under way in this thread was asked to stop; it then decodes what it has."""
+        run = self._current_run()
+        return run is not None and run.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """In a callback this call is meant, from anywhere else every call under way."""
+        run = self._current_run()
+        for interrupted in list(self._runs) if run is None else [run]:
+            interrupted.interrupted = value
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def _current_run(self) -> "Run | None":
+        run = _RUN.get()
+        return run if run is not None and run.pipeline is self else None
 
     @contextlib.contextmanager
-    def _hooks_left_clean(self) -> Iterator[None]:
-        """Clears what caches and offloading keep between steps, also after an error or Ctrl-C."""
+    def _running(self, run: "Run") -> Iterator[None]:
+        """Within it the run is this thread's; what caches and offloading keep between steps is cleared afterwards."""
+        self._runs.append(run)
+        token = _RUN.set(run)
         try:
             yield
         finally:
-            self._current_timestep = None
+            _RUN.reset(token)
+            self._runs.remove(run)
             self.maybe_free_model_hooks()
+
+    def _exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """Lets one call in at a time where networks keep something between steps: caches, offloading, ranks."""
+        networks = [part for part in super().components.values() if isinstance(part, nn.Module)]
+        kept = self.offloader is not None or self.ranks is not None or any(map(_has_hooks, networks))
+        return self._turn if kept else contextlib.nullcontext()
 
     # --- before the loop ----------------------------------------------------------------------------------------------
 
@@ -357,31 +598,93 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             self.config.width if width is None else width,
         ).check(self.size_rule())
 
-    def _told(self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None) -> ClipConditions:
+    def _clip_conditions(
+        self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None
+    ) -> ClipConditions:
         """What the transformer and the time shift are told of the clip."""
-        fps = self.config.fps if fps is None else fps
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
-            raise OpenSoraError(f"fps is {fps!r}; expected a positive number")
         if nominal_size is None and (size.height, size.width) == (self.config.height, self.config.width):
             nominal_size = self.config.nominal_size
         height, width = nominal_size or (size.height, size.width)
-        return ClipConditions.of_clip(height, width, size.num_frames, fps, self.config.image_fps)
+        rate = self.config.fps if fps is None else fps
+        return ClipConditions.of_clip(height, width, size.num_frames, rate, self.config.image_fps)
 
-    def _scores(self, scores: Mapping[str, float | str | None] | None) -> dict[str, Any]:
-        """The model's default scores, with the caller's in their place."""
+    def spell(self, prompts: Sequence[str], scores: Mapping[str, float | str | None] | None = None) -> list[str]:
+        """Prompts as the model's captions were: with scores at the end, cleaned.
+
+        Args:
+            prompts: sentences.
+            scores: in place of the model's default ones.
+
+        Raises:
+            OpenSoraError: a score that the model does not know.
+        """
         known = self.config.scores or {}
         for name in scores or {}:
             if name not in known:
                 knows = f"it knows {', '.join(known)}" if known else "it knows none; leave them out"
                 raise OpenSoraError(f"this model was not trained with the score {name!r}; {knows}")
-        return {**known, **(scores or {})}
+        spelled = [append_scores(prompt, **{**known, **(scores or {})}) for prompt in prompts]
+        return self._clean(spelled)
 
-    def _spell(self, prompts: list[str], scores: Mapping[str, Any]) -> list[str]:
-        """Prompts as the model's captions were: with scores at the end, cleaned."""
-        spelled = [append_scores(prompt, **scores) for prompt in prompts]
-        return [clean_text(prompt) for prompt in spelled] if self.config.clean_prompts else spelled
+    def _clean(self, prompts: Sequence[str]) -> list[str]:
+        return [clean_text(prompt) if self.config.clean_prompts else prompt for prompt in prompts]
 
-    def _guidance(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> ChannelGuidance:
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        num_videos_per_prompt: int = 1,
+        scores: Mapping[str, float | str | None] | None = None,
+        prompt_embeds: TextStates | Tensor | None = None,
+        negative_prompt_embeds: TextStates | Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+    ) -> tuple[TextStates, TextStates | None]:
+        """Text as a call takes it back in `prompt_embeds` and `negative_prompt_embeds`; arguments as of a call.
+
+        Returns:
+            The prompts' text, one row per video, and the negative prompts' or None.
+
+        Raises:
+            OpenSoraError: no text, or two for one; a prompt that is too long or holds unknown words.
+        """
+        prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
+        if (prompts is None) == (prompt_embeds is None):
+            both = "both prompt and prompt_embeds" if prompts else "neither prompt nor prompt_embeds"
+            raise OpenSoraError(f"got {both}; give one of them: what should the video show?")
+        if negatives is not None and negative_prompt_embeds is not None:
+            raise OpenSoraError("got both negative_prompt and negative_prompt_embeds; give one of them")
+        spelled = None if prompts is None else self.spell(prompts, scores)
+        text = self._encode(spelled, prompt_embeds, prompt_attention_mask)
+        assert text is not None
+        cleaned = None if negatives is None else self._clean(negatives)
+        negative = self._encode(cleaned, negative_prompt_embeds, negative_prompt_attention_mask)
+        if negative is not None and len(negative) not in (1, len(text)):
+            raise OpenSoraError(f"got {len(negative)} negative texts for {len(text)} texts; give one, or one each")
+        if negative is not None and len(negative) < len(text):
+            negative = negative.repeat_each(len(text))
+        return text.repeat_each(num_videos_per_prompt), negative and negative.repeat_each(num_videos_per_prompt)
+
+    def _encode(
+        self, prompts: list[str] | None, embeds: TextStates | Tensor | None, mask: Tensor | None
+    ) -> TextStates | None:
+        """One row of text per prompt, or as given, where and as the transformer reads it."""
+        if isinstance(embeds, Tensor):
+            embeds = TextStates(embeds, mask)
+        elif prompts is not None:
+            with self.on_device("text_encoder"):
+                embeds = self.text_conditioner.encode(prompts)
+        return None if embeds is None else embeds.to(self._execution_device, self.transformer.dtype)
+
+    @property
+    def text_conditioner(self) -> TextConditioner:
+        """What turns prompts into what the transformer reads, from the components of the moment."""
+        return self.transformer.text_conditioner(super().components, self.transformer)
+
+    def _guidance_rule(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> GuidanceRule:
+        """A rule of guidance for one run."""
         if guider is not None and guidance_scale is not None:
             raise OpenSoraError(
                 f"got guidance_scale={guidance_scale} and a {type(guider).__name__}, which has a scale of its own; "
@@ -389,90 +692,65 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
             )
         if guider is None:
             guider = default_guider(self.config.guidance_scale if guidance_scale is None else guidance_scale)
-        return ChannelGuidance(guider, cfg_channels, self.autoencoder.latent_channels)
+        elif hasattr(guider, "branches"):
+            return copy.deepcopy(guider)
+        return self.transformer.guidance_rule(copy.deepcopy(guider), cfg_channels, self.autoencoder.latent_channels)
 
-    def _timesteps(
-        self, num_inference_steps: int | str | None, told: ClipConditions, device: torch.device
-    ) -> list[tuple[int, Tensor]]:
-        """The numbered timesteps of the run."""
-        # A time shift depends on the size of the video; schedulers without one do not ask for it.
-        asked_for = inspect.signature(self.scheduler.set_timesteps).parameters
-        sizes = {"height": told.height, "width": told.width, "num_frames": int(told.num_frames)}
-        sizes = {name: value for name, value in sizes.items() if name in asked_for}
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        self.scheduler.set_timesteps(steps, device=device, **sizes)
-        return list(enumerate(self.scheduler.timesteps))
-
-    def _encode_text(
-        self, prompts: list[str], negative_prompts: list[str] | None, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """States and mask of the prompts, and of the negative prompts, or None for the null text."""
-        place = {
-            "max_length": self.transformer.null_text.shape[0],
-            "device": device,
-            "dtype": self.transformer.dtype,
-        }
-        with self.resident("text_encoder"):
-            states, mask = encode_prompts(self.tokenizer, self.text_encoder, prompts, **place)
-            if negative_prompts is None:
-                return states, mask, None, None
-            return states, mask, *encode_prompts(self.tokenizer, self.text_encoder, negative_prompts, **place)
-
-    def _text_contexts(
-        self, text: tuple[Tensor, Tensor, Tensor | None, Tensor | None], guided: list[bool]
-    ) -> dict[bool, list[TextContext]]:
-        """Text keys and values of every layer, for steps without and with guidance; only what the run needs.
-
-        One context for each pass of the transformer: text alone; text and null or negative text in one batch, one after
-        the other, or one of them alone where another rank has the other.
-        """
-        states, mask, other_states, other_mask = text
-        if other_states is None or other_mask is None:
-            other_states, other_mask = null_prompts(self.transformer.null_text.to(states.device, states.dtype), mask)
-        encode, contexts = self.transformer.encode_text, {}
-        branches = [(states, mask), (other_states, other_mask)]
-        if not all(guided):
-            contexts[False] = [encode(states, mask)]
-        if any(guided) and self.ranks is not None and self.ranks.branch is not None:
-            contexts[True] = [encode(*branches[self.ranks.branch])]
-        elif any(guided) and self.sequential_guidance:
-            contexts[True] = [encode(*branch) for branch in branches]
-        elif any(guided):
-            contexts[True] = [encode(torch.cat([states, other_states]), torch.cat([mask, other_mask]))]
-        return contexts
-
-    def _predict(
+    def _prepared_scheduler(
         self,
-        sample: Tensor,
-        t: Tensor,
-        text_contexts: list[TextContext],
-        frame_mask: Tensor | None,
-        told: ClipConditions,
-        step: int,
-        num_steps: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the network says with the text, and without it if this step is guided."""
-        network, predictions = self.transformer, []
-        for number, text_context in enumerate(text_contexts):
-            branches = len(text_context.states) // len(sample)
-            # What a cache keeps has the batch size of its branches, and is of one branch where they run by turns.
-            name = f"{branches} branches, pass {number} of {len(text_contexts)}"
-            with network.cache_context(name, step_index=step, num_inference_steps=num_steps):
-                prediction = network(
-                    self.scheduler.scale_model_input(sample, t).repeat(branches, 1, 1, 1, 1).to(network.dtype),
-                    t.expand(branches * len(sample)),
-                    text_context=text_context,
-                    frame_mask=None if frame_mask is None else frame_mask.repeat(branches, 1),
-                    clip_conditions=told,
-                ).sample.float()
-            predictions += prediction.split(len(sample))
-        return predictions[0], predictions[1] if len(predictions) == 2 else None
+        num_inference_steps: int | str | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        clip: ClipConditions,
+        device: torch.device,
+    ) -> Any:
+        """A scheduler for one run, its steps laid out."""
+        scheduler = copy.deepcopy(self.scheduler)
+        # A time shift depends on the size of the video; schedulers without one do not ask for it.
+        asked_for = inspect.signature(scheduler.set_timesteps).parameters
+        sizes = {"height": clip.height, "width": clip.width, "num_frames": int(clip.num_frames)}
+        options: dict[str, Any] = {name: value for name, value in sizes.items() if name in asked_for}
+        if timesteps is not None or sigmas is not None:
+            options |= {"timesteps": timesteps, "sigmas": sigmas}
+            num_inference_steps = None
+        elif num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        scheduler.set_timesteps(num_inference_steps, device=device, **options)
+        return scheduler
+
+    def _conditioning(
+        self,
+        given: GivenFrames | None,
+        image: Any,
+        last_image: Any,
+        video: Any,
+        strength: float | None,
+        size: VideoSize,
+    ) -> GivenFrames | None:
+        """Frames that are given, in whatever way they were."""
+        named = {"image": image, "last_image": last_image, "edit": video}
+        named = {name: frames for name, frames in named.items() if frames is not None}
+        if not named and strength is None:
+            return given
+        if given is not None:
+            raise OpenSoraError("frames are given in two ways: by image, last_image or video, and by given; use one")
+        pictures = {
+            name: clips_of(frames, size.height, size.width, several=name != "edit") for name, frames in named.items()
+        }
+        count = max((len(clips) for clips in pictures.values()), default=1)
+        per_clip = []
+        with self.on_device("autoencoder"):
+            for k in range(count):
+                chosen: dict[str, Any] = {name: clips[k % len(clips)] for name, clips in pictures.items()}
+                per_clip.append(condition(self.autoencoder, size, strength=strength, **chosen))
+        return GivenFrames(torch.cat([one.latents for one in per_clip]), torch.cat([one.strength for one in per_clip]))
 
     def _initial_latents(
         self,
         latents: Tensor | None,
         num_videos: int,
         size: VideoSize,
+        scheduler: Any,
         generators: list[torch.Generator],
         device: torch.device,
     ) -> Tensor:
@@ -485,7 +763,7 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
                 f"latents have the shape {tuple(latents.shape)}; {num_videos} times {size} take {shape}"
             )
         _check_finite(latents, "before the first step")
-        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.float32) * scheduler.init_noise_sigma
 
     def parallelize(self, *, guidance: bool = False, sequence: int | None = None) -> None:
         """Share each clip among the ranks of torch.distributed, which is initialised.
@@ -542,10 +820,10 @@ class OpenSoraPipeline(PortablePipelineMixin, DiffusionPipeline):
         `latent_space` tells under `replaces` what the weights declared, where a user's override took its place.
         """
         names = ("num_frames", "height", "width", "fps", "num_inference_steps")
-        guidance = self._guidance(None, None, self.default_cfg_channels)
+        rule = self._guidance_rule(None, None, self.default_cfg_channels)
         return {
             **{name: self.config[name] for name in names},
-            **_describe_guidance(guidance),
+            **rule.describe(),
             "dtype": str(self.transformer.dtype).removeprefix("torch."),
             "scheduler": _describe_object(self.scheduler),
             "latent_space": self.autoencoder.latent_space.to_dict(),
@@ -587,14 +865,6 @@ def _with_given_frames(noise: Tensor, given: GivenFrames | None) -> tuple[Tensor
     return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength
 
 
-def _describe_guidance(guidance: ChannelGuidance) -> dict[str, Any]:
-    return {
-        "cfg_channels": list(guidance.channels),
-        "guidance_scale": getattr(guidance.guider, "guidance_scale", None),
-        "guider": _describe_object(guidance.guider),
-    }
-
-
 def _describe_object(configured: Any) -> dict[str, Any]:
     """Class and configuration of a diffusers object, without the libraries' own notes and other classes' options."""
     known = inspect.signature(type(configured).__init__).parameters
@@ -603,18 +873,49 @@ def _describe_object(configured: Any) -> dict[str, Any]:
 
 
 def generators_per_video(
-    generator: torch.Generator | Sequence[torch.Generator] | None, num_videos: int
+    generator: torch.Generator | int | Sequence[torch.Generator | int] | None, num_videos: int
 ) -> list[torch.Generator]:
     """One source of noise per video, so that what a video looks like does not depend on its batch."""
     if isinstance(generator, Sequence):
         if len(generator) != num_videos:
             raise OpenSoraError(f"got {len(generator)} generators for {num_videos} videos; give one, or one each")
-        return list(generator)
+        return [_seeded(one) if isinstance(one, int) else one for one in generator]
+    if isinstance(generator, int):
+        generator = _seeded(generator)
     if isinstance(generator, torch.Generator) and num_videos == 1:
         return [generator]
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**32, (num_videos,), generator=generator, device=device)
     return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def repeat_each(texts: Sequence[str] | None, times: int) -> list[str] | None:
+    """One text per video, those of one prompt one after the other."""
+    return None if texts is None else [text for text in texts for _ in range(times)]
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    """Whether diffusers or accelerate keep something at a network's modules."""
+
+    def hooked(module: Any) -> bool:
+        registry = getattr(module, "_diffusers_hook", None)
+        return getattr(module, "_hf_hook", None) is not None or bool(registry is not None and registry.hooks)
+
+    return any(map(hooked, network.modules()))
+
+
+def _check_choices(output_type: str, tensor_inputs: Sequence[str]) -> None:
+    if output_type not in _OUTPUT_TYPES:
+        raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
+    for name in tensor_inputs:
+        if name not in _CALLBACK_TENSORS:
+            raise OpenSoraError(
+                f"callback_on_step_end_tensor_inputs names {name!r}; expected some of {', '.join(_CALLBACK_TENSORS)}"
+            )
 
 
 def _check_finite(latents: Tensor, when: str) -> None:

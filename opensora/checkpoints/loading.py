@@ -14,7 +14,7 @@ from torch import nn
 from opensora.checkpoints.adapters import read_adapter
 from opensora.checkpoints.source import ModelSource, Part
 from opensora.errors import OpenSoraError
-from opensora.staging import Stages
+from opensora.offloading import Offloader
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
@@ -82,8 +82,8 @@ def load_pipeline(
     if not offload:
         return pipeline.to(device)
     networks = {name: getattr(pipeline, name) for name in loaders}
-    pipeline.stages = Stages(device, networks, loaders if device.type == "cpu" else {})
-    with pipeline.resident("autoencoder"):
+    pipeline.offloader = Offloader(device, networks, loaders if device.type == "cpu" else {})
+    with pipeline.on_device("autoencoder"):
         pass  # a damaged one shows now, and not when everything else is done
     return pipeline
 

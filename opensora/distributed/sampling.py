@@ -5,7 +5,8 @@ Every rank runs the same loop on the same noise. Ranks that share tokens each re
 then guide and step alike; rank k of the first half and rank k of the second belong together.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +29,30 @@ class SamplingRanks:
     sequence: ProcessGroup | None
     branches: ProcessGroup | None
 
-    @property
-    def branch(self) -> int | None:
-        """Which branch this rank computes: 0 with the text, 1 without it; None for both."""
-        return None if self.branches is None else self.branches.rank()
+    def own(self, names: Sequence[str], rank: int | None = None) -> tuple[str, ...]:
+        """The branches of guidance that a rank computes: as many as every other, some of them twice if need be.
 
-    def exchange(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches' predictions, of one of which this rank has computed its own."""
+        Args:
+            names: all branches.
+            rank: among those that share them; None for this one.
+        """
         if self.branches is None:
-            raise OpenSoraError("the branches of guidance are not shared among ranks; there is nothing to exchange")
-        both = [torch.empty_like(prediction), torch.empty_like(prediction)]
-        dist.all_gather(both, prediction.contiguous(), group=self.branches)
-        return both[0], both[1]
+            return tuple(names)
+        each = math.ceil(len(names) / self.branches.size())
+        start = min((self.branches.rank() if rank is None else rank) * each, len(names) - each)
+        return tuple(names[start : start + each])
+
+    def exchange(self, predictions: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """All branches' predictions, of which this rank has computed its `own`."""
+        if self.branches is None:
+            return dict(predictions)
+        mine = torch.stack([predictions[name] for name in self.own(names)])
+        parts = [torch.empty_like(mine) for _ in range(self.branches.size())]
+        dist.all_gather(parts, mine, group=self.branches)
+        found: dict[str, Tensor] = {}
+        for rank, part in enumerate(parts):
+            found |= dict(zip(self.own(names, rank), part, strict=True))
+        return {name: found[name] for name in names}
 
     def follow_first(self, sample: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The sample of rank 0; `generators` go on where those of rank 0 are."""

@@ -179,7 +179,7 @@ class Engine:
             num_frames = total_frames(pipeline, sampling)
             key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames)
             if key not in encoded:
-                with pipeline.resident("autoencoder"):
+                with pipeline.on_device("autoencoder"):
                     encoded[key] = frames_of_loops(pipeline, inputs, files, sampling)
             notes = tuple(notes_on_files(inputs, files, sampling))
             prepared.append(PreparedClip(pipeline, request, sampling, num_frames, inputs, encoded[key], notes))

@@ -80,7 +80,7 @@ def generate_loops(
         frames = given(loop) if given else None
         if clips:
             end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
-            with pipeline.resident("autoencoder"):
+            with pipeline.on_device("autoencoder"):
                 latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
             frames = (frames or GivenFrames.none(autoencoder, size)).put(latents, 0, condition_strength)
         output = pipeline(

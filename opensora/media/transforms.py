@@ -7,6 +7,7 @@ at most, and kept. Videos are tensors whose last two dimensions are height and w
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,52 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
             f"got frames {frames.dtype} {frames.shape}; expected uint8 (frames, height, width, channels)"
         )
     return torch.tensor(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
+
+
+def clips_of(frames: Any, height: int, width: int, *, several: bool = False) -> list[torch.Tensor]:
+    """Pictures and clips as people hold them in memory, as videos in [-1, 1], float32 (3, T, height, width).
+
+    They are resized and cropped to that size, a single picture as `fill_image` does it, a clip as `fill_video`.
+
+    Args:
+        frames: a PIL image; a list of them; an array (H, W, 3) or (T, H, W, 3); a tensor (3, H, W) or (T, 3, H, W);
+            numbers are uint8, or floats in [0, 1].
+        height: in pixels.
+        width: in pixels.
+        several: a list holds one of these for each clip; otherwise it holds the frames of one clip.
+
+    Raises:
+        OpenSoraError: anything else.
+    """
+    if several and isinstance(frames, list | tuple):
+        return [clip for one in frames for clip in clips_of(one, height, width)]
+    if isinstance(frames, Image.Image):
+        frames = [frames]
+    if isinstance(frames, list | tuple) and frames and all(isinstance(frame, Image.Image) for frame in frames):
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    elif isinstance(frames, list | tuple) and frames:
+        frames = np.stack([np.asarray(frame) for frame in frames])
+    if isinstance(frames, torch.Tensor):
+        frames = frames.detach().cpu().movedim(-3, -1).numpy()
+    if isinstance(frames, np.ndarray) and frames.ndim == 3:
+        frames = frames[None]
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        what = getattr(frames, "shape", None) or type(frames).__name__
+        raise OpenSoraError(
+            f"got pictures as {what}; expected PIL images, arrays (H, W, 3) or (T, H, W, 3), or tensors (3, H, W) or "
+            "(T, 3, H, W)"
+        )
+    if frames.dtype != np.uint8:
+        if not np.issubdtype(frames.dtype, np.floating) or not ((frames >= 0) & (frames <= 1)).all():
+            raise OpenSoraError(
+                f"got pictures of {frames.dtype} from {frames.min():g} to {frames.max():g}; expected uint8, or numbers "
+                "from 0 (black) to 1 (white)"
+            )
+        video = torch.tensor(frames).float().movedim(-1, 0) * 2 - 1
+        return [video if frames.shape[1:3] == (height, width) else fill_video(video, height, width)]
+    if len(frames) == 1:
+        return [to_video(np.asarray(fill_image(Image.fromarray(frames[0]), height, width))[None])]
+    return [fill_video(to_video(frames), height, width)]
 
 
 def fill_image(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -1,8 +1,9 @@
 """Which latent channels classifier-free guidance touches, and by which rule.
 
-The network is evaluated with the text (``cond``) and without it (``uncond``). A *guider* of diffusers turns the two
-into one guided prediction; :class:`ChannelGuidance` lets it do so on the chosen latent channels only. The other latent
-channels keep the conditional prediction, and so do the variance channels of a learned-variance network, which no
+A *rule* of guidance names the branches of the network that it needs at a step, and makes one prediction of theirs
+(:class:`GuidanceRule`). The rule here has two: with the text (``"text"``) and without it (``"null"``). A *guider* of
+diffusers turns the two into one; :class:`ChannelGuidance` lets it do so on the chosen latent channels only. The other
+latent channels keep the conditional prediction, and so do the variance channels of a learned-variance network, which no
 guider ever sees. The first Open-Sora sampler guided 3 of 4 latent channels; its rectified-flow samplers guide all.
 
 Letters: B batch, C latent channels, T frames, H rows, W columns, s guidance scale.
@@ -14,9 +15,10 @@ import inspect
 import logging
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -139,15 +141,52 @@ def check_guidance_scale(guidance_scale: float) -> None:
         raise OpenSoraError(f"got guidance_scale={guidance_scale!r}; expected a finite number >= 0 (1 = no guidance)")
 
 
+@dataclass(frozen=True)
+class GuidanceStep:
+    """A step of a run, as far as guidance depends on it.
+
+    Attributes:
+        index: of the step, from 0.
+        num_steps: of the run.
+        timestep: that the network is told.
+    """
+
+    index: int
+    num_steps: int
+    timestep: torch.Tensor | float
+
+
+class GuidanceRule(Protocol):
+    """How the predictions of several branches become one. A rule belongs to one run: it may remember its steps."""
+
+    def branches(self, step: GuidanceStep) -> tuple[str, ...]:
+        """Names of the branches that this step needs, one at least; no other is computed."""
+        ...
+
+    def combine(self, predictions: Mapping[str, torch.Tensor], step: GuidanceStep) -> torch.Tensor:
+        """The guided prediction; called once per step, in order.
+
+        Args:
+            predictions: of the step's branches, each (B, C, T, H, W) or, with variance channels behind the latent ones,
+                (B, 2C, T, H, W).
+            step: which.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, as plain JSON values."""
+        ...
+
+
 class ChannelGuidance:
-    """A diffusers guider restricted to some latent channels; call it once per step, in order.
+    """A diffusers guider restricted to some latent channels.
 
     Any guider whose rule needs nothing but the conditional and the unconditional prediction works:
     ``ClassifierFreeGuidance``, ``AdaptiveProjectedGuidance``, ``ClassifierFreeZeroStarGuidance`` and their relatives.
     The guider sees the guided channels alone, so norms, projections and standard deviations are taken over them.
 
     Whenever a guider is off (disabled, scale 1, or outside its start/stop interval) the result is the conditional
-    prediction, bit for bit, and the unconditional branch need not be computed; ask :meth:`needs_uncond`.
+    prediction, bit for bit, and the unconditional branch is not computed.
 
     Args:
         guider: instance of a ``diffusers.guiders`` class; ``None`` means no guidance at all.
@@ -165,50 +204,41 @@ class ChannelGuidance:
             _check_guider(guider)
         self.guider = guider
 
-    def needs_uncond(self, *, step: int, num_inference_steps: int, timestep: torch.Tensor | float) -> bool:
-        """Whether this step uses the unconditional prediction; if not, a caller can spare that half of the batch."""
+    def branches(self, step: GuidanceStep) -> tuple[str, ...]:
+        """``("text", "null")``, or ``("text",)`` where the guider is off."""
         if self.guider is None:
-            return False
-        self._enter_step(step, num_inference_steps, timestep)
-        return self.guider.num_conditions > 1
+            return ("text",)
+        self._enter(step)
+        return ("text", "null") if self.guider.num_conditions > 1 else ("text",)
 
-    def __call__(
-        self,
-        cond: torch.Tensor,
-        uncond: torch.Tensor | None = None,
-        *,
-        step: int,
-        num_inference_steps: int,
-        timestep: torch.Tensor | float,
-    ) -> torch.Tensor:
-        """Combine the two predictions of one step.
+    def combine(self, predictions: Mapping[str, torch.Tensor], step: GuidanceStep) -> torch.Tensor:
+        """Combine the predictions of one step.
 
         Args:
-            cond: (B, C, T, H, W) or, with variance channels behind the latent ones, (B, 2C, T, H, W).
-            uncond: same shape; may be ``None`` when :meth:`needs_uncond` is false.
-            step: index of the step, from 0; step 0 also clears what a guider remembers from an earlier run.
-            num_inference_steps: number of steps of this run.
-            timestep: the timestep the network saw.
+            predictions: ``"text"`` and, where :meth:`branches` names it, ``"null"``: (B, C, T, H, W) or, with variance
+                channels behind the latent ones, (B, 2C, T, H, W).
+            step: which; step 0 also clears what a guider remembers from an earlier run.
 
         Returns:
-            Shape and dtype of ``cond``: guided on the chosen channels, equal to ``cond`` everywhere else.
+            Shape and dtype of the conditional prediction: guided on the chosen channels, equal to it everywhere else.
 
         Raises:
-            OpenSoraError: wrong number of channels, differing shapes, or a missing ``uncond``.
+            OpenSoraError: wrong number of channels, differing shapes, or a missing branch.
         """
+        cond, uncond = predictions["text"], predictions.get("null")
         allowed = (self.latent_channels, 2 * self.latent_channels)
         if cond.ndim < 2 or cond.shape[1] not in allowed:
             raise OpenSoraError(
                 f"got a prediction of shape {tuple(cond.shape)}; for {self.latent_channels} latent channels its second "
                 f"axis must be {allowed[0]}, or {allowed[1]} with learned variance"
             )
-        if not self.needs_uncond(step=step, num_inference_steps=num_inference_steps, timestep=timestep):
+        if "null" not in self.branches(step):
             return cond
         assert self.guider is not None
         if uncond is None:
             raise OpenSoraError(
-                f"step {step} is guided by {type(self.guider).__name__} but got no unconditional prediction; "
-                "pass uncond, or ask needs_uncond() first"
+                f"step {step.index} is guided by {type(self.guider).__name__} but got no unconditional prediction; "
+                "compute the branches that branches() names"
             )
         if uncond.shape != cond.shape:
             raise OpenSoraError(
@@ -222,16 +252,27 @@ class ChannelGuidance:
             result[:, channel] = guided[:, position]
         return result
 
+    def describe(self) -> dict[str, Any]:
+        """Guided channels, scale and guider, as plain JSON values."""
+        config = {} if self.guider is None else dict(self.guider.config)
+        options = {name: value for name, value in config.items() if not name.startswith("_")}
+        return {
+            "cfg_channels": list(self.channels),
+            "guidance_scale": getattr(self.guider, "guidance_scale", None),
+            "guider": None if self.guider is None else {"class": type(self.guider).__name__, **options},
+        }
+
     def _take(self, prediction: torch.Tensor) -> torch.Tensor:
         if self.channels == tuple(range(len(self.channels))):
             return prediction[:, : len(self.channels)]
         return torch.stack([prediction[:, channel] for channel in self.channels], dim=1)
 
-    def _enter_step(self, step: int, num_inference_steps: int, timestep: torch.Tensor | float) -> None:
+    def _enter(self, step: GuidanceStep) -> None:
         assert self.guider is not None
         # Typed as an integer tensor, but a guider only stores it.
-        self.guider.set_state(step, num_inference_steps, torch.as_tensor(timestep))  # pyright: ignore[reportArgumentType]
-        if step == 0:
+        timestep = torch.as_tensor(step.timestep)
+        self.guider.set_state(step.index, step.num_steps, timestep)  # pyright: ignore[reportArgumentType]
+        if step.index == 0:
             # Guiders with momentum start a fresh average here; without it one run would leak into the next.
             self.guider.prepare_inputs({})  # pyright: ignore[reportArgumentType]
 

@@ -33,7 +33,9 @@ from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
 from opensora.models.caching import CacheIdentifiers, apply_cache
 from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
+from opensora.models.guidance import ChannelGuidance
 from opensora.models.portable_config import PortableModelMixin
+from opensora.models.text.conditioner import T5Conditioner
 
 SPACE, TIME = 2, 1  # axes of the tokens (B, T, S, D)
 
@@ -210,12 +212,17 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
         out_channels: C, or 2 C with a learned variance.
         patch_size: latent frames, rows and columns of a patch.
         blocks: all blocks in the order in which they run.
+        text_conditioner: class that makes of prompts what the network reads, from a pipeline's components.
+        guidance_rule: class that combines its branches in sampling, unless a call brings a rule of its own.
     """
 
     _supports_gradient_checkpointing = True
     # What is small and decides much is not stored in 8 bits: all embedders, the modulation and the last layer.
     _skip_layerwise_casting_patterns = ["embedder", "t_block", "final_layer"]
     _cache_identifiers = CacheIdentifiers()
+
+    text_conditioner = T5Conditioner
+    guidance_rule = ChannelGuidance
 
     blocks: Any
     t_block: nn.Module
@@ -301,6 +308,11 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
     def disable_sequence_parallel(self) -> None:
         """Compute everything on this rank again."""
         self._sequence_group = None
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The most tokens that a text may have."""
+        return self.config.model_max_length
 
     @property
     def null_text(self) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from opensora.checkpoints.weights import cast_weights
+from opensora.denoiser import predict
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import ClipConditions
@@ -98,19 +99,14 @@ def _denoise(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
     passes = branches if choices.sequential_guidance else 1
     rows = clip.num_videos * branches // passes
     sample, size = _latents(pipeline, clip), clip.size
+    told = ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames)
     text = torch.zeros(rows, *transformer.null_text.shape, dtype=dtype)
     contexts = [transformer.encode_text(text) for _ in range(passes)]
     del text
     predictions = []
     for context in contexts:
-        predictions.append(
-            transformer(
-                sample.repeat(rows // clip.num_videos, 1, 1, 1, 1).to(dtype),
-                torch.full((rows,), 500.0),
-                text_context=context,
-                clip_conditions=ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames),
-            ).sample.float()
-        )
+        latents = sample.repeat(rows // clip.num_videos, 1, 1, 1, 1)
+        predictions.append(predict(transformer, latents, torch.full((rows,), 500.0), context, told))
 
 
 def _decode(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:

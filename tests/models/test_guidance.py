@@ -14,18 +14,20 @@ from diffusers.guiders import (
     SkipLayerGuidance,
     TangentialClassifierFreeGuidance,
 )
+from guided import combined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora.errors import OpenSoraError
 from opensora.models.guidance import (
     ChannelGuidance,
+    GuidanceStep,
     default_guider,
     merge_cfg_channel_alias,
     resolve_cfg_channels,
 )
 
-MIDDLE: dict[str, Any] = {"step": 3, "num_inference_steps": 10, "timestep": 500.0}
+MIDDLE = GuidanceStep(3, 10, 500.0)
 
 
 def predictions(batch: int = 2, channels: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +85,7 @@ def test_alias_is_the_same_option():
 @settings(max_examples=40, deadline=None)
 def test_chosen_channels_follow_the_formula_and_all_others_stay_conditional(channels, scale, with_variance, seed):
     cond, uncond = predictions(channels=8 if with_variance else 4, seed=seed)
-    guided = ChannelGuidance(default_guider(scale), channels, 4)(cond, uncond, **MIDDLE)
+    guided = combined(ChannelGuidance(default_guider(scale), channels, 4), cond, uncond, MIDDLE)
     plain = uncond + scale * (cond - uncond)
     for channel in range(cond.shape[1]):
         if channel in channels and scale != 1:
@@ -107,10 +109,10 @@ GUIDERS: dict[str, Any] = {
 def test_every_guider_acts_on_the_chosen_channels_only(name):
     cond, uncond = predictions()
     guidance = ChannelGuidance(GUIDERS[name](), [0, 2], 4)
-    guided = guidance(cond, uncond, **MIDDLE)
+    guided = combined(guidance, cond, uncond, MIDDLE)
 
     alone: BaseGuidance = GUIDERS[name]()
-    alone.set_state(MIDDLE["step"], MIDDLE["num_inference_steps"], torch.tensor(MIDDLE["timestep"]))
+    alone.set_state(MIDDLE.index, MIDDLE.num_steps, torch.tensor(MIDDLE.timestep))
     expected = alone.forward(cond[:, [0, 2]], uncond[:, [0, 2]]).pred
     torch.testing.assert_close(guided[:, [0, 2]], expected)
     assert torch.equal(guided[:, [1, 3, 4, 5, 6, 7]], cond[:, [1, 3, 4, 5, 6, 7]])
@@ -120,17 +122,17 @@ def test_every_guider_acts_on_the_chosen_channels_only(name):
 @pytest.mark.parametrize("name", GUIDERS)
 def test_batch_of_two_is_two_of_one(name):
     cond, uncond = predictions(batch=2)
-    together = ChannelGuidance(GUIDERS[name](), 3, 4)(cond, uncond, **MIDDLE)
+    together = combined(ChannelGuidance(GUIDERS[name](), 3, 4), cond, uncond, MIDDLE)
     for row in range(2):
         one = slice(row, row + 1)
-        alone = ChannelGuidance(GUIDERS[name](), 3, 4)(cond[one], uncond[one], **MIDDLE)
+        alone = combined(ChannelGuidance(GUIDERS[name](), 3, 4), cond[one], uncond[one], MIDDLE)
         torch.testing.assert_close(together[one], alone)
 
 
 def test_inputs_are_left_unchanged():
     cond, uncond = predictions()
     before = cond.clone(), uncond.clone()
-    ChannelGuidance(default_guider(3.0), 2, 4)(cond, uncond, **MIDDLE)
+    combined(ChannelGuidance(default_guider(3.0), 2, 4), cond, uncond, MIDDLE)
     assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])
 
 
@@ -151,29 +153,26 @@ def test_without_guidance_the_conditional_prediction_comes_back_untouched(guider
     cond, _ = predictions()
     guidance = ChannelGuidance(guider, "all", 4)
     for step in range(3):
-        state = {"step": step, "num_inference_steps": 3, "timestep": 500.0}
-        assert not guidance.needs_uncond(**state)
-        assert torch.equal(guidance(cond, None, **state), cond)
+        state = GuidanceStep(step, 3, 500.0)
+        assert guidance.branches(state) == ("text",)
+        assert torch.equal(combined(guidance, cond, None, state), cond)
 
 
 def test_interval_switches_guidance_on_and_off():
     cond, uncond = predictions()
     guidance = ChannelGuidance(default_guider(5.0, guidance_rescale=0.3, start=0.2, stop=0.6), 3, 4)
-    steps = [{"step": step, "num_inference_steps": 10, "timestep": 1000.0 - 100 * step} for step in range(10)]
-    needed = [guidance.needs_uncond(**state) for state in steps]
+    steps = [GuidanceStep(step, 10, 1000.0 - 100 * step) for step in range(10)]
+    needed = ["null" in guidance.branches(state) for state in steps]
     assert needed == [2 <= step < 6 for step in range(10)]
     for state, on in zip(steps, needed, strict=True):
-        guided = guidance(cond, uncond if on else None, **state)
+        guided = combined(guidance, cond, uncond if on else None, state)
         assert torch.equal(guided, cond) is not on
 
 
 def test_momentum_starts_afresh_at_step_zero():
     cond, uncond = predictions()
     guidance = ChannelGuidance(AdaptiveProjectedGuidance(5.0, adaptive_projected_guidance_momentum=0.9), "all", 4)
-    runs = [
-        [guidance(cond, uncond, step=step, num_inference_steps=3, timestep=500.0) for step in range(3)]
-        for _ in range(2)
-    ]
+    runs = [[combined(guidance, cond, uncond, GuidanceStep(step, 3, 500.0)) for step in range(3)] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
     assert not torch.allclose(runs[0][0], runs[0][1])  # momentum does act within a run
@@ -214,11 +213,11 @@ def test_wrong_shapes_and_a_missing_branch_are_refused():
     cond, uncond = predictions()
     guidance = ChannelGuidance(default_guider(3.0), "all", 4)
     with pytest.raises(OpenSoraError, match="second axis"):
-        guidance(cond[:, :5], uncond[:, :5], **MIDDLE)
+        combined(guidance, cond[:, :5], uncond[:, :5], MIDDLE)
     with pytest.raises(OpenSoraError, match="must be equal"):
-        guidance(cond, uncond[:1], **MIDDLE)
+        combined(guidance, cond, uncond[:1], MIDDLE)
     with pytest.raises(OpenSoraError, match="no unconditional prediction"):
-        guidance(cond, None, **MIDDLE)
+        combined(guidance, cond, None, MIDDLE)
 
 
 def test_default_guider_is_quiet_and_a_users_own_guider_is_not(caplog):

@@ -7,8 +7,9 @@ from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from opensora.errors import OpenSoraError
-from opensora.models.text.encoders import check_words, encode_prompts, null_prompts
-from opensora.models.text.prompts import as_prompt_list, pair_prompts
+from opensora.models.text.conditioner import T5Conditioner, TextStates
+from opensora.models.text.encoders import check_words, encode_prompts
+from opensora.models.text.prompts import as_prompt_list, as_prompt_lists
 from opensora.toybox.captions import build_tokenizer
 
 LENGTH = 24
@@ -83,14 +84,24 @@ def test_a_tokenizer_of_pieces_reads_any_word():
     check_words(PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>"), ["abzebra", "!!!"])
 
 
-def test_null_rows_repeat_the_embedding_and_keep_the_prompts_mask():
-    null_text = torch.randn(LENGTH, 16)
+def test_unconditional_text_is_dropped_and_keeps_the_prompts_mask():
+    """A prompt of 7 tokens stands opposite to 7 tokens of the null text, which the network puts in itself."""
     mask = torch.arange(LENGTH).expand(3, -1) < torch.tensor([[3], [7], [1]])
-    states, null_mask = null_prompts(null_text, mask)
-    assert all(torch.equal(row, null_text) for row in states)
-    assert torch.equal(null_mask, mask)
-    with pytest.raises(OpenSoraError, match="max_length=24"):
-        null_prompts(null_text, mask[:, :5])
+    text = TextStates(torch.randn(3, LENGTH, 16), mask)
+    null = T5Conditioner({}, None).unconditional(text)
+    assert null.dropped is not None and null.dropped.all()
+    assert torch.equal(null.inputs()["encoder_attention_mask"], mask)
+    both = TextStates.cat([text, null])
+    assert both.dropped is not None and both.dropped.tolist() == [False] * 3 + [True] * 3
+
+
+def test_texts_without_a_mask_are_all_tokens_beside_others():
+    some = TextStates(torch.zeros(1, 4, 2), torch.tensor([[True, True, False, False]]))
+    both = TextStates.cat([TextStates(torch.zeros(1, 4, 2)), some])
+    assert both.mask is not None and both.mask.sum(dim=1).tolist() == [4, 2]
+    assert both.repeat_each(2).mask.sum(dim=1).tolist() == [4, 4, 2, 2]
+    with pytest.raises(OpenSoraError, match="pooled"):
+        TextStates.cat([some, TextStates(torch.zeros(1, 4, 2), pooled=torch.zeros(1, 3))])
 
 
 def test_prompts_become_a_list():
@@ -115,16 +126,16 @@ def test_what_is_no_prompt_is_refused(prompt, message):
 
 
 def test_prompts_and_negative_prompts_are_repeated_per_video():
-    assert pair_prompts(["a", "b"], None, 2) == (["a", "a", "b", "b"], None)
-    assert pair_prompts(["a", "b"], "n", 2) == (["a", "a", "b", "b"], ["n"] * 4)
-    assert pair_prompts(["a", "b"], ["n", "m"], 2) == (["a", "a", "b", "b"], ["n", "n", "m", "m"])
+    assert as_prompt_lists(["a", "b"], None, 2) == (["a", "b"], None)
+    assert as_prompt_lists(["a", "b"], "n", 2) == (["a", "b"], ["n"] * 2)
+    assert as_prompt_lists(["a", "b"], ["n", "m"], 2) == (["a", "b"], ["n", "m"])
 
 
 def test_impossible_pairs_are_refused():
     with pytest.raises(OpenSoraError, match="3 negative prompts for 2 prompts"):
-        pair_prompts(["a", "b"], ["n", "m", "o"], 1)
+        as_prompt_lists(["a", "b"], ["n", "m", "o"], 1)
     with pytest.raises(OpenSoraError, match="negative_prompt is empty"):
-        pair_prompts("a", "", 1)
+        as_prompt_lists("a", "", 1)
     for count in (0, -1, 1.5, True):
         with pytest.raises(OpenSoraError, match="num_videos_per_prompt"):
-            pair_prompts("a", None, count)  # type: ignore[arg-type]
+            as_prompt_lists("a", None, count)  # type: ignore[arg-type]

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from guided import combined
 from torch import Tensor
 from torch.testing import assert_close
 
-from opensora.models.guidance import ChannelGuidance, default_guider
+from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 
 F32 = {"atol": 2e-5, "rtol": 1e-4}
@@ -48,7 +49,7 @@ def sample(fixture, scheduler: DPMSolverScheduler, num_steps: int, guidance_scal
     for step, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
         cond, uncond = (network(fixture, model_input, timestep, fixture[f"in.{y}"]) for y in ("y", "y_null"))
-        prediction = guidance(cond, uncond, step=step, num_inference_steps=num_steps, timestep=timestep)
+        prediction = combined(guidance, cond, uncond, GuidanceStep(step, num_steps, timestep))
         latents = scheduler.step(prediction, timestep, latents).prev_sample
         trajectory.append(latents)
     return torch.stack(trajectory)

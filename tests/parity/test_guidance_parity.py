@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from guided import combined
 
 from opensora.errors import OpenSoraError
-from opensora.models.guidance import ChannelGuidance, default_guider
+from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 
-STEP: dict[str, Any] = {"step": 0, "num_inference_steps": 1, "timestep": 500.0}
+STEP = GuidanceStep(0, 1, 500.0)
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 CASE = re.compile(r"out\.(?:(?P<raw>raw\w*)\.)?scale(?P<scale>[\d.]+?)\.cfg(?P<channels>None|\d+)")
 
 
 def guide(cond, uncond, scale, channels, latent_channels):
-    return ChannelGuidance(default_guider(scale), channels, latent_channels)(cond, uncond, **STEP)
+    return combined(ChannelGuidance(default_guider(scale), channels, latent_channels), cond, uncond, STEP)
 
 
 def cases_of(fixture, pattern: re.Pattern[str]) -> list[re.Match[str]]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from guided import combined
 from torch.testing import assert_close
 
 from opensora.diffusion import gaussian
 from opensora.diffusion.losses import mean_per_sample, speed_tables, training_losses
 from opensora.errors import OpenSoraError
-from opensora.models.guidance import ChannelGuidance, default_guider
+from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 
 F32 = {"atol": 2e-5, "rtol": 1e-4}
@@ -268,8 +269,8 @@ def sample(
             seen.append((latents, mask))
         cond = toy(latents, timestep, fixture["in.y"], mask)
         uncond = toy(latents, timestep, fixture["in.y_null"], mask) if guided else None
-        state = {"step": step, "num_inference_steps": len(scheduler.timesteps), "timestep": timestep}
-        prediction = guidance(cond, uncond, **state)
+        state = GuidanceStep(step, len(scheduler.timesteps), timestep)
+        prediction = combined(guidance, cond, uncond, state)
         out = scheduler.step(prediction, timestep, latents, frame_mask=mask, noise=next(draw, None))
         latents = out.prev_sample
         trajectory.append(latents)

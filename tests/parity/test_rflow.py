@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from guided import combined
 
 from opensora.diffusion import flow
 from opensora.diffusion.losses import mean_per_sample
-from opensora.models.guidance import ChannelGuidance, default_guider
+from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 
 N = 1000  # timestep of pure noise, the same in every published model; the toy network divides by it
@@ -159,6 +160,6 @@ def check_trajectory(fixture, case: str, words: set[str], row: int) -> None:
         if "model_x" in seen:
             assert_near(z, seen["model_x"][i, one])
         cond, uncond = (toy(fixture, z, t, text, frame_mask) for text in (y, null))
-        guided = guidance(cond, uncond, step=i, num_inference_steps=steps, timestep=t)
+        guided = combined(guidance, cond, uncond, GuidanceStep(i, steps, t))
         z = scheduler.step(guided, t, z, frame_mask=frame_mask).prev_sample
     assert_near(z, fixture[f"out.{case}.final"][one])

@@ -1,13 +1,11 @@
-"""Text as the transformers see it: the states of a T5 encoder, or the learned stand-in for no text at all.
+"""Text as the transformers see it: the states of a T5 encoder.
 
-Any T5 encoder of transformers (`T5EncoderModel`) with any fast tokenizer serves. Two kinds of rows come out: encoded
-text, for prompts and negative prompts, and the *null text*, an embedding the transformer learnt in place of dropped
-captions, for the unconditional branch. Null rows keep the text mask of the prompt they stand opposite to, because that
-is how the networks were trained to be sampled: a prompt of 7 tokens is compared with the first 7 null tokens.
+Any T5 encoder of transformers (`T5EncoderModel`) with any fast tokenizer serves.
 
 Letters: B prompts, L text length of the transformer, D width of the encoder's states.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +13,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+
+# A fast tokenizer keeps how it pads between calls, and refuses a second thread meanwhile.
+_TOKENIZING = threading.Lock()
 
 
 def encode_prompts(
@@ -42,14 +43,15 @@ def encode_prompts(
         OpenSoraError: a prompt is longer than L tokens, or `check_words` refuses it.
     """
     check_words(tokenizer, prompts)
-    lengths = [len(ids) for ids in tokenizer(prompts, return_attention_mask=False)["input_ids"]]
+    with _TOKENIZING:
+        lengths = [len(ids) for ids in tokenizer(prompts, return_attention_mask=False)["input_ids"]]
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
     longest = max(range(len(prompts)), key=lambda i: lengths[i])
     if lengths[longest] > max_length:
         raise OpenSoraError(
             f"the prompt {_start_of(prompts[longest])!r} has {lengths[longest]} tokens, but this model reads "
             f"{max_length}; shorten it"
         )
-    tokens = tokenizer(prompts, padding="max_length", max_length=max_length, return_tensors="pt")
     encoder_device = next(text_encoder.parameters()).device
     text_mask = tokens["attention_mask"].to(encoder_device)
     states = text_encoder(input_ids=tokens["input_ids"].to(encoder_device), attention_mask=text_mask)[0]
@@ -68,7 +70,8 @@ def check_words(tokenizer: Any, prompts: list[str]) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, WordLevel) or tokenizer.unk_token_id is None:
         return
-    tokens = tokenizer(prompts, return_attention_mask=False, return_offsets_mapping=True)
+    with _TOKENIZING:
+        tokens = tokenizer(prompts, return_attention_mask=False, return_offsets_mapping=True)
     unknown: list[str] = []
     for prompt, ids, places in zip(prompts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
         words = [(token, prompt[start:end]) for token, (start, end) in zip(ids, places, strict=True) if end > start]
@@ -79,27 +82,6 @@ def check_words(tokenizer: Any, prompts: list[str]) -> None:
         words = list(dict.fromkeys(unknown))
         more = f" and {len(words) - _MOST_WORDS} more words" if len(words) > _MOST_WORDS else ""
         raise OpenSoraError(f"this model does not know: {', '.join(words[:_MOST_WORDS])}{more}")
-
-
-def null_prompts(null_text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The unconditional counterpart of encoded prompts.
-
-    Args:
-        null_text: (L, D), the transformer's learned null embedding.
-        text_mask: (B, L), the mask of the prompts it stands opposite to.
-
-    Returns:
-        `text_states` (B, L, D) and `text_mask` (B, L), the given one.
-
-    Raises:
-        OpenSoraError: the lengths differ.
-    """
-    if null_text.shape[0] != text_mask.shape[1]:
-        raise OpenSoraError(
-            f"the transformer's null text has {null_text.shape[0]} tokens, the prompts were padded to "
-            f"{text_mask.shape[1]}; encode them with max_length={null_text.shape[0]}"
-        )
-    return null_text.expand(text_mask.shape[0], -1, -1), text_mask
 
 
 def _start_of(prompt: str, num_characters: int = 40) -> str:

@@ -39,18 +39,15 @@ def as_prompt_list(prompt: str | Sequence[str], name: str = "prompt") -> list[st
     return stripped
 
 
-def pair_prompts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, num_videos_per_prompt: int
-) -> tuple[list[str], list[str] | None]:
-    """One prompt and one negative prompt per video.
+def as_prompt_lists(
+    prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, num_videos_per_prompt: int
+) -> tuple[list[str] | None, list[str] | None]:
+    """Prompts, and as many negative prompts.
 
     Args:
-        prompt: one sentence or several.
+        prompt: one sentence or several; None where their text is at hand.
         negative_prompt: one for all prompts, or one each; None for none.
-        num_videos_per_prompt: every prompt is repeated so often, its videos one after the other.
-
-    Returns:
-        The prompts, and as many negative prompts or None.
+        num_videos_per_prompt: 1 or more.
 
     Raises:
         OpenSoraError: an empty prompt, another number of negative prompts, or fewer than one video per prompt.
@@ -58,17 +55,13 @@ def pair_prompts(
     count = num_videos_per_prompt
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise OpenSoraError(f"num_videos_per_prompt is {count!r}; expected a whole number, 1 or more")
-    prompts = as_prompt_list(prompt)
-    negatives = None
-    if negative_prompt is not None:
-        negatives = as_prompt_list(negative_prompt, "negative_prompt")
-        if len(negatives) not in (1, len(prompts)):
-            raise OpenSoraError(
-                f"got {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one each"
-            )
-        negatives = negatives * (len(prompts) // len(negatives))
-        negatives = [sentence for sentence in negatives for _ in range(count)]
-    return [sentence for sentence in prompts for _ in range(count)], negatives
+    prompts = None if prompt is None else as_prompt_list(prompt)
+    if negative_prompt is None:
+        return prompts, None
+    negatives = as_prompt_list(negative_prompt, "negative_prompt")
+    if prompts is not None and len(negatives) not in (1, len(prompts)):
+        raise OpenSoraError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one each")
+    return prompts, negatives * (len(prompts) // len(negatives) if prompts is not None else 1)
 
 
 # ---- scores

@@ -71,7 +71,7 @@ class Prompts:
         config = pipeline.config
         for number, prompt in enumerate(self.prompts):
             noise = torch.Generator().manual_seed(self.seed + number)
-            frames = pipeline(prompt, generator=noise).frames[0]  # (T, 3, H, W)
+            frames = pipeline(prompt, generator=noise, output_type="pt").frames[0]  # (T, 3, H, W)
             folder.mkdir(parents=True, exist_ok=True)
             video = frames.transpose(0, 1) * 2 - 1
             write_video(folder / f"step-{step:08d}-{number}.mp4", video, config.fps / config.frame_interval)

@@ -23,10 +23,12 @@ from opensora.data.clips import ManifestClips
 from opensora.data.encoding import whole_cells
 from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
+from opensora.denoiser import predict
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.format import Part
+from opensora.models.text.conditioner import TextStates
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import to_dict
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained
@@ -240,16 +242,9 @@ class DiffusionTask(TrainingTask):
     def predict(self, noisy: Tensor, timestep: Tensor, batch: DiffusionBatch) -> Tensor:
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
         trained = self.captions.trained
-        text_states = self.captions.encode(batch.text, batch.text_mask) if trained else batch.text
-        return self.transformer(
-            noisy,
-            timestep,
-            text_states,
-            batch.text_mask,
-            drop_text=batch.drop_text,
-            frame_mask=batch.frame_mask,
-            clip_conditions=batch.clips.conditions,
-        ).sample.float()
+        states = self.captions.encode(batch.text, batch.text_mask) if trained else batch.text
+        text = TextStates(states, batch.text_mask, dropped=batch.drop_text)
+        return predict(self.transformer, noisy, timestep, text, batch.clips.conditions, batch.frame_mask)
 
     def weights(self, batch: DiffusionBatch) -> Tensor | None:
         """Loss weight of every latent cell, 1 on average, (B, 1, T, h, w); None for 1 everywhere."""

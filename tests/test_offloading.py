@@ -11,7 +11,7 @@ from opensora.conditioning import condition
 from opensora.errors import OpenSoraError
 from opensora.generation.loops import generate_loops
 from opensora.geometry import VideoSize
-from opensora.staging import Stages
+from opensora.offloading import Offloader
 
 CPU = torch.device("cpu")
 
@@ -20,16 +20,16 @@ def is_away(network: nn.Module) -> bool:
     return all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
 
 
-def staged(**loaders) -> tuple[Stages, dict[str, nn.Module]]:
+def staged(**loaders) -> tuple[Offloader, dict[str, nn.Module]]:
     networks = {name: load() for name, load in loaders.items()}
-    return Stages(CPU, networks, loaders), networks
+    return Offloader(CPU, networks, loaders), networks
 
 
 def test_only_the_stage_at_work_is_in_memory():
-    stages, networks = staged(text_encoder=make_text_encoder, transformer=make_transformer)
+    offloader, networks = staged(text_encoder=make_text_encoder, transformer=make_transformer)
     assert all(is_away(network) for network in networks.values())
     for name, other in (("text_encoder", "transformer"), ("transformer", "text_encoder")):
-        with stages.resident(name):
+        with offloader.on_device(name):
             assert not any(tensor.is_meta for tensor in networks[name].state_dict().values())
             assert is_away(networks[other])
         assert is_away(networks[name])
@@ -39,11 +39,11 @@ def test_only_the_stage_at_work_is_in_memory():
 def test_what_comes_back_is_what_went(make):
     """Tables outside of the state dict included; the shapes are known while it is away."""
     original = make()
-    stages, networks = staged(network=make)
+    offloader, networks = staged(network=make)
     shapes = {name: tensor.shape for name, tensor in networks["network"].state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in original.state_dict().items()}
     for _ in range(2):
-        with stages.resident("network"):
+        with offloader.on_device("network"):
             tensors = dict(networks["network"].named_parameters()) | dict(networks["network"].named_buffers())
             expected = dict(original.named_parameters()) | dict(original.named_buffers())
             assert tensors.keys() == expected.keys()
@@ -52,9 +52,9 @@ def test_what_comes_back_is_what_went(make):
 
 
 def test_tied_weights_stay_tied():
-    stages, networks = staged(text_encoder=make_text_encoder)
+    offloader, networks = staged(text_encoder=make_text_encoder)
     encoder: nn.Module = networks["text_encoder"]
-    with stages.resident("text_encoder"):
+    with offloader.on_device("text_encoder"):
         shared, embedded = encoder.get_parameter("shared.weight"), encoder.get_parameter("encoder.embed_tokens.weight")
         assert shared is embedded or shared.data_ptr() == embedded.data_ptr()
 
@@ -63,8 +63,8 @@ def test_the_module_stays_the_same_with_its_hooks():
     calls = []
     network = nn.Linear(2, 2)
     network.register_forward_hook(lambda *_: calls.append(1))
-    stages = Stages(CPU, {"network": network}, {"network": lambda: nn.Linear(2, 2)})
-    with stages.resident("network"):
+    offloader = Offloader(CPU, {"network": network}, {"network": lambda: nn.Linear(2, 2)})
+    with offloader.on_device("network"):
         network(torch.zeros(1, 2))
     assert calls == [1]
 
@@ -76,21 +76,21 @@ def test_stages_may_lie_within_each_other():
         loads.append(1)
         return nn.Linear(2, 2)
 
-    stages = Stages(CPU, {"network": (network := nn.Linear(2, 2))}, {"network": load})
-    with stages.resident("network"):
-        with stages.resident("network"):
+    offloader = Offloader(CPU, {"network": (network := nn.Linear(2, 2))}, {"network": load})
+    with offloader.on_device("network"):
+        with offloader.on_device("network"):
             assert not is_away(network)
         assert not is_away(network)
     assert is_away(network) and loads == [1]
 
 
 def test_a_network_leaves_after_an_error_too():
-    stages, networks = staged(transformer=make_transformer)
+    offloader, networks = staged(transformer=make_transformer)
     with pytest.raises(KeyboardInterrupt):
-        with stages.resident("transformer"):
+        with offloader.on_device("transformer"):
             raise KeyboardInterrupt
     assert is_away(networks["transformer"])
-    with stages.resident("transformer"):
+    with offloader.on_device("transformer"):
         assert not is_away(networks["transformer"])
 
 
@@ -98,16 +98,16 @@ def test_files_that_cannot_be_read_leave_it_away():
     def load() -> nn.Module:
         raise OpenSoraError("damaged")
 
-    stages = Stages(CPU, {"network": (network := nn.Linear(2, 2))}, {"network": load})
+    offloader = Offloader(CPU, {"network": (network := nn.Linear(2, 2))}, {"network": load})
     with pytest.raises(OpenSoraError, match="damaged"):
-        with stages.resident("network"):
+        with offloader.on_device("network"):
             raise AssertionError("there is nothing to work with")
     assert is_away(network)
 
 
 def test_on_the_cpu_there_must_be_files():
     with pytest.raises(OpenSoraError, match="transformer"):
-        Stages(CPU, {"transformer": make_transformer()}, {})
+        Offloader(CPU, {"transformer": make_transformer()}, {})
 
 
 # --- whole pipelines --------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_an_offloaded_pipeline_makes_the_same_clip(folder):
     clips = []
     for pipe in (whole, offloaded):
         pipe.set_progress_bar_config(disable=True)
-        with pipe.resident("autoencoder"):
+        with pipe.on_device("autoencoder"):
             given = condition(pipe.autoencoder, VideoSize(18, 16, 24), image=torch.zeros(3, 1, 16, 24))
         clips.append(pipe(PROMPT, generator=seeded(0), given=given).frames)
     torch.testing.assert_close(clips[0], clips[1])

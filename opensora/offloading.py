@@ -1,10 +1,11 @@
-"""Networks that are in memory only while they work, each in its stage: text encoder, transformer, autoencoder.
+"""Networks that are in memory only while they work: text encoder, transformer, autoencoder.
 
-Between its stages a network lies on the CPU (where the work is done on an accelerator) or nowhere at all: then it is on
-torch's meta device, which keeps shapes and no data, and its weights are read from their files again whenever its stage
-comes. The module stays the same object throughout, so hooks, caches and whoever holds it go on working.
+Otherwise a network lies on the CPU (where the work is done on an accelerator) or nowhere at all: then it is on torch's
+meta device, which keeps shapes and no data, and its weights are read from their files again whenever it is needed. The
+module stays the same object throughout, so hooks, caches and whoever holds it go on working.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +16,14 @@ from torch import nn
 from opensora.errors import OpenSoraError
 
 
-class Stages:
+class Offloader:
     """Brings networks in and sends them away.
 
     Args:
         device: where networks work.
-        networks: name -> network that is sent away at once, and between its stages.
+        networks: name -> network that is sent away at once, and whenever it does not work.
         loaders: name -> function that makes the network anew, on the CPU, in the precision it works in; what has none
-            lies on the CPU between its stages.
+            lies on the CPU meanwhile.
 
     Raises:
         OpenSoraError: a network that would lie on the CPU works there, so that nothing would be saved.
@@ -40,24 +41,27 @@ class Stages:
         self.device = device
         self._networks, self._loaders = dict(networks), dict(loaders)
         self._users = Counter[str]()
+        self._lock = threading.Lock()
         for name in self._networks:
             self._send_away(name)
 
     @contextmanager
-    def resident(self, name: str) -> Iterator[None]:
-        """A network's stage: it is on the device within, and away afterwards, also after an error.
+    def on_device(self, name: str) -> Iterator[None]:
+        """A network is on the device within, and away afterwards, also after an error.
 
-        Stages of one network may lie within each other: the outermost counts.
+        It may be asked for several times, within each other or by several threads: the last to leave sends it away.
         """
-        self._users[name] += 1
         try:
-            if self._users[name] == 1:
-                self._bring(name)
+            with self._lock:
+                self._users[name] += 1
+                if self._users[name] == 1:
+                    self._bring(name)
             yield
         finally:
-            self._users[name] -= 1
-            if not self._users[name]:
-                self._send_away(name)
+            with self._lock:
+                self._users[name] -= 1
+                if not self._users[name]:
+                    self._send_away(name)
 
     def _bring(self, name: str) -> None:
         network = self._networks[name]
@@ -67,7 +71,7 @@ class Stages:
 
     def _send_away(self, name: str) -> None:
         self._networks[name].to("meta" if name in self._loaders else "cpu")
-        if self.device.type == "cuda":  # what the allocator keeps for this stage does not fit the next one's sizes
+        if self.device.type == "cuda":  # what the allocator keeps for it does not fit the next one's sizes
             torch.cuda.empty_cache()
 
 
