@@ -215,7 +215,12 @@ def test_prompts_are_spelled_as_the_captions_were():
     pipe = make_pipeline("flow", clean_prompts=True, scores={"aesthetic": 6.5, "flow": None, "camera_motion": None})
     pipe.tokenizer.unk_token = None  # the tiny tokenizer knows no scores
     seen: list[list[str]] = []
-    pipe._encode_text = lambda prompts, *rest: seen.append(prompts) or make_pipeline()._encode_text([PROMPT], *rest)
+
+    def encode(prompts: list[str] | None, *rest: Any) -> Any:
+        seen.extend([prompts] if prompts else [])
+        return make_pipeline()._encode([PROMPT] if prompts else None, *rest)
+
+    pipe._encode = encode
     settings = pipe("A <b>red</b> ball", scores={"flow": 2.0}, num_inference_steps=1, output_type="latent").settings
     assert seen == [["a red ball aesthetic score: 6.5. motion score: 2.0."]] == [settings["spelled_prompt"]]
     with pytest.raises(OpenSoraError, match="not trained with the score 'beauty'"):

@@ -130,7 +130,7 @@ def test_an_offloaded_pipeline_makes_the_same_clip(folder):
         pipe.set_progress_bar_config(disable=True)
         with pipe.on_device("autoencoder"):
             given = condition(pipe.autoencoder, VideoSize(18, 16, 24), image=torch.zeros(3, 1, 16, 24))
-        clips.append(pipe(PROMPT, generator=seeded(0), given=given).frames)
+        clips.append(pipe(PROMPT, generator=seeded(0), given=given, output_type="pt").frames)
     torch.testing.assert_close(clips[0], clips[1])
     assert all(is_away(getattr(offloaded, name)) for name in ("text_encoder", "transformer", "autoencoder"))
     assert offloaded.device == CPU
@@ -149,9 +149,13 @@ def test_branches_one_after_the_other_make_the_same_clip(folder, negative_prompt
     pipe.set_progress_bar_config(disable=True)
     batches: list[int] = []
     pipe.transformer.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    at_once = pipe([PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2).frames
+    at_once = pipe(
+        [PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2, output_type="pt"
+    ).frames
     pipe.sequential_guidance = True
-    by_turns = pipe([PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2).frames
+    by_turns = pipe(
+        [PROMPT, PROMPT], negative_prompt, generator=seeded(0, 1), num_inference_steps=2, output_type="pt"
+    ).frames
     assert batches == [4] * 2 + [2] * 4
     torch.testing.assert_close(at_once, by_turns, rtol=1e-4, atol=1e-4)
 
@@ -161,9 +165,9 @@ def test_caches_work_with_branches_one_after_the_other(folder):
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     pipe.sequential_guidance = True
-    cached = pipe(PROMPT, generator=seeded(0)).frames
+    cached = pipe(PROMPT, generator=seeded(0), output_type="pt").frames
     pipe.transformer.disable_cache()
-    torch.testing.assert_close(cached, pipe(PROMPT, generator=seeded(0)).frames, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached, pipe(PROMPT, generator=seeded(0), output_type="pt").frames, rtol=1e-4, atol=1e-4)
 
 
 def test_an_offloaded_pipeline_has_nothing_to_save(folder, tmp_path):

@@ -49,15 +49,15 @@ def latents_of(pipe, prompt: str | list[str] = PROMPT, **options: Any):
 
 
 def test_frames_have_the_default_size_and_range(pipe):
-    frames = pipe(PROMPT, generator=seeded(0)).frames
+    frames = pipe(PROMPT, generator=seeded(0), output_type="pt").frames
     assert frames.shape == (1, DEFAULTS["num_frames"], 3, DEFAULTS["height"], DEFAULTS["width"])
     assert frames.dtype == torch.float32
     assert 0 <= frames.min() < frames.max() <= 1
 
 
 def test_any_size_that_divides(pipe):
-    assert pipe(PROMPT, height=24, width=8, num_frames=18).frames.shape == (1, 18, 3, 24, 8)
-    assert pipe(PROMPT, num_frames=1).frames.shape[1] == 1
+    assert pipe(PROMPT, height=24, width=8, num_frames=18, output_type="pt").frames.shape == (1, 18, 3, 24, 8)
+    assert pipe(PROMPT, num_frames=1, output_type="pt").frames.shape[1] == 1
 
 
 def test_output_types_show_the_same_video(flow):
@@ -73,8 +73,8 @@ def test_output_types_show_the_same_video(flow):
 
 
 def test_tuple_on_request(flow):
-    (frames,) = flow(PROMPT, generator=seeded(0), return_dict=False)
-    assert torch.equal(frames, flow(PROMPT, generator=seeded(0)).frames)
+    (frames,) = flow(PROMPT, generator=seeded(0), output_type="pt", return_dict=False)
+    assert torch.equal(frames, flow(PROMPT, generator=seeded(0), output_type="pt").frames)
 
 
 def test_latents_are_float32_whatever_the_network_runs_in():
@@ -82,20 +82,26 @@ def test_latents_are_float32_whatever_the_network_runs_in():
     seen = []
     pipe(PROMPT, callback_on_step_end=lambda pipe, i, t, values: seen.append(values["latents"].dtype))
     assert set(seen) == {torch.float32}
-    assert pipe(PROMPT).frames.dtype == torch.float32
+    assert pipe(PROMPT, output_type="pt").frames.dtype == torch.float32
 
 
 # --- seeds and batches ------------------------------------------------------------------------------------------------
 
 
 def test_a_seed_makes_the_same_video_bit_for_bit(pipe):
-    assert torch.equal(pipe(PROMPT, generator=seeded(7)).frames, pipe(PROMPT, generator=seeded(7)).frames)
-    assert not torch.equal(pipe(PROMPT, generator=seeded(7)).frames, pipe(PROMPT, generator=seeded(8)).frames)
+    assert torch.equal(
+        pipe(PROMPT, generator=seeded(7), output_type="pt").frames,
+        pipe(PROMPT, generator=seeded(7), output_type="pt").frames,
+    )
+    assert not torch.equal(
+        pipe(PROMPT, generator=seeded(7), output_type="pt").frames,
+        pipe(PROMPT, generator=seeded(8), output_type="pt").frames,
+    )
 
 
 def test_without_a_generator_the_recorded_seed_makes_it_again(pipe):
-    first = pipe(PROMPT)
-    assert torch.equal(pipe(PROMPT, generator=seeded(*first.settings["seed"])).frames, first.frames)
+    first = pipe(PROMPT, output_type="pt")
+    assert torch.equal(pipe(PROMPT, generator=seeded(*first.settings["seed"]), output_type="pt").frames, first.frames)
 
 
 def assert_same_video(actual, expected):
@@ -218,11 +224,11 @@ def test_the_family_decides_the_channels_that_nobody_chose(kind, channels):
 @pytest.mark.parametrize("threshold", [0.0, 1e9])
 def test_a_cache_of_diffusers_works_in_the_loop_and_leaves_nothing_behind(threshold):
     plain = make_pipeline()
-    expected = plain("a ball", generator=seeded(3), num_inference_steps=6).frames
+    expected = plain("a ball", generator=seeded(3), num_inference_steps=6, output_type="pt").frames
     cached = make_pipeline()
     cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    first = cached("a ball", generator=seeded(3), num_inference_steps=6).frames
-    again = cached("a ball", generator=seeded(3), num_inference_steps=6).frames
+    first = cached("a ball", generator=seeded(3), num_inference_steps=6, output_type="pt").frames
+    again = cached("a ball", generator=seeded(3), num_inference_steps=6, output_type="pt").frames
     assert torch.equal(first, again)
     assert torch.equal(first, expected) == (threshold == 0.0)
     assert cached.current_timestep is None

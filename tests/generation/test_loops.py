@@ -29,7 +29,7 @@ def loops(pipe, prompt: str | list[str] = PROMPT, **options: Any) -> torch.Tenso
 def test_length_and_the_first_clip(pipe):
     frames = loops(pipe, condition_frames=3)
     assert frames.shape == (1, 17 + 2 * (17 - 9), 3, 16, 24)
-    alone = pipe(PROMPT, generator=seeded(0), num_inference_steps=2).frames
+    alone = pipe(PROMPT, generator=seeded(0), num_inference_steps=2, output_type="pt").frames
     torch.testing.assert_close(frames[:, :17], alone)
     assert loops(pipe, num_loops=1).shape[1] == 17
 
@@ -39,7 +39,7 @@ def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
 
     class Recording:
         def __init__(self) -> None:
-            self.config, self.autoencoder, self.resident = pipe.config, pipe.autoencoder, pipe.resident
+            self.config, self.autoencoder, self.on_device = pipe.config, pipe.autoencoder, pipe.on_device
 
         def __call__(self, *args: Any, **options: Any) -> Any:
             output = pipe(*args, **options)
