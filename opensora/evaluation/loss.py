@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opensora.checkpoints.source import ModelSource
 from opensora.data.batch import LatentBatch
+from opensora.denoiser import predict
 from opensora.diffusion.process import NoiseProcess
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
@@ -26,6 +27,7 @@ from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.models.schedulers.base import process_of
 from opensora.models.text.captions import tokenize_captions
+from opensora.models.text.conditioner import TextStates
 from opensora.models.text.encoders import check_words
 
 if TYPE_CHECKING:
@@ -194,11 +196,12 @@ def batch_losses(pipeline: "OpenSoraPipeline", batch: LatentBatch, num_timesteps
     """
     device, network = pipeline.device, pipeline.transformer
     clean = batch.latents.to(device, torch.float32)
-    states, mask, clip = batch.text_states, batch.text_mask, batch.conditions.to(device)
+    assert batch.text_states is not None
+    text, clip = TextStates(batch.text_states, batch.text_mask), batch.conditions.to(device)
     process = process_of(pipeline.scheduler).to(device)
 
-    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-        return network(noisy.to(network.dtype), timestep.to(device), states, mask, clip_conditions=clip).sample.float()
+    def ask(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return predict(network, noisy, timestep.to(device), text, clip)
 
     columns = []
     for i, t in enumerate(process.fixed_timesteps(num_timesteps)):
@@ -208,12 +211,12 @@ def batch_losses(pipeline: "OpenSoraPipeline", batch: LatentBatch, num_timesteps
                 for row in range(len(clean))
             ]
         ).to(device)
-        columns.append(loss_at(process, t, clean, noise, predict).double().cpu())
+        columns.append(loss_at(process, t, clean, noise, ask).double().cpu())
     return torch.stack(columns, dim=1)
 
 
 def loss_at(
-    process: NoiseProcess, t: Tensor, clean: Tensor, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+    process: NoiseProcess, t: Tensor, clean: Tensor, noise: Tensor, ask: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """The unweighted training loss of every clip at one time, (B,).
 
@@ -221,11 +224,11 @@ def loss_at(
         process: how the network was trained.
         t: the time, one of `NoiseProcess.fixed_timesteps`.
         clean, noise: (B, C, T, h, w).
-        predict: the network, of noisy latents and the timesteps (B,) it is told.
+        ask: the network, of noisy latents and the timesteps (B,) it is told.
     """
     t = t.expand(len(clean))
     noisy = process.corrupt(clean, noise, t)
-    prediction = predict(noisy, process.timesteps(t))
+    prediction = ask(noisy, process.timesteps(t))
     terms = process.losses(prediction, clean=clean, noisy=noisy, noise=noise, t=t)
     return torch.stack([term for name, term in terms.items() if not name.startswith("_")]).sum(dim=0)
 

@@ -48,7 +48,7 @@ class NoisePipeline:
     def default_cfg_channels(self):
         return self.config.cfg_channels
 
-    def resident(self, name):
+    def on_device(self, name):
         return contextlib.nullcontext()
 
     def size_rule(self):

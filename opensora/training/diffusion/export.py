@@ -39,6 +39,6 @@ def save_pipeline(pipeline: OpenSoraPipeline, folder: Path, *, with_text_encoder
     for name, part in pipeline.components.items():
         if name == "text_encoder":
             part.config.save_pretrained(folder / name)
-        else:
+        elif hasattr(part, "save_pretrained"):
             part.save_pretrained(folder / name)
     pipeline.save_config(folder)
