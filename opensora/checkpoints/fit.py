@@ -189,15 +189,16 @@ def _check_text(report: PipelineReport, found: Mapping[str, Any]) -> None:
     """Whether tokenizer, text encoder and transformer understand each other."""
     transformer, encoder, tokenizer = (found.get(name) for name in ("transformer", "text_encoder", "tokenizer"))
     if transformer is not None and encoder is not None:
-        read, made = transformer.config.caption_channels, encoder.config.hidden_size
-        if read != made:
+        read, made = transformer.config.get("caption_channels"), getattr(encoder.config, "hidden_size", None)
+        if None not in (read, made) and read != made:
             report.fit.append(
                 f"wrong text encoder: the transformer reads text states of width {read}, it makes {made}; put in the "
                 "one that the transformer was trained with"
             )
-    if encoder is not None and tokenizer is not None and len(tokenizer) > encoder.config.vocab_size:
+    known = getattr(getattr(encoder, "config", None), "vocab_size", None)
+    if tokenizer is not None and known is not None and len(tokenizer) > known:
         report.fit.append(
-            f"wrong tokenizer: it knows {len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size}; put in "
+            f"wrong tokenizer: it knows {len(tokenizer)} tokens, the text encoder {known}; put in "
             "the one of this text encoder"
         )
 
@@ -207,7 +208,7 @@ def _check_pipeline(report: PipelineReport, found: Mapping[str, Any]) -> None:
     transformer, scheduler = found.get("transformer"), found.get("scheduler")
     if transformer is not None and scheduler is not None:
         learned = scheduler.config.get("variance_type") == "learned_range"
-        if learned and not transformer.config.pred_sigma:
+        if learned and not transformer.config.get("pred_sigma", True):
             report.fit.append(
                 "wrong scheduler: it reads a learned variance, which the transformer does not predict; set "
                 'variance_type to "fixed_small" in scheduler_config.json'

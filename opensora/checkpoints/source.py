@@ -42,7 +42,8 @@ PIPELINE_CLASS = "OpenSoraPipeline"
 PIPELINE_INDEX = "model_index.json"
 
 _TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-_DESCRIPTIONS = (".json", ".model", ".txt")  # configurations and vocabularies
+_DESCRIPTIONS = (".json", ".model")
+_VOCABULARIES = (".txt",)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -122,7 +123,7 @@ class Part:
             return {file.name: file for file in hub.look_up(self.published).files}
         if not self.path.is_dir():
             return {self.path.name: self.path} if self.path.is_file() else {}
-        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS[:2]) if self.is_network else (*WEIGHT_SUFFIXES, *_DESCRIPTIONS)
+        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, *_VOCABULARIES)
         found = {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
         for file in weight_files(self.path) if self.is_network else ():  # which may lie in folders below
             if file not in found.values():

@@ -101,18 +101,17 @@ class EvaluateToyboxVae:
     def run(self) -> None:
         import torch
 
-        from opensora.checkpoints.components import load_component
         from opensora.checkpoints.loading import choose_device
+        from opensora.checkpoints.source import find_part
         from opensora.evaluation import toybox
         from opensora.evaluation.judge import load_judge
-        from opensora.models.autoencoders.video import VideoAutoencoder
 
         check_count("--num-clips", self.num_clips)
         if not (self.autoencoder / "config.json").exists():
             raise OpenSoraError(f"no autoencoder in {self.autoencoder}; give the folder that holds its config.json")
         device = choose_device(self.device)
         judge = load_judge(device=device)
-        autoencoder = load_component(self.autoencoder, VideoAutoencoder)
+        autoencoder = find_part(self.autoencoder, "autoencoder").load()
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
         print_table(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))

@@ -21,7 +21,7 @@ from opensora.models.format import LIBRARIES, Format, Kind
 from opensora.models.text import t5_format
 
 FORMATS: tuple[Format, ...] = (stdit3.FORMAT, stdit2.FORMAT, stdit.FORMAT, *AUTOENCODERS, t5_format.FORMAT)
-"""Of this package, in the order in which weights are compared with them."""
+"""Of this package, of each kind the newest first; weights are compared with them in this order."""
 
 _GROUP = "opensora.families"
 
@@ -41,13 +41,15 @@ def format_of(cls: type) -> Format:
     return next((known[base] for base in cls.__mro__ if base in known), Format(cls))
 
 
-def network_class(kind: Kind, name: str) -> type:
-    """The class of that name.
+def network_class(kind: Kind, name: str | None = None) -> type:
+    """The class of that name; where none is given, the newest of this package.
 
     Raises:
         OpenSoraError: no family has one.
     """
     known = {found.cls.__name__: found.cls for found in formats() if found.kind == kind}
+    if name is None:
+        return next(iter(known.values()))
     if name not in known:
         raise OpenSoraError(f"unknown {kind.replace('_', ' ')} {name!r}; known are {', '.join(known)}")
     return known[name]

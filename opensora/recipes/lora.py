@@ -5,6 +5,7 @@ exported is the adapter, which `opensora generate --adapter` takes.
 """
 
 from opensora.data.clips import ManifestClips
+from opensora.models.stdit3 import FORMAT
 from opensora.recipes.published import published_objective
 from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
@@ -25,7 +26,7 @@ def toybox_lora() -> Recipe:
         autoencoder="toybox",
         text=FrozenText("toybox"),
         init_from="toybox",
-        train=LoRAConfig(rank=16, alpha=32, preserve=0.5),
+        train=LoRAConfig(rank=16, alpha=32, preserve=0.5, targets=FORMAT.lora_targets),
         sample_posterior=False,  # the toybox was trained on means
         frozen_dtype="bfloat16",
     )
@@ -41,7 +42,7 @@ def v1_2_lora() -> Recipe:
         ManifestClips({"240p": {"51": (1.0, 2)}, "360p": {"51": (1.0, 1)}}),
         DIFFUSION,
         init_from=_MODEL,
-        train=LoRAConfig(rank=16),
+        train=LoRAConfig(rank=16, targets=FORMAT.lora_targets),
     )
     optimizer = OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-15, warmup_steps=100, decay=0.0)
     loop = LoopConfig(

@@ -7,19 +7,17 @@ none of them: configurations of published models are known.
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 
 from opensora.checkpoints.components import build_model
 from opensora.checkpoints.source import Part, find_part
 from opensora.checkpoints.weights import cast_weights
+from opensora.models.families import network_class
+from opensora.models.format import Kind
 
-PartName = Literal["transformer", "autoencoder", "text_encoder", "tokenizer"]
 META = "meta"
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -29,23 +27,19 @@ class Untrained:
     Attributes:
         options: keywords of its class.
         seed: which weights.
+        architecture: its class; None for the newest of its kind.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    architecture: str | None = None
 
 
 Origin = str | Path
 """A model's name, the folder of a pipeline, or a network's own folder or file."""
 
 
-def build_part(
-    origin: Origin | Untrained,
-    name: PartName,
-    cls: type[Network],
-    device: str,
-    dtype: torch.dtype = torch.float32,
-) -> Network:
+def build_part(origin: Origin | Untrained, name: Kind, device: str, dtype: torch.dtype = torch.float32) -> Any:
     """A network on a device, in evaluation mode and without gradients: one that is used and not trained.
 
     Raises:
@@ -55,6 +49,7 @@ def build_part(
         on_device = torch.device(META) if device == META else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), on_device:
             torch.manual_seed(origin.seed)
+            cls = network_class(name, origin.architecture)
             network = build_model(cls, origin.options, Path(f"objective.{name}"))
         cast_weights(network, dtype)
     else:

@@ -18,7 +18,6 @@ from opensora.data.cache import Index, LatentsMadeFrom, MadeFrom, TextMadeFrom
 from opensora.data.clips import ClipSource, ManifestClips
 from opensora.data.precompute import EncodeText
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.settings import to_dict
 from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import Captions, TrainedText
@@ -100,7 +99,7 @@ def make_cache(
     source = ClipSource(clips)
     # The autoencoder is the smaller one and waits on the CPU while text is encoded.
     dtype = getattr(torch, config.frozen_dtype)
-    autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, "cpu", dtype)
+    autoencoder = build_part(config.autoencoder, "autoencoder", "cpu", dtype)
     captions = text = None
     text_bytes = 0
     if options.text and not isinstance(config.text, TrainedText):

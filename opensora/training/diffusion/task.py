@@ -26,7 +26,6 @@ from opensora.data.toybox import ToyboxLatents
 from opensora.denoiser import predict
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.format import Part
 from opensora.models.text.conditioner import TextStates
 from opensora.pipeline import OpenSoraPipeline
@@ -120,7 +119,7 @@ class DiffusionTask(TrainingTask):
             )
         self.defaults = {**config.data.defaults(), **config.defaults}
         frozen_dtype = getattr(torch, config.frozen_dtype)
-        self.autoencoder = build_part(config.autoencoder, "autoencoder", VideoAutoencoder, device, frozen_dtype)
+        self.autoencoder = build_part(config.autoencoder, "autoencoder", device, frozen_dtype)
         self.scheduler, noise_process = config.diffusion.build(self.autoencoder)
         self.noise_process = noise_process.to(device)
         self.transformer = build_transformer(

@@ -8,15 +8,18 @@ Letters: B captions, L tokens, D width of the text.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer
 
+from opensora.checkpoints.components import build_model
 from opensora.checkpoints.weights import fingerprint
 from opensora.data.cache import Cache
 from opensora.errors import OpenSoraError
+from opensora.models.families import network_class
 from opensora.models.text.captions import tokenize_captions
 from opensora.models.text.encoders import check_words
 from opensora.toybox.captions import build_tokenizer
@@ -97,7 +100,7 @@ class Captions:
         self.device, self.dtype = device, dtype
         self.trained = isinstance(config, TrainedText)
         self.num_cut = 0
-        self.encoder: T5EncoderModel | None = None
+        self.encoder: Any = None
         self.tokenizer: Any = None
         if isinstance(config, TrainedText):
             self.tokenizer = build_tokenizer()
@@ -105,12 +108,12 @@ class Captions:
         elif isinstance(config, FrozenText):
             self.load()
 
-    def load(self) -> T5EncoderModel:
+    def load(self) -> Any:
         """Encoder and tokenizer, from their files if they are not here yet."""
         if self.encoder is None:
             assert not isinstance(self.config, TrainedText)  # which has one from the start
             origin = self.config.origin
-            self.encoder = build_part(origin, "text_encoder", T5EncoderModel, self.device, self.dtype)
+            self.encoder = build_part(origin, "text_encoder", self.device, self.dtype)
             if self.device != META:
                 self.tokenizer = ByT5Tokenizer() if isinstance(origin, Untrained) else find_tokenizer(origin)
         return self.encoder
@@ -124,7 +127,7 @@ class Captions:
             return
         made, origin, found = cache.index.made_from.text, self.config.origin, None
         if made is not None and made.origin != origin:
-            found = fingerprint(build_part(origin, "text_encoder", T5EncoderModel, "cpu", self.dtype).state_dict())
+            found = fingerprint(build_part(origin, "text_encoder", "cpu", self.dtype).state_dict())
         cache.check_text(found, self.max_tokens, self.clean)
 
     def check_words(self, captions: Iterable[str]) -> None:
@@ -145,10 +148,11 @@ class Captions:
         return self.encoder(tokens, attention_mask=mask).last_hidden_state
 
 
-def _trained(config: TrainedText, init_from: Origin | None, words: int, device: str) -> T5EncoderModel:
+def _trained(config: TrainedText, init_from: Origin | None, words: int, device: str) -> Any:
     if config.options is not None:
         with torch.device(META) if device == META else torch.device("cpu"):
-            return T5EncoderModel(T5Config(vocab_size=words, **config.options))
+            options = {"vocab_size": words, **config.options}
+            return build_model(network_class("text_encoder"), options, Path("objective.text.options"))
     if init_from is None:
         raise OpenSoraError("a text encoder that is trained needs objective.text.options, or objective.init_from")
-    return build_part(init_from, "text_encoder", T5EncoderModel, device).requires_grad_(True).train()
+    return build_part(init_from, "text_encoder", device).requires_grad_(True).train()
