@@ -273,7 +273,7 @@ class _Watch:
         self.tell("encoding", 0, 0)
 
     def step_done(self, pipe: "OpenSoraPipeline", step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        num_steps = len(pipe.scheduler.timesteps)
+        num_steps = pipe.num_timesteps or 0
         self.tell("denoising", step + 1, num_steps)
         if step + 1 == num_steps:
             self.tell("decoding", num_steps, num_steps)

@@ -5,7 +5,7 @@ Every loop is one call of the pipeline. It is given the last frames of the previ
 frames carried over are shown once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from opensora.conditioning import GivenFrames, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
+from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_list, prompt_of_loop
 from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput, generators_per_video
 
@@ -27,6 +28,7 @@ def generate_loops(
     size: VideoSize,
     condition_frames: int | None = None,
     condition_strength: float = 0.0,
+    scores: Mapping[str, float | str | None] | None = None,
     given: Callable[[int], GivenFrames | None] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_loop: Callable[[int], None] | None = None,
@@ -42,6 +44,7 @@ def generate_loops(
         size: of each clip.
         condition_frames: latent frames carried over from clip to clip; None for the model's default.
         condition_strength: how much of them is made anew, 0 to 1.
+        scores: as the pipeline's.
         given: loop -> frames that are given besides; where they overlap with those carried over, those stay.
         generator: as the pipeline's; the noise of a later loop is drawn where that of the one before ended.
         on_loop: called with the number of each loop before it begins.
@@ -50,7 +53,7 @@ def generate_loops(
 
     Returns:
         As the pipeline, with frames (B, T, 3, H, W) of the whole videos and the settings of the first loop, but for
-        `prompt`, which holds the prompts as given here.
+        `prompt` and `negative_prompt`, which are as given here.
 
     Raises:
         OpenSoraError: as the pipeline; fewer than one loop, or more frames carried over than a clip has to spare.
@@ -61,6 +64,9 @@ def generate_loops(
     if num_loops < 1:
         raise OpenSoraError(f"num_loops is {num_loops}; expected 1 or more")
     prompts, autoencoder = as_prompt_list(prompt), pipeline.autoencoder
+    texts_of_loop = [tuple(prompt_of_loop(text, loop) for text in prompts) for loop in range(num_loops)]
+    encoded: dict[tuple[str, ...], TextStates] = {}
+    negative: TextStates | None = None
     carried = pipeline.config.condition_frames if condition_frames is None else condition_frames
     latent_frames = autoencoder.latent_frames(size.num_frames)
     if num_loops > 1 and latent_frames < 2:
@@ -77,6 +83,10 @@ def generate_loops(
     for loop in range(num_loops):
         if on_loop is not None:
             on_loop(loop)
+        texts = texts_of_loop[loop]
+        if texts not in encoded:  # a text that several loops show is encoded once, and the negative one for all
+            encoded[texts], found = pipeline.encode_prompt(texts, None if encoded else negative_prompt, scores=scores)
+            negative = found if negative is None else negative
         frames = given(loop) if given else None
         if clips:
             end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
@@ -84,8 +94,8 @@ def generate_loops(
                 latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
             frames = (frames or GivenFrames.none(autoencoder, size)).put(latents, 0, condition_strength)
         output = pipeline(
-            [prompt_of_loop(text, loop) for text in prompts],
-            negative_prompt,
+            prompt_embeds=encoded[texts],
+            negative_prompt_embeds=negative,
             height=size.height,
             width=size.width,
             num_frames=size.num_frames,
@@ -97,4 +107,5 @@ def generate_loops(
         clips.append(output.frames)
         settings = settings or output.settings
     frames = torch.cat([clips[0], *(clip[:, repeated:] for clip in clips[1:])], dim=1)
-    return OpenSoraPipelineOutput(frames, {**settings, "prompt": prompts})
+    said = {"prompt": prompts, "negative_prompt": negative_prompt}
+    return OpenSoraPipelineOutput(frames, {**settings, **said})

@@ -38,7 +38,7 @@ class NoisePipeline:
         self.device = torch.device("cpu")
         self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
         self.tokenizer = None
-        self.scheduler = SimpleNamespace(timesteps=[])
+        self.num_timesteps = 3
         self.calls = []
         self.fail_at_step = None
         self.nan = False
@@ -57,12 +57,16 @@ class NoisePipeline:
     def set_progress_bar_config(self, **_):
         pass
 
-    def __call__(self, prompt, negative_prompt, *, generator, output_type, callback_on_step_end, **sampling):
-        self.calls.append(SimpleNamespace(prompt=prompt[0], negative_prompt=negative_prompt, **sampling))
+    def encode_prompt(self, prompts, negative_prompt, *, scores):
+        return SimpleNamespace(prompt=prompts[0], scores=scores), negative_prompt
+
+    def __call__(
+        self, *, prompt_embeds, negative_prompt_embeds, generator, output_type, callback_on_step_end, **sampling
+    ):
+        self.calls.append(SimpleNamespace(**vars(prompt_embeds), negative_prompt=negative_prompt_embeds, **sampling))
         assert output_type == "pt"
         if self.error:
             raise self.error
-        self.scheduler.timesteps = list(range(3))
         for step in range(3):
             if step == self.fail_at_step:
                 raise KeyboardInterrupt

@@ -36,14 +36,19 @@ def test_length_and_the_first_clip(pipe):
 
 def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
     calls: list[Any] = []
+    encoded: list[Any] = []
 
     class Recording:
         def __init__(self) -> None:
             self.config, self.autoencoder, self.on_device = pipe.config, pipe.autoencoder, pipe.on_device
 
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            output = pipe(*args, **options)
-            calls.append((options["given"], output.frames, args[0]))
+        def encode_prompt(self, texts: Any, *args: Any, **options: Any) -> Any:
+            encoded.append(list(texts))
+            return pipe.encode_prompt(texts, *args, **options)
+
+        def __call__(self, **options: Any) -> Any:
+            output = pipe(**options)
+            calls.append((options["given"], output.frames, options["prompt_embeds"]))
             return output
 
     loops(Recording(), prompt="|0|a red ball|2|a blue square", condition_frames=2)
@@ -52,7 +57,19 @@ def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
         assert given.strength.tolist() == [[0, 0, 1, 1, 1]]
         end = before[:, -5:].transpose(1, 2) * 2 - 1
         torch.testing.assert_close(given.latents[:, :, :2], encode_in_place(pipe.autoencoder, end, 17, 0, 2))
-    assert [texts for _, _, texts in calls] == [["a red ball"], ["a red ball"], ["a blue square"]]
+    assert encoded == [["a red ball"], ["a blue square"]]
+    first, second, third = (text for _, _, text in calls)
+    assert first is second and third is not first
+
+
+def test_loops_of_one_prompt_encode_its_text_once(pipe):
+    calls = []
+    hook = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        loops(pipe, num_loops=4, negative_prompt="a big blue square", num_inference_steps=1)
+    finally:
+        hook.remove()
+    assert len(calls) == 2  # the prompt, and the negative prompt
 
 
 def test_two_prompts_and_references(pipe):
