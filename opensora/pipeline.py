@@ -45,6 +45,7 @@ from opensora.models.guidance import (
     default_guider,
     merge_cfg_channel_alias,
 )
+from opensora.models.offload_hooks import merge_tied_layers
 from opensora.models.portable_config import PortablePipelineMixin
 from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.cleaning import clean_text
@@ -476,6 +477,13 @@ class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, Diffusio
     def vae(self) -> Any:
         """The autoencoder, by the name that it has in other pipelines."""
         return self.autoencoder
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; layers that share their weights become one, or a group would send another's weights away."""
+        for component in self.components.values():
+            if isinstance(component, torch.nn.Module):
+                merge_tied_layers(component)
+        super().enable_group_offload(*args, **kwargs)
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode frames in overlapping tiles, in less memory; see the autoencoder's `enable_tiling`."""

@@ -185,7 +185,7 @@ def test_pipeline_decodes_with_it() -> None:
     pipe = make_pipeline("iddpm")
     options = {"generator": seeded(5), "height": EDGE, "width": EDGE, "num_frames": 5}
     pipe.register_modules(autoencoder=make())
-    frames = pipe("a small red ball rolls left", **options).frames
+    frames = pipe("a small red ball rolls left", **options, output_type="pt").frames
     latents = pipe("a small red ball rolls left", **{**options, "generator": seeded(5)}, output_type="latent").frames
     assert frames.shape == (1, 5, 3, EDGE, EDGE)
     with torch.no_grad():

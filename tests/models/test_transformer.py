@@ -254,7 +254,7 @@ def test_pipeline(cls):
     width, length = pipeline.transformer.null_text.shape[1], pipeline.transformer.null_text.shape[0]
     other = build(cls, in_channels=4, caption_channels=width, model_max_length=length)
     pipeline.register_modules(transformer=other)
-    frames = pipeline("a red ball moves left", num_inference_steps=2, generator=seeded(0)).frames
+    frames = pipeline("a red ball moves left", num_inference_steps=2, generator=seeded(0), output_type="pt").frames
     assert frames.shape == (1, 5, 3, 16, 24)
     assert frames.isfinite().all()
 

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+from opensora.models.offload_hooks import execution_device
 
 # A fast tokenizer keeps how it pads between calls, and refuses a second thread meanwhile.
 _TOKENIZING = threading.Lock()
@@ -52,7 +53,7 @@ def encode_prompts(
             f"the prompt {_start_of(prompts[longest])!r} has {lengths[longest]} tokens, but this model reads "
             f"{max_length}; shorten it"
         )
-    encoder_device = next(text_encoder.parameters()).device
+    encoder_device = execution_device(text_encoder)
     text_mask = tokens["attention_mask"].to(encoder_device)
     states = text_encoder(input_ids=tokens["input_ids"].to(encoder_device), attention_mask=text_mask)[0]
     return states.to(device=device, dtype=dtype), text_mask.to(device=device, dtype=torch.bool)
