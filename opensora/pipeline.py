@@ -12,9 +12,7 @@ Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T 
 import contextlib
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -25,10 +23,9 @@ from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.conditioning import GivenFrames, condition
-from opensora.denoiser import Denoiser
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
@@ -45,17 +42,17 @@ from opensora.models.guidance import (
     default_guider,
     merge_cfg_channel_alias,
 )
-from opensora.models.offload_hooks import merge_tied_layers
 from opensora.models.portable_config import PortablePipelineMixin
 from opensora.models.schedulers.base import check_scheduler
-from opensora.models.text.cleaning import clean_text
-from opensora.models.text.conditioner import TextConditioner, TextStates
-from opensora.models.text.prompts import append_scores, as_prompt_lists
+from opensora.models.text.conditioner import TextStates
+from opensora.models.text.prompts import as_prompt_lists
 from opensora.offloading import Offloader
+from opensora.sampling.habits import HabitsMixin
+from opensora.sampling.prompting import PromptingMixin
+from opensora.sampling.runs import CALLBACK_TENSORS, Run, RunsMixin
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
-_CALLBACK_TENSORS = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass
@@ -73,92 +70,9 @@ class OpenSoraPipelineOutput(BaseOutput):
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class Run:
-    """The state of one call. Nothing of it lies on the pipeline, so that several threads may call that.
-
-    Attributes:
-        pipeline: that is called.
-        scheduler: of this run alone, its steps laid out.
-        rule: of guidance, likewise.
-        clip: what the network is told of the clips.
-        text, negative: one row per clip; None for the unconditional text.
-        latents: (B, C, T', H', W'), where the run is.
-        frame_strength: (B, T'), how much of each frame is made anew; None for all.
-        generators: one per clip.
-        denoiser: the network and the branches of guidance.
-        timestep: of the present step.
-        guided: whether that step has more branches than one.
-        interrupted: no further step is made.
-    """
-
-    pipeline: "OpenSoraPipeline"
-    scheduler: Any
-    rule: GuidanceRule
-    clip: ClipConditions
-    text: TextStates
-    negative: TextStates | None
-    latents: Tensor
-    frame_strength: Tensor | None
-    generators: list[torch.Generator]
-    denoiser: Denoiser = field(init=False)
-    timestep: Tensor | None = None
-    guided: bool = False
-    interrupted: bool = False
-
-    def __post_init__(self) -> None:
-        pipeline = self.pipeline
-        branches = pipeline.text_conditioner.branches(self.text, self.negative)
-        sequential, ranks = pipeline.sequential_guidance, pipeline.ranks
-        self.denoiser = Denoiser(pipeline.transformer, branches, self.clip, sequential=sequential, ranks=ranks)
-
-    @property
-    def num_steps(self) -> int:
-        """Of the run."""
-        return len(self.scheduler.timesteps)
-
-    def tensors(self, prediction: Tensor) -> dict[str, Any]:
-        """What a callback may see after a step that predicted this."""
-        return {
-            "latents": self.latents,
-            "noise_pred": prediction,
-            "prompt_embeds": self.text,
-            "negative_prompt_embeds": self.negative,
-        }
-
-    def replace(self, changes: Mapping[str, Any]) -> None:
-        """Takes over what a callback returned."""
-        self.latents = changes.get("latents", self.latents)
-        text, negative = changes.get("prompt_embeds", self.text), changes.get("negative_prompt_embeds", self.negative)
-        if text is not self.text or negative is not self.negative:
-            self.text, self.negative = text, negative
-            self.__post_init__()
-
-
-_RUN: ContextVar[Run | None] = ContextVar("opensora_run", default=None)
-"""The call under way in this thread or task."""
-
-
-class Turn:
-    """A lock that a pipeline's copies do not share."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __deepcopy__(self, memo: Any) -> "Turn":
-        return Turn()
-
-    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
-        return Turn, ()
-
-
-class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, DiffusionPipeline):
+class OpenSoraPipeline(
+    RunsMixin, PromptingMixin, HabitsMixin, PortablePipelineMixin, CogVideoXLoraLoaderMixin, DiffusionPipeline
+):
     """Text to video with a diffusion transformer of the Open-Sora family.
 
     Attributes:
@@ -205,7 +119,7 @@ class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, Diffusio
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
-    _callback_tensor_inputs = list(_CALLBACK_TENSORS)
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)
     # CogVideoXLoraLoaderMixin is diffusers' loader of adapters for pipelines in which a transformer alone is adapted:
     # `load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights`, ...
     # Declared for readers and type checkers; both are diffusers'.
@@ -281,8 +195,7 @@ class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, Diffusio
         self.offloader: Offloader | None = None
         self.sequential_guidance = False
         self.ranks: SamplingRanks | None = None
-        self._runs: list[Run] = []  # calls under way, of all threads
-        self._turn = Turn()
+        self._no_runs_yet()
 
     @torch.no_grad()
     def __call__(
@@ -471,128 +384,6 @@ class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, Diffusio
         """Where it runs."""
         return super().device if self.offloader is None else self.offloader.device
 
-    # --- what diffusers' users expect ---------------------------------------------------------------------------------
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder, by the name that it has in other pipelines."""
-        return self.autoencoder
-
-    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; layers that share their weights become one, or a group would send another's weights away."""
-        for component in self.components.values():
-            if isinstance(component, torch.nn.Module):
-                merge_tied_layers(component)
-        super().enable_group_offload(*args, **kwargs)
-
-    def enable_vae_tiling(self) -> None:
-        """Encode and decode frames in overlapping tiles, in less memory; see the autoencoder's `enable_tiling`."""
-        self.autoencoder.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Frames whole again."""
-        self.autoencoder.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Encode and decode the clips of a batch one by one; the result is the same."""
-        self.autoencoder.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """All clips of a batch at once again."""
-        self.autoencoder.disable_slicing()
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """Components and the model's defaults: `OpenSoraPipeline(**pipe.components)` is the same model again."""
-        networks = super().components
-        known = set(inspect.signature(type(self).__init__).parameters) - set(networks)
-        return {**networks, **{name: value for name, value in dict(self.config).items() if name in known}}
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **changes: Any) -> "OpenSoraPipeline":
-        """A pipeline of this class that shares another one's networks, with the model's defaults.
-
-        Args:
-            pipeline: made of the same components.
-            **changes: components or defaults to take the place of its own, and `torch_dtype`.
-
-        Raises:
-            OpenSoraError: components are missing.
-        """
-        dtype = changes.pop("torch_dtype", None)
-        known = inspect.signature(cls.__init__).parameters
-        parts = {name: part for name, part in pipeline.components.items() if name in known} | changes
-        required = [n for n, p in known.items() if n != "self" and p.default is inspect.Parameter.empty]
-        if missing := [name for name in required if name not in parts]:
-            raise OpenSoraError(f"a {type(pipeline).__name__} has no {', '.join(missing)}; give them as well, by name")
-        made = cls(**parts)
-        return made if dtype is None else made.to(dtype)
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """Of the call under way in this thread; None outside of one, and for rules without."""
-        run = self._current_run()
-        return None if run is None else run.rule.describe().get("guidance_scale")
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the call under way in this thread has an unconditional branch at its present step."""
-        run = self._current_run()
-        return run is not None and run.guided
-
-    @property
-    def num_timesteps(self) -> int | None:
-        """Steps of the call under way in this thread; None outside of one."""
-        run = self._current_run()
-        return None if run is None else run.num_steps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """Where the denoising loop is, for caches that ask; None outside it."""
-        run = self._current_run()
-        return None if run is None else run.timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call under way in this thread was asked to stop; it then decodes what it has."""
-        run = self._current_run()
-        return run is not None and run.interrupted
-
-    @property
-    def _interrupt(self) -> bool:
-        return self.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        """In a callback this call is meant, from anywhere else every call under way."""
-        run = self._current_run()
-        for interrupted in list(self._runs) if run is None else [run]:
-            interrupted.interrupted = value
-
-    # --- runs ---------------------------------------------------------------------------------------------------------
-
-    def _current_run(self) -> "Run | None":
-        run = _RUN.get()
-        return run if run is not None and run.pipeline is self else None
-
-    @contextlib.contextmanager
-    def _running(self, run: "Run") -> Iterator[None]:
-        """Within it the run is this thread's; what caches and offloading keep between steps is cleared afterwards."""
-        self._runs.append(run)
-        token = _RUN.set(run)
-        try:
-            yield
-        finally:
-            _RUN.reset(token)
-            self._runs.remove(run)
-            self.maybe_free_model_hooks()
-
-    def _exclusive(self) -> contextlib.AbstractContextManager[Any]:
-        """Lets one call in at a time where networks keep something between steps: caches, offloading, ranks."""
-        networks = [part for part in super().components.values() if isinstance(part, nn.Module)]
-        kept = self.offloader is not None or self.ranks is not None or any(map(_has_hooks, networks))
-        return self._turn if kept else contextlib.nullcontext()
-
     # --- before the loop ----------------------------------------------------------------------------------------------
 
     def size_rule(self) -> SizeRule:
@@ -615,81 +406,6 @@ class OpenSoraPipeline(PortablePipelineMixin, CogVideoXLoraLoaderMixin, Diffusio
         height, width = nominal_size or (size.height, size.width)
         rate = self.config.fps if fps is None else fps
         return ClipConditions.of_clip(height, width, size.num_frames, rate, self.config.image_fps)
-
-    def spell(self, prompts: Sequence[str], scores: Mapping[str, float | str | None] | None = None) -> list[str]:
-        """Prompts as the model's captions were: with scores at the end, cleaned.
-
-        Args:
-            prompts: sentences.
-            scores: in place of the model's default ones.
-
-        Raises:
-            OpenSoraError: a score that the model does not know.
-        """
-        known = self.config.scores or {}
-        for name in scores or {}:
-            if name not in known:
-                knows = f"it knows {', '.join(known)}" if known else "it knows none; leave them out"
-                raise OpenSoraError(f"this model was not trained with the score {name!r}; {knows}")
-        spelled = [append_scores(prompt, **{**known, **(scores or {})}) for prompt in prompts]
-        return self._clean(spelled)
-
-    def _clean(self, prompts: Sequence[str]) -> list[str]:
-        return [clean_text(prompt) if self.config.clean_prompts else prompt for prompt in prompts]
-
-    @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None = None,
-        *,
-        num_videos_per_prompt: int = 1,
-        scores: Mapping[str, float | str | None] | None = None,
-        prompt_embeds: TextStates | Tensor | None = None,
-        negative_prompt_embeds: TextStates | Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-    ) -> tuple[TextStates, TextStates | None]:
-        """Text as a call takes it back in `prompt_embeds` and `negative_prompt_embeds`; arguments as of a call.
-
-        Returns:
-            The prompts' text, one row per video, and the negative prompts' or None.
-
-        Raises:
-            OpenSoraError: no text, or two for one; a prompt that is too long or holds unknown words.
-        """
-        prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
-        if (prompts is None) == (prompt_embeds is None):
-            both = "both prompt and prompt_embeds" if prompts else "neither prompt nor prompt_embeds"
-            raise OpenSoraError(f"got {both}; give one of them: what should the video show?")
-        if negatives is not None and negative_prompt_embeds is not None:
-            raise OpenSoraError("got both negative_prompt and negative_prompt_embeds; give one of them")
-        spelled = None if prompts is None else self.spell(prompts, scores)
-        text = self._encode(spelled, prompt_embeds, prompt_attention_mask)
-        assert text is not None
-        cleaned = None if negatives is None else self._clean(negatives)
-        negative = self._encode(cleaned, negative_prompt_embeds, negative_prompt_attention_mask)
-        if negative is not None and len(negative) not in (1, len(text)):
-            raise OpenSoraError(f"got {len(negative)} negative texts for {len(text)} texts; give one, or one each")
-        if negative is not None and len(negative) < len(text):
-            negative = negative.repeat_each(len(text))
-        return text.repeat_each(num_videos_per_prompt), negative and negative.repeat_each(num_videos_per_prompt)
-
-    def _encode(
-        self, prompts: list[str] | None, embeds: TextStates | Tensor | None, mask: Tensor | None
-    ) -> TextStates | None:
-        """One row of text per prompt, or as given, where and as the transformer reads it."""
-        if isinstance(embeds, Tensor):
-            embeds = TextStates(embeds, mask)
-        elif prompts is not None:
-            with self.on_device("text_encoder"):
-                embeds = self.text_conditioner.encode(prompts)
-        return None if embeds is None else embeds.to(self._execution_device, self.transformer.dtype)
-
-    @property
-    def text_conditioner(self) -> TextConditioner:
-        """What turns prompts into what the transformer reads, from the components of the moment."""
-        return self.transformer.text_conditioner(super().components, self.transformer)
 
     def _guidance_rule(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> GuidanceRule:
         """A rule of guidance for one run."""
@@ -906,23 +622,13 @@ def repeat_each(texts: Sequence[str] | None, times: int) -> list[str] | None:
     return None if texts is None else [text for text in texts for _ in range(times)]
 
 
-def _has_hooks(network: nn.Module) -> bool:
-    """Whether diffusers or accelerate keep something at a network's modules."""
-
-    def hooked(module: Any) -> bool:
-        registry = getattr(module, "_diffusers_hook", None)
-        return getattr(module, "_hf_hook", None) is not None or bool(registry is not None and registry.hooks)
-
-    return any(map(hooked, network.modules()))
-
-
 def _check_choices(output_type: str, tensor_inputs: Sequence[str]) -> None:
     if output_type not in _OUTPUT_TYPES:
         raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
     for name in tensor_inputs:
-        if name not in _CALLBACK_TENSORS:
+        if name not in CALLBACK_TENSORS:
             raise OpenSoraError(
-                f"callback_on_step_end_tensor_inputs names {name!r}; expected some of {', '.join(_CALLBACK_TENSORS)}"
+                f"callback_on_step_end_tensor_inputs names {name!r}; expected some of {', '.join(CALLBACK_TENSORS)}"
             )
 
 

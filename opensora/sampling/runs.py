@@ -1,0 +1,197 @@
+"""The state of a call of the pipeline, which belongs to the call: several threads may use one pipeline.
+
+A `Run` holds what one call is doing. The pipeline finds the run of the present thread (or task) where diffusers' users
+and caches ask for it: `num_timesteps`, `guidance_scale`, `current_timestep`, `interrupt`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.denoiser import Denoiser
+from opensora.models.clip_conditions import ClipConditions
+from opensora.models.guidance import GuidanceRule
+from opensora.models.text.conditioner import TextStates
+
+CALLBACK_TENSORS = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
+"""What a callback at the end of a step may ask for."""
+
+
+@dataclass(eq=False)
+class Run:
+    """The state of one call. Nothing of it lies on the pipeline, so that several threads may call that.
+
+    Attributes:
+        pipeline: that is called.
+        scheduler: of this run alone, its steps laid out.
+        rule: of guidance, likewise.
+        clip: what the network is told of the clips.
+        text, negative: one row per clip; None for the unconditional text.
+        latents: (B, C, T', H', W'), where the run is.
+        frame_strength: (B, T'), how much of each frame is made anew; None for all.
+        generators: one per clip.
+        denoiser: the network and the branches of guidance.
+        timestep: of the present step.
+        guided: whether that step has more branches than one.
+        interrupted: no further step is made.
+    """
+
+    pipeline: Any
+    scheduler: Any
+    rule: GuidanceRule
+    clip: ClipConditions
+    text: TextStates
+    negative: TextStates | None
+    latents: Tensor
+    frame_strength: Tensor | None
+    generators: list[torch.Generator]
+    denoiser: Denoiser = field(init=False)
+    timestep: Tensor | None = None
+    guided: bool = False
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        pipeline = self.pipeline
+        branches = pipeline.text_conditioner.branches(self.text, self.negative)
+        sequential, ranks = pipeline.sequential_guidance, pipeline.ranks
+        self.denoiser = Denoiser(pipeline.transformer, branches, self.clip, sequential=sequential, ranks=ranks)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the run."""
+        return len(self.scheduler.timesteps)
+
+    def tensors(self, prediction: Tensor) -> dict[str, Any]:
+        """What a callback may see after a step that predicted this."""
+        return {
+            "latents": self.latents,
+            "noise_pred": prediction,
+            "prompt_embeds": self.text,
+            "negative_prompt_embeds": self.negative,
+        }
+
+    def replace(self, changes: Mapping[str, Any]) -> None:
+        """Takes over what a callback returned."""
+        self.latents = changes.get("latents", self.latents)
+        text, negative = changes.get("prompt_embeds", self.text), changes.get("negative_prompt_embeds", self.negative)
+        if text is not self.text or negative is not self.negative:
+            self.text, self.negative = text, negative
+            self.__post_init__()
+
+
+_RUN: ContextVar[Run | None] = ContextVar("opensora_run", default=None)
+"""The call under way in this thread or task."""
+
+
+class Turn:
+    """A lock that a pipeline's copies do not share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: Any) -> "Turn":
+        return Turn()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        return Turn, ()
+
+
+class RunsMixin:
+    """What a pipeline knows of the calls that are under way."""
+
+    networks: dict[str, Any]
+    offloader: Any
+    ranks: Any
+    maybe_free_model_hooks: Any
+
+    def _no_runs_yet(self) -> None:
+        """Called once by the pipeline's constructor."""
+        self._runs: list[Run] = []  # calls under way, of all threads
+        self._turn = Turn()
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the call under way in this thread; None outside of one, and for rules without."""
+        run = self._current_run()
+        return None if run is None else run.rule.describe().get("guidance_scale")
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call under way in this thread has an unconditional branch at its present step."""
+        run = self._current_run()
+        return run is not None and run.guided
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Steps of the call under way in this thread; None outside of one."""
+        run = self._current_run()
+        return None if run is None else run.num_steps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Where the denoising loop is, for caches that ask; None outside it."""
+        run = self._current_run()
+        return None if run is None else run.timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call under way in this thread was asked to stop; it then decodes what it has."""
+        run = self._current_run()
+        return run is not None and run.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """In a callback this call is meant, from anywhere else every call under way."""
+        run = self._current_run()
+        for interrupted in list(self._runs) if run is None else [run]:
+            interrupted.interrupted = value
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def _current_run(self) -> "Run | None":
+        run = _RUN.get()
+        return run if run is not None and run.pipeline is self else None
+
+    @contextlib.contextmanager
+    def _running(self, run: "Run") -> Iterator[None]:
+        """Within it the run is this thread's; what caches and offloading keep between steps is cleared afterwards."""
+        self._runs.append(run)
+        token = _RUN.set(run)
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+            self._runs.remove(run)
+            self.maybe_free_model_hooks()
+
+    def _exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """Lets one call in at a time where networks keep something between steps: caches, offloading, ranks."""
+        networks = [part for part in self.networks.values() if isinstance(part, nn.Module)]
+        kept = self.offloader is not None or self.ranks is not None or any(map(_has_hooks, networks))
+        return self._turn if kept else contextlib.nullcontext()
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    """Whether diffusers or accelerate keep something at a network's modules."""
+
+    def hooked(module: Any) -> bool:
+        registry = getattr(module, "_diffusers_hook", None)
+        return getattr(module, "_hf_hook", None) is not None or bool(registry is not None and registry.hooks)
+
+    return any(map(hooked, network.modules()))
