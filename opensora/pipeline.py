@@ -148,7 +148,7 @@ class OpenSoraPipeline(
         clip_frames: int | None = None,
         clip_s: int = 2,
         clean_prompts: bool = False,
-        scores: dict[str, float | str | None] | None = None,
+        scores: dict[str, Any] | None = None,  # likewise, of a union within
         frame_alignment: int | None = None,
         condition_frames: int = 2,
         trained_on: dict[str, Any] | None = None,

@@ -118,6 +118,20 @@ def test_diffusers_opens_a_saved_folder_by_itself(saved, tmp_path, monkeypatch, 
     assert pipe.config.cfg_channels == load_pipeline(saved[kind]).config.cfg_channels
 
 
+@pytest.mark.parametrize(
+    "opened",
+    ["OpenSoraPipeline.from_pretrained({!r})", "DiffusionPipeline.from_pretrained({!r}, trust_remote_code=True)"],
+)
+def test_a_process_that_knows_nothing_yet_opens_a_saved_folder(saved, tmp_path, opened):
+    """diffusers takes components from modules alone that were imported before."""
+    cls = opened.partition(".")[0]
+    code = f"from {'opensora' if cls == 'OpenSoraPipeline' else 'diffusers'} import {cls}\n"
+    code += f"print(type({opened.format(str(saved['iddpm']))}.transformer).__name__)"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout.strip() == "STDiT3", run.stderr
+
+
 def test_a_folder_saved_before_it_held_a_module(folder):
     (folder / "pipeline.py").unlink()
     change_json(folder / "model_index.json", _class_name="OpenSoraPipeline")

@@ -212,15 +212,13 @@ class ModelSource:
             raise OpenSoraError(f"{self.folder or self.name} holds no weights to take a hash of")
         hashes = {name: hub.content_hash(file) or file_hash(file) for name, file in files.items()}
         if self.folder is None:  # what the table says decides as well
-            told = {p.name: [".".join(p.class_name or ()), dict(p.config or {})] for p in self._told_by_table()}
+            known = [part for part in self.parts.values() if not part.replaced]
+            told = {part.name: [".".join(part.class_name or ()), dict(part.config or {})] for part in known}
             hashes["table"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         total = hashlib.sha256()
         for name, digest in sorted(hashes.items()):
             total.update(f"{name}\0{digest}\n".encode())
         return total.hexdigest()
-
-    def _told_by_table(self) -> list[Part]:
-        return [part for part in self.parts.values() if not part.replaced]
 
 
 def needed_parts() -> list[str]:
