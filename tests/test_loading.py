@@ -85,7 +85,10 @@ def test_a_saved_pipeline_makes_the_same_frames(saved, kind):
     made = make_pipeline(kind)
     loaded = quiet(load_pipeline(saved[kind]))
     assert loaded.config.cfg_channels == made.config.cfg_channels
-    first, second = made(PROMPT, generator=seeded(1)), loaded(PROMPT, generator=seeded(1))
+    first, second = (
+        made(PROMPT, generator=seeded(1), output_type="pt"),
+        loaded(PROMPT, generator=seeded(1), output_type="pt"),
+    )
     assert torch.equal(first.frames, second.frames)
     assert first.settings == second.settings
 
@@ -103,7 +106,10 @@ def test_from_pretrained_reads_the_same_folder(saved, monkeypatch, accelerate, k
     ours = quiet(load_pipeline(saved[kind]))
     theirs = quiet(OpenSoraPipeline.from_pretrained(saved[kind]))
     assert theirs.config.cfg_channels == ours.config.cfg_channels
-    assert torch.equal(ours(PROMPT, generator=seeded(1)).frames, theirs(PROMPT, generator=seeded(1)).frames)
+    assert torch.equal(
+        ours(PROMPT, generator=seeded(1), output_type="pt").frames,
+        theirs(PROMPT, generator=seeded(1), output_type="pt").frames,
+    )
 
 
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
@@ -172,7 +178,10 @@ def test_shards_are_one_model(tmp_path):
     made.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
     loaded = quiet(load_pipeline(tmp_path / "model"))
-    assert torch.equal(made(PROMPT, generator=seeded(1)).frames, loaded(PROMPT, generator=seeded(1)).frames)
+    assert torch.equal(
+        made(PROMPT, generator=seeded(1), output_type="pt").frames,
+        loaded(PROMPT, generator=seeded(1), output_type="pt").frames,
+    )
     next((tmp_path / "model" / "transformer").glob("*00002*")).unlink()
     assert "is missing" in refusal(tmp_path / "model")
 
@@ -589,7 +598,10 @@ def test_a_pickle_of_tensors_is_read(folder):
     torch.save(load_file(path), path.with_suffix(".pt"))
     path.unlink()
     made, loaded = make_pipeline("flow"), quiet(load_pipeline(folder))
-    assert torch.equal(made(PROMPT, generator=seeded(1)).frames, loaded(PROMPT, generator=seeded(1)).frames)
+    assert torch.equal(
+        made(PROMPT, generator=seeded(1), output_type="pt").frames,
+        loaded(PROMPT, generator=seeded(1), output_type="pt").frames,
+    )
     assert "is a file; a model is a folder" in refusal(path.with_suffix(".pt"))
 
 

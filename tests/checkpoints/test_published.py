@@ -181,7 +181,7 @@ def test_a_release_makes_frames(released, name):
     released(f"opensora-{name}")
     pipe = load_pipeline(f"opensora-{name}")
     pipe.set_progress_bar_config(disable=True)
-    output = pipe(PROMPT, generator=seeded(1))
+    output = pipe(PROMPT, generator=seeded(1), output_type="pt")
     assert output.frames.shape == (1, 4, 3, 32, 48) and torch.isfinite(output.frames).all()
     assert output.settings["cfg_channels"] == ([0, 1, 2, 3] if name == "1.2" else [0, 1, 2])
 
@@ -363,7 +363,7 @@ def test_a_release_saved_in_our_layout_makes_the_same_frames(released, tmp_path,
     frames = []
     for pipe in (first, load_pipeline(tmp_path / "ours")):
         pipe.set_progress_bar_config(disable=True)
-        frames.append(pipe(PROMPT, generator=seeded(1)).frames)
+        frames.append(pipe(PROMPT, generator=seeded(1), output_type="pt").frames)
     torch.testing.assert_close(*frames)
 
 
