@@ -42,7 +42,7 @@ from opensora.models.guidance import (
     default_guider,
     merge_cfg_channel_alias,
 )
-from opensora.models.portable_config import PortablePipelineMixin
+from opensora.models.portable_pipeline import PortablePipelineMixin
 from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_lists
