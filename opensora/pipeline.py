@@ -25,7 +25,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from opensora.conditioning import GivenFrames, condition
+from opensora.conditioning.frames import FrameConditioning, condition
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
@@ -213,7 +213,7 @@ class OpenSoraPipeline(
         last_image: Any = None,
         video: Any = None,
         strength: float | None = None,
-        given: GivenFrames | None = None,
+        given: FrameConditioning | None = None,
         num_inference_steps: int | str | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -254,7 +254,7 @@ class OpenSoraPipeline(
             last_image: the picture that it ends with, likewise.
             video: a clip that is made anew: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W).
             strength: how much of `video` is made anew, from 0 (nothing) to 1 (all).
-            given: frames that are there already in any other way, see `conditioning.condition`.
+            given: frames that are there already in any other way, see `conditioning.frames.condition`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
             timesteps: of the steps, in place of a number of them; see the scheduler's `set_timesteps`.
             sigmas: noise levels of the steps, likewise.
@@ -444,13 +444,13 @@ class OpenSoraPipeline(
 
     def _conditioning(
         self,
-        given: GivenFrames | None,
+        given: FrameConditioning | None,
         image: Any,
         last_image: Any,
         video: Any,
         strength: float | None,
         size: VideoSize,
-    ) -> GivenFrames | None:
+    ) -> FrameConditioning | None:
         """Frames that are given, in whatever way they were."""
         named = {"image": image, "last_image": last_image, "edit": video}
         named = {name: frames for name, frames in named.items() if frames is not None}
@@ -467,7 +467,9 @@ class OpenSoraPipeline(
             for k in range(count):
                 chosen: dict[str, Any] = {name: clips[k % len(clips)] for name, clips in pictures.items()}
                 per_clip.append(condition(self.autoencoder, size, strength=strength, **chosen))
-        return GivenFrames(torch.cat([one.latents for one in per_clip]), torch.cat([one.strength for one in per_clip]))
+        return FrameConditioning(
+            torch.cat([one.latents for one in per_clip]), torch.cat([one.strength for one in per_clip])
+        )
 
     def _initial_latents(
         self,
@@ -574,7 +576,7 @@ def _check_trained_on(trained_on: Mapping[str, Any] | None, autoencoder: Any) ->
         wanted.check_same(autoencoder.latent_space, here="the transformer's training", there="the autoencoder")
 
 
-def _with_given_frames(noise: Tensor, given: GivenFrames | None) -> tuple[Tensor, Tensor | None]:
+def _with_given_frames(noise: Tensor, given: FrameConditioning | None) -> tuple[Tensor, Tensor | None]:
     """Latents to start from, (B, C, T', H', W'), and how much of each frame is made anew, (B, T'); None for all."""
     if given is None:
         return noise, None

@@ -7,7 +7,7 @@ from tiny_pipeline import make_autoencoder, make_pipeline, make_text_encoder, ma
 from torch import nn
 
 from opensora import load_pipeline
-from opensora.conditioning import condition
+from opensora.conditioning.frames import condition
 from opensora.errors import OpenSoraError
 from opensora.generation.loops import generate_loops
 from opensora.geometry import VideoSize

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opensora.conditioning import GivenFrames, condition
+from opensora.conditioning.frames import FrameConditioning, condition
 from opensora.distributed.seeding import generator
 from opensora.evaluation.judge import Judge
 from opensora.evaluation.toybox import label_words, share_right
@@ -39,7 +39,7 @@ class Way:
     name: str
     num_frames: int
     kept: tuple[tuple[int, int], ...]
-    give: Callable[..., GivenFrames]
+    give: Callable[..., FrameConditioning]
 
 
 WAYS = (
@@ -118,7 +118,7 @@ def edits_follow(
 
 
 def _generate(
-    pipeline: OpenSoraPipeline, specs: list[ClipSpec], size: VideoSize, given: GivenFrames, seed: int, start: int
+    pipeline: OpenSoraPipeline, specs: list[ClipSpec], size: VideoSize, given: FrameConditioning, seed: int, start: int
 ) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1], each from its own noise."""
     noise = [generator("evaluate given frames", seed, start + i) for i in range(len(specs))]
@@ -133,7 +133,9 @@ def _generate(
     return output.frames.transpose(1, 2) * 2 - 1
 
 
-def _reconstructed(pipeline: OpenSoraPipeline, given: GivenFrames, size: VideoSize, first: int, end: int) -> Tensor:
+def _reconstructed(
+    pipeline: OpenSoraPipeline, given: FrameConditioning, size: VideoSize, first: int, end: int
+) -> Tensor:
     """Frames first .. end as the autoencoder alone decodes them: from the given latents, and nothing after them."""
     latents, autoencoder = given.latents, pipeline.autoencoder
     frames = [autoencoder.frames_before(k, size.num_frames) for k in range(latents.shape[2] + 1)]
@@ -148,8 +150,8 @@ def _psnr(video: Tensor, expected: Tensor) -> Tensor:
     return (10 * torch.log10(4 / error.clamp_min(4 * 10 ** (-100 / 10)))).clamp_max(100.0)
 
 
-def _join(given: list[GivenFrames]) -> GivenFrames:
-    return GivenFrames(torch.cat([one.latents for one in given]), torch.cat([one.strength for one in given]))
+def _join(given: list[FrameConditioning]) -> FrameConditioning:
+    return FrameConditioning(torch.cat([one.latents for one in given]), torch.cat([one.strength for one in given]))
 
 
 def _recoloured(spec: ClipSpec) -> ClipSpec:

@@ -25,7 +25,7 @@ from opensora.generation.resolve import resolve, total_frames
 from opensora.generation.words import check_words
 
 if TYPE_CHECKING:
-    from opensora.conditioning import GivenFrames
+    from opensora.conditioning.frames import FrameConditioning
     from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
 
 Stage = Literal["encoding", "denoising", "decoding"]
@@ -76,7 +76,7 @@ class PreparedClip:
     sampling: Sampling
     num_frames: int
     inputs: Inputs
-    conditioning: "list[GivenFrames | None]"
+    conditioning: "list[FrameConditioning | None]"
     notes: tuple[str, ...]
 
 
@@ -167,7 +167,7 @@ class Engine:
         texts = [text for request in requests for text in request.texts()]
         texts += [request.negative_prompt for request in requests if request.negative_prompt]
         check_words(self.pipeline, texts)
-        encoded: dict[Any, list[GivenFrames | None]] = {}
+        encoded: dict[Any, list[FrameConditioning | None]] = {}
         prepared = []
         for request in requests:
             pipeline = self._pipeline(request.sampler)
@@ -291,7 +291,7 @@ def _sample(prepared: PreparedClip, watch: _Watch) -> "OpenSoraPipelineOutput":
         size=sampling.size,
         condition_frames=sampling.condition_frames,
         condition_strength=sampling.condition_strength,
-        given=lambda loop: prepared.conditioning[loop],
+        conditioning=lambda loop: prepared.conditioning[loop],
         generator=torch.Generator("cpu").manual_seed(request.seed),
         on_loop=watch.loop_begins,
         nominal_size=sampling.nominal_size,

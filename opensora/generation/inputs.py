@@ -22,7 +22,7 @@ from opensora.models.text.prompts import parse_mask_strategy
 if TYPE_CHECKING:
     import torch
 
-    from opensora.conditioning import GivenFrames
+    from opensora.conditioning.frames import FrameConditioning
     from opensora.pipeline import OpenSoraPipeline
 
 Inputs = NamedFrames | PlacedReferences | None
@@ -147,7 +147,7 @@ def find_files(record: Record, given: Sequence[Path], clip: Path) -> dict[GivenF
 
 def frames_of_loops(
     pipe: "OpenSoraPipeline", inputs: Inputs, files: InputFiles, sampling: Sampling
-) -> "list[GivenFrames | None]":
+) -> "list[FrameConditioning | None]":
     """What is given in each loop of a clip.
 
     Raises:
@@ -177,8 +177,8 @@ def notes_on_files(inputs: Inputs, files: InputFiles, sampling: Sampling) -> Ite
 
 def _named(
     pipe: "OpenSoraPipeline", given: NamedFrames, files: InputFiles, sampling: Sampling
-) -> "Iterator[GivenFrames | None]":
-    from opensora.conditioning import condition
+) -> "Iterator[FrameConditioning | None]":
+    from opensora.conditioning.frames import condition
 
     size, last = sampling.size, sampling.num_loops - 1
     first_frames, last_frames = slice(size.num_frames), slice(-size.num_frames, None)
@@ -208,23 +208,23 @@ def _named(
 
 def _placed(
     pipe: "OpenSoraPipeline", given: PlacedReferences, files: InputFiles, sampling: Sampling
-) -> "Iterator[GivenFrames | None]":
+) -> "Iterator[FrameConditioning | None]":
     import torch
 
-    from opensora.conditioning import GivenFrames, place_references
+    from opensora.conditioning.frames import FrameConditioning, place_references
 
     autoencoder, size = pipe.autoencoder, sampling.size
     placements = parse_mask_strategy(given.mask_strategy)
     with torch.no_grad():
         videos = (files[file].fill(size.height, size.width) for file in given.files)
         references = [autoencoder.encode_video(video[None].to(autoencoder.device))[0] for video in videos]
-    empty = GivenFrames.none(autoencoder, size).latents[0]
+    empty = FrameConditioning.none(autoencoder, size).latents[0]
     for loop in range(sampling.num_loops):
         if not any(placement.loop == loop for placement in placements):
             yield None
             continue
         latents, strength = place_references(empty, references, placements, loop=loop, alignment=given.alignment)
-        yield GivenFrames(latents[None], strength[None])
+        yield FrameConditioning(latents[None], strength[None])
 
 
 def file_hash(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.conditioning import GivenFrames, encode_in_place
+from opensora.conditioning.frames import FrameConditioning, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.text.conditioner import TextStates
@@ -29,7 +29,7 @@ def generate_loops(
     condition_frames: int | None = None,
     condition_strength: float = 0.0,
     scores: Mapping[str, float | str | None] | None = None,
-    given: Callable[[int], GivenFrames | None] | None = None,
+    conditioning: Callable[[int], FrameConditioning | None] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_loop: Callable[[int], None] | None = None,
     **options: Any,
@@ -45,7 +45,7 @@ def generate_loops(
         condition_frames: latent frames carried over from clip to clip; None for the model's default.
         condition_strength: how much of them is made anew, 0 to 1.
         scores: as the pipeline's.
-        given: loop -> frames that are given besides; where they overlap with those carried over, those stay.
+        conditioning: loop -> frames that are given besides; where they overlap with those carried over, those stay.
         generator: as the pipeline's; the noise of a later loop is drawn where that of the one before ended.
         on_loop: called with the number of each loop before it begins.
         **options: the pipeline's other arguments, but for `latents`, `num_videos_per_prompt`, `output_type` and
@@ -87,12 +87,12 @@ def generate_loops(
         if texts not in encoded:  # a text that several loops show is encoded once, and the negative one for all
             encoded[texts], found = pipeline.encode_prompt(texts, None if encoded else negative_prompt, scores=scores)
             negative = found if negative is None else negative
-        frames = given(loop) if given else None
+        frames = conditioning(loop) if conditioning else None
         if clips:
             end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
             with pipeline.on_device("autoencoder"):
                 latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
-            frames = (frames or GivenFrames.none(autoencoder, size)).put(latents, 0, condition_strength)
+            frames = (frames or FrameConditioning.none(autoencoder, size)).put(latents, 0, condition_strength)
         output = pipeline(
             prompt_embeds=encoded[texts],
             negative_prompt_embeds=negative,

@@ -8,7 +8,7 @@ import torch
 from tiny_pipeline import make_pipeline, seeded
 from torch import Tensor
 
-from opensora.conditioning import condition
+from opensora.conditioning.frames import condition
 from opensora.geometry import VideoSize
 from opensora.pipeline import OpenSoraPipeline
 

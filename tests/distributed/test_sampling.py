@@ -13,7 +13,7 @@ from tiny_pipeline import make_pipeline, seeded
 from tiny_transformers import build
 from torch import Tensor
 
-from opensora.conditioning import GivenFrames
+from opensora.conditioning.frames import FrameConditioning
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.stdit import STDiT
@@ -50,7 +50,7 @@ class Case:
         if self.guider is not None:
             options["guider"] = self.guider()
         if self.given:
-            given = GivenFrames.none(pipeline.autoencoder, SIZE)
+            given = FrameConditioning.none(pipeline.autoencoder, SIZE)
             first = torch.randn(given.latents[:, :, :1].shape, generator=torch.Generator().manual_seed(1))
             options["given"] = given.put(first, 0).put(first, 2, strength=0.6)
         size = {"height": SIZE.height, "width": SIZE.width, "num_frames": SIZE.num_frames}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipeline import make_pipeline, seeded
 
-from opensora.conditioning import condition, encode_in_place
+from opensora.conditioning.frames import condition, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.generation.loops import generate_loops
 from opensora.geometry import VideoSize
@@ -79,13 +79,15 @@ def test_two_prompts_and_references(pipe):
         [PROMPT, "a big blue square"],
         num_loops=2,
         generator=seeded(0, 1),
-        given=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop == 1 else None,
+        conditioning=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop == 1 else None,
     )
     assert frames.shape[:2] == (2, 17 + 12)
     torch.testing.assert_close(
         frames[:1],
         loops(
-            pipe, num_loops=2, given=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop else None
+            pipe,
+            num_loops=2,
+            conditioning=lambda loop: condition(pipe.autoencoder, SIZE, last_image=image) if loop else None,
         ),
         rtol=1e-4,
         atol=1e-4,

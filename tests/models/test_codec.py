@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from opensora.conditioning import GivenFrames, condition, encode_in_place
+from opensora.conditioning.frames import FrameConditioning, condition, encode_in_place
 from opensora.data.batch import BatchShape
 from opensora.data.encoding import EncodedClips
 from opensora.data.toybox import latent_cells
@@ -105,7 +105,7 @@ def test_frames_are_given_where_they_stand(codec):
     assert torch.allclose(middle, F.avg_pool3d(video[:, :, :4], (4, 2, 2)) * 2)
     given = condition(codec, size, image=video[0, :, :1], last_image=video[0, :, -1:])
     assert given.strength[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
-    assert given.latents.shape == GivenFrames.none(codec, size).latents.shape
+    assert given.latents.shape == FrameConditioning.none(codec, size).latents.shape
 
 
 def test_what_an_object_covers(codec):

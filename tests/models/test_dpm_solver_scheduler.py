@@ -11,7 +11,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance, BaseGuidance, Classifie
 from tiny_pipeline import make_pipeline, seeded
 from torch import Tensor
 
-from opensora.conditioning import GivenFrames
+from opensora.conditioning.frames import FrameConditioning
 from opensora.diffusion import gaussian
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
@@ -430,7 +430,7 @@ def test_every_guider_works(pipe, guider: BaseGuidance) -> None:
 
 def test_given_frames_of_a_pipeline_come_back_as_they_were(pipe) -> None:
     size = VideoSize(5, 16, 24)
-    none = GivenFrames.none(pipe.autoencoder, size)
+    none = FrameConditioning.none(pipe.autoencoder, size)
     first = normal(9, tuple(none.latents[:, :, :1].shape))
     made = latents_of(pipe, num_inference_steps=6, given=none.put(first, 0))
     assert torch.equal(made[:, :, :1], first)

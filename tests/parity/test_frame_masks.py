@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from opensora.data.frame_masks import draw_frame_masks
+from opensora.conditioning.masks import draw_frame_masks
 
 OUR_NAMES = {"no": "identity", "intepolate": "interpolate"}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opensora import conditioning
+from opensora.conditioning import frames as conditioning
 from opensora.errors import OpenSoraError
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text import prompts

@@ -20,7 +20,7 @@ from parity.plain_transformers import double
 from torch import Tensor
 
 from opensora.checkpoints.loading import load_pipeline
-from opensora.conditioning import GivenFrames, place_references
+from opensora.conditioning.frames import FrameConditioning, place_references
 from opensora.models.text.prompts import parse_mask_strategy
 from opensora.pipeline import OpenSoraPipeline
 
@@ -69,11 +69,11 @@ def sized(size: tuple[int, int], num_frames: int) -> dict[str, int]:
 
 def given_frames(
     pipeline: OpenSoraPipeline, clip: Tensor, videos: list[Tensor], strategy: str, alignment: int | None = None
-) -> GivenFrames:
+) -> FrameConditioning:
     """References placed as a user of the package places them."""
     references = [pipeline.autoencoder.encode_video(video[None])[0] for video in videos]
     placed, strength = place_references(clip, references, parse_mask_strategy(strategy), alignment=alignment)
-    return GivenFrames(placed[None], strength[None])
+    return FrameConditioning(placed[None], strength[None])
 
 
 class Text:

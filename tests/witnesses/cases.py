@@ -101,7 +101,7 @@ def picture(height: int, width: int) -> Tensor:
 
 def given_image(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Keywords of a call that begins with `picture`."""
-    from opensora.conditioning import condition
+    from opensora.conditioning.frames import condition
     from opensora.geometry import VideoSize
 
     told = [options.get(name, pipeline.config[name]) for name in ("num_frames", "height", "width")]

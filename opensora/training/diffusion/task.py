@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from opensora.checkpoints.published import BUNDLED, published_name
+from opensora.conditioning.masks import check_ratios, draw_frame_masks
 from opensora.data.batch import BatchShape, DataContext, LatentBatch, Source
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import whole_cells
-from opensora.data.frame_masks import check_ratios, draw_frame_masks
 from opensora.data.toybox import ToyboxLatents
 from opensora.denoiser import predict
 from opensora.distributed.seeding import BatchKey
@@ -62,7 +62,7 @@ class DiffusionTaskConfig:
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
             otherwise take its mean. The toybox's latents are means.
-        frame_masks: strategy -> share of the clips that have frames given so, see `data.frame_masks`.
+        frame_masks: strategy -> share of the clips that have frames given so, see `conditioning.masks`.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
         frozen_dtype: precision of networks that are used and not trained.

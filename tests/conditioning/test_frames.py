@@ -8,7 +8,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance
 from tiny_pipeline import make_autoencoder, make_pipeline, seeded
 
 from opensora import load_pipeline
-from opensora.conditioning import GivenFrames, condition, encode_in_place
+from opensora.conditioning.frames import FrameConditioning, condition, encode_in_place
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
@@ -113,7 +113,7 @@ def test_contradictions(autoencoder, options, message):
 
 def test_shapes_that_do_not_belong_together():
     with pytest.raises(OpenSoraError, match="expected"):
-        GivenFrames(torch.zeros(1, 4, 5, 2, 2), torch.ones(1, 4))
+        FrameConditioning(torch.zeros(1, 4, 5, 2, 2), torch.ones(1, 4))
 
 
 # --- in the pipeline --------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_strength_goes_from_the_clip_to_pure_noise(pipe):
 def test_nothing_given_is_the_same_as_a_mask_of_ones():
     """Noise is drawn for masks at every step, so the samples differ where sampling draws noise of its own."""
     pipe = make_pipeline("flow", num_frames=18)
-    close(latents_of(pipe, given=GivenFrames.none(pipe.autoencoder, SIZE)), latents_of(pipe))
+    close(latents_of(pipe, given=FrameConditioning.none(pipe.autoencoder, SIZE)), latents_of(pipe))
 
 
 def test_guided_channels_and_guiders_work_with_given_frames(pipe):
@@ -188,7 +188,7 @@ def test_a_clip_is_the_one_it_is_alone(pipe):
 
 def test_given_frames_of_another_size_are_refused(pipe):
     with pytest.raises(OpenSoraError, match="give frames for this size"):
-        latents_of(pipe, given=GivenFrames.none(pipe.autoencoder, VideoSize(17, 16, 24)))
+        latents_of(pipe, given=FrameConditioning.none(pipe.autoencoder, VideoSize(17, 16, 24)))
 
 
 # --- what the network is told -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.data.frame_masks import check_ratios, draw_frame_masks
+from opensora.conditioning.masks import check_ratios, draw_frame_masks
 from opensora.errors import OpenSoraError
 
 

@@ -1,7 +1,7 @@
 """What a clip is made from besides text: frames that are given.
 
-`GivenFrames` hold latents, and a strength for each frame: 1 is generated from noise, 0 stays as given, 0.4 is given and
-made anew for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to them:
+`FrameConditioning` holds latents, and a strength for each frame: 1 is generated from noise, 0 stays as given, 0.4 is
+given and denoised for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to it:
 
 - `condition` says it in words: begin with this image, end with that one, go on where this clip ends, make it anew.
 - `place_references` is the reference's way: a list of `FramePlacement` (see `models.text.prompts`) says which latent
@@ -23,7 +23,7 @@ from opensora.models.text.prompts import FramePlacement
 
 
 @dataclass(frozen=True)
-class GivenFrames:
+class FrameConditioning:
     """Frames that a model is given instead of making them up.
 
     Attributes:
@@ -49,12 +49,12 @@ class GivenFrames:
             raise OpenSoraError("the strength of a given frame is outside of 0 (kept) to 1 (made anew)")
 
     @classmethod
-    def none(cls, autoencoder: VideoCodec, size: VideoSize) -> "GivenFrames":
+    def none(cls, autoencoder: VideoCodec, size: VideoSize) -> "FrameConditioning":
         """Nothing given yet for a clip of this size."""
         latent_size = autoencoder.latent_size((size.num_frames, size.height, size.width))
         return cls(torch.zeros(1, autoencoder.latent_channels, *latent_size), torch.ones(1, latent_size[0]))
 
-    def put(self, latents: torch.Tensor, start: int, strength: float = 0.0) -> "GivenFrames":
+    def put(self, latents: torch.Tensor, start: int, strength: float = 0.0) -> "FrameConditioning":
         """The same with latents (B, C, n, h, w) at `start`, in place of what was given there."""
         batch, end = max(len(latents), len(self.latents)), start + latents.shape[2]
         held, strengths = (
@@ -62,7 +62,7 @@ class GivenFrames:
         )
         held[:, :, start:end] = latents.to(held)
         strengths[:, start:end] = strength
-        return GivenFrames(held, strengths)
+        return FrameConditioning(held, strengths)
 
 
 def condition(
@@ -76,7 +76,7 @@ def condition(
     condition_frames: int | None = None,
     edit: torch.Tensor | None = None,
     strength: float | None = None,
-) -> GivenFrames:
+) -> FrameConditioning:
     """Given frames, said in words; all videos are (3, T, H, W) in [-1, 1] of the clip's height and width.
 
     Args:
@@ -96,7 +96,7 @@ def condition(
         OpenSoraError: contradictions, a video of another height and width, too few frames in it, or nothing left to
             make.
     """
-    given = GivenFrames.none(autoencoder, size)
+    given = FrameConditioning.none(autoencoder, size)
     total = given.latents.shape[2]
     if edit is not None:
         if any(other is not None for other in (image, last_image, extend)):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora import conditioning
+from opensora.conditioning import frames
 from opensora.errors import OpenSoraError
 from opensora.models.text.prompts import FramePlacement, parse_mask_strategy
 
@@ -15,7 +15,7 @@ REFERENCE = torch.arange(1, 4, dtype=torch.float32).view(1, 3, 1, 1).expand(4, 3
 
 def test_the_clip_given_in_stays_as_it_was():
     latents = CLIP.clone()
-    placed, strength = conditioning.place_references(latents, [REFERENCE], [FramePlacement(length=2)])
+    placed, strength = frames.place_references(latents, [REFERENCE], [FramePlacement(length=2)])
     assert torch.equal(latents, CLIP)
     assert placed[0, :, 0, 0].tolist() == [1, 2, 0, 0, 0, 0]
     assert strength.tolist() == [0, 0, 1, 1, 1, 1]
@@ -23,13 +23,13 @@ def test_the_clip_given_in_stays_as_it_was():
 
 def test_later_placements_overwrite_earlier_ones():
     placements = parse_mask_strategy("0,0,0,0,3,0.5;0,-1,-1,1")
-    placed, strength = conditioning.place_references(CLIP, [REFERENCE], placements)
+    placed, strength = frames.place_references(CLIP, [REFERENCE], placements)
     assert placed[0, :, 0, 0].tolist() == [1, 3, 3, 0, 0, 0]
     assert strength.tolist() == [0.5, 0, 0.5, 1, 1, 1]
 
 
 def test_references_take_the_precision_of_the_clip():
-    placed, strength = conditioning.place_references(CLIP, [REFERENCE.to(torch.bfloat16)], [FramePlacement()])
+    placed, strength = frames.place_references(CLIP, [REFERENCE.to(torch.bfloat16)], [FramePlacement()])
     assert placed.dtype == CLIP.dtype and strength.dtype == torch.float32
 
 
@@ -46,7 +46,7 @@ def test_references_take_the_precision_of_the_clip():
 )
 def test_placements_outside(text, message):
     with pytest.raises(OpenSoraError, match=message):
-        conditioning.place_references(CLIP, [REFERENCE], parse_mask_strategy(text))
+        frames.place_references(CLIP, [REFERENCE], parse_mask_strategy(text))
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,17 @@ def test_placements_outside(text, message):
 )
 def test_latents_that_do_not_fit(latents, references, message):
     with pytest.raises(OpenSoraError, match=message):
-        conditioning.place_references(latents, references, [FramePlacement()])
+        frames.place_references(latents, references, [FramePlacement()])
 
 
 def test_placements_of_other_loops_are_not_looked_at():
-    placed, strength = conditioning.place_references(CLIP, [], [FramePlacement(loop=1)], loop=0)
+    placed, strength = frames.place_references(CLIP, [], [FramePlacement(loop=1)], loop=0)
     assert torch.equal(placed, CLIP) and strength.eq(1).all()
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 60))
 def test_aligned_starts_are_near_multiples(start, alignment, num_frames):
-    aligned = conditioning.align_start(start, alignment, num_frames)
+    aligned = frames.align_start(start, alignment, num_frames)
     assert aligned % alignment == 0
     assert aligned <= start or aligned < num_frames
     assert abs(aligned - start) < alignment
@@ -78,17 +78,17 @@ def test_aligned_starts_are_near_multiples(start, alignment, num_frames):
 
 def test_impossible_alignment():
     with pytest.raises(OpenSoraError, match="alignment is 0"):
-        conditioning.align_start(3, 0, 10)
+        frames.align_start(3, 0, 10)
 
 
 def test_previous_loop_is_read_from_its_end():
-    placement = conditioning.placement_of_previous_loop(1, reference=0, num_frames=2)
-    placed, strength = conditioning.place_references(CLIP, [REFERENCE], [placement], loop=1)
+    placement = frames.placement_of_previous_loop(1, reference=0, num_frames=2)
+    placed, strength = frames.place_references(CLIP, [REFERENCE], [placement], loop=1)
     assert placed[0, :, 0, 0].tolist() == [2, 3, 0, 0, 0, 0]
     assert strength.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_pixel_frames_of_other_chunks():
-    assert conditioning.pixel_frames(7, chunk_latents=1, chunk_frames=1) == 7
+    assert frames.pixel_frames(7, chunk_latents=1, chunk_frames=1) == 7
     with pytest.raises(OpenSoraError, match="multiple of 5"):
-        conditioning.pixel_frames(-5)
+        frames.pixel_frames(-5)
