@@ -43,7 +43,6 @@ PIPELINE_INDEX = "model_index.json"
 
 _TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 _DESCRIPTIONS = (".json", ".model")
-_VOCABULARIES = (".txt",)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -123,7 +122,7 @@ class Part:
             return {file.name: file for file in hub.look_up(self.published).files}
         if not self.path.is_dir():
             return {self.path.name: self.path} if self.path.is_file() else {}
-        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, *_VOCABULARIES)
+        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, ".txt")
         found = {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
         for file in weight_files(self.path) if self.is_network else ():  # which may lie in folders below
             if file not in found.values():
@@ -293,20 +292,18 @@ def _find_published(name: str, components: Mapping[str, str | Path], *, download
 
 
 def _split(class_name: str) -> tuple[str, str]:
-    module, _, name = class_name.rpartition(".")
-    return module, name
+    return class_name.rpartition(".")[0], class_name.rpartition(".")[2]
 
 
 def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSoraError:
-    parts = [(part_name, model.parts[part_name]) for part_name in missing]
-    listed = ", ".join(
-        f"{part_name} ({part.repository}, {hub.gigabytes(part.size_bytes)})" for part_name, part in parts
-    )
-    commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for _, part in parts))
-    total = hub.gigabytes(sum(part.size_bytes for _, part in parts))
+    parts = {place: model.parts[place] for place in missing}
+    sizes = {place: hub.gigabytes(part.size_bytes) for place, part in parts.items()}
+    listed = ", ".join(f"{place} ({part.repository}, {sizes[place]})" for place, part in parts.items())
+    commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for part in parts.values()))
+    total = hub.gigabytes(sum(part.size_bytes for part in parts.values()))
     return OpenSoraError(
-        f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with `download`, "
-        f"or by: {commands}"
+        f"{name} is not complete on this machine, missing: {listed}; fetch about {total} with `download`, or by: "
+        f"{commands}"
     )
 
 
