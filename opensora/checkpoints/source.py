@@ -382,7 +382,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _is_component(value: Any) -> bool:
-    """Whether an entry of `model_index.json` names a component: [module, class]."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
