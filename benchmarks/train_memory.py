@@ -115,13 +115,17 @@ def measure(row: Row) -> int:
 
 def train(row: Row) -> None:
     """Two steps on batches without content."""
+    from opensora.training.diffusion.plan import DiffusionPlan
+    from opensora.training.diffusion.task import DiffusionTask
     from opensora.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(row.recipe(), Path(folder))
-        objective = trainer.objective
-        (shape,) = objective.shapes()
-        objective.prepare = lambda draw: objective.meta_batch(shape)  # type: ignore[method-assign]
+        task = trainer.task
+        assert isinstance(task, DiffusionTask)
+        plan = DiffusionPlan(task.settings, trainer.setup, task.networks)
+        (shape,) = plan.shapes()
+        task.prepare = lambda key: plan.meta_batch(shape)  # type: ignore[method-assign]
         for _ in range(2):
             if not math.isfinite(trainer.train_step()["grad_norm"]):
                 sys.exit(f"{row}: the gradient is not finite, so nothing was updated")

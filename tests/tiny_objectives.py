@@ -13,11 +13,11 @@ from opensora.media.write import write_video
 from opensora.recipes.debug import debug_objective
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import render, sample_specs
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import TrainedText
-from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.config import VAETaskConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
 AUTOENCODER: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch import nn
 from opensora.distributed.seeding import BatchKey
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import TrainingTask
+from opensora.training.task import Critic, Partition, Preview, TrainingData, TrainingSetup, TrainingTask
 
 
 class Block(nn.Module):
@@ -46,15 +46,26 @@ class Network(nn.Module):
         return self.conv(hidden)
 
 
-class Regression(TrainingTask):
-    not_matrices = {"network.stem.weight"}
+class KeysSeen(TrainingData):
+    """Remembers what it is to prefetch."""
 
+    def __init__(self) -> None:
+        self.prefetched: list[BatchKey] = []
+
+    def prefetch(self, keys) -> None:
+        self.prefetched += keys
+
+    def figures(self):
+        return {"unreadable": 2.0}
+
+
+class Regression(TrainingTask):
     def __init__(self, config: "RegressionConfig") -> None:
         self.network = Network(config.dropout)
         self.module = nn.ModuleDict({"network": self.network})  # never called itself, as those of real objectives
         self.config = config
-        self.prefetched: list[BatchKey] = []
         self.prepared: list[BatchKey] = []
+        self.critic = None
         if config.critic:
             self.critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
 
@@ -62,9 +73,6 @@ class Regression(TrainingTask):
         self.prepared.append(key)
         x = torch.randn(8, 6, generator=key.generator("x"))
         return x * float("nan") if key.step in self.config.poison_steps else x
-
-    def prefetch(self, keys) -> None:
-        self.prefetched += keys
 
     def loss(self, batch, key):
         prediction = self.network(batch)
@@ -75,27 +83,27 @@ class Regression(TrainingTask):
             self.critic.requires_grad_(True)
         return terms
 
-    def critic_loss(self, batch, key):
-        assert self.critic is not None
-        with torch.no_grad():
-            made = self.network(batch)
-        return {"hinge": F.relu(1 - self.critic(batch)).squeeze(1) + F.relu(1 + self.critic(made)).squeeze(1)}
-
     def groups(self, batch):
         return {"bucket": ["first" if x[0] > 0 else "second" for x in batch]}
 
-    def figures(self):
-        return {"unreadable": 2.0}
-
-    def blocks(self):
-        return list(self.network.blocks)
-
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
-        return {"preview": float(self.network(torch.ones(1, 6)).sum())}
-
-    def export(self, folder: Path) -> None:
+    def export(self, module: nn.ModuleDict, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.module.state_dict(), folder / "weights.pt")
+        torch.save(module.state_dict(), folder / "weights.pt")
+
+
+class RegressionCritic(Critic):
+    def __init__(self, task: Regression, critic: nn.Module) -> None:
+        self.task, self.module = task, critic
+
+    def loss(self, batch, key):
+        with torch.no_grad():
+            made = self.task.network(batch)
+        return {"hinge": F.relu(1 - self.module(batch)).squeeze(1) + F.relu(1 + self.module(made)).squeeze(1)}
+
+
+class SumOfOnes(Preview):
+    def show(self, module: nn.ModuleDict, folder: Path, step: int) -> dict[str, float]:
+        return {"preview": float(module["network"](torch.ones(1, 6)).sum())}
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,20 @@ class RegressionConfig:
     critic: bool = False
     dropout: float = 0.1
 
-    def build(self, device: str) -> Regression:
-        return Regression(self)
+    def build(self, device: str) -> TrainingSetup:
+        return setup_of(Regression(self))
+
+
+def setup_of(task: Regression) -> TrainingSetup:
+    return TrainingSetup(
+        task,
+        KeysSeen(),
+        Partition(list(task.network.blocks)),
+        not_matrices={"network.stem.weight"},
+        critic=None if task.critic is None else RegressionCritic(task, task.critic),
+        preview=SumOfOnes(),
+        groups=task.groups,
+    )
 
 
 def recipe(steps: int = 12, poison_steps: tuple[int, ...] = (), **settings) -> Recipe:

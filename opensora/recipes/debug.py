@@ -13,8 +13,8 @@ from typing import Any
 from opensora.checkpoints.published import PUBLISHED
 from opensora.data.toybox import OtherLength, ToyboxClips, ToyboxLatents
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.parts import Untrained

@@ -9,9 +9,9 @@ from opensora.models.stdit3 import FORMAT
 from opensora.recipes.published import published_objective
 from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.diffusion.noise import Flow
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 

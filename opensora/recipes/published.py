@@ -6,8 +6,8 @@ from opensora.checkpoints.published import PUBLISHED
 from opensora.data.clips import ManifestClips
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 

@@ -8,9 +8,9 @@ from typing import Any
 from opensora.data.toybox import OtherLength, ToyboxLatents
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import TrainedText
 from opensora.training.optimizer import OptimizerConfig
 

@@ -16,7 +16,11 @@ from opensora.evaluation.judge import Judge
 from opensora.toybox.world import World, render, sample_specs
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import TrainingTask
+from opensora.training.task import TrainingSetup, TrainingTask
+
+NOT_MATRICES = {
+    f"{tower}.{layer}.weight" for tower in ("frame_tower", "motion_tower") for layer in ("head", "convolutions.0")
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,6 @@ def spoil(video: Tensor, generator: torch.Generator) -> Tensor:
 class JudgeTask(TrainingTask):
     """Cross-entropy of every attribute of procedural clips."""
 
-    not_matrices = {
-        f"{tower}.{layer}.weight" for tower in ("frame_tower", "motion_tower") for layer in ("head", "convolutions.0")
-    }
-
     def __init__(self, config: "JudgeTaskConfig", device: str) -> None:
         self.config, self.device = config, device
         self.module = self.judge = Judge(dim=config.dim)
@@ -96,10 +96,10 @@ class JudgeTask(TrainingTask):
         losses["motion"] = F.cross_entropy(motion, batch.labels["motion"], reduction="none")
         return losses
 
-    def export(self, folder: Path) -> None:
+    def export(self, module: Judge, folder: Path) -> None:
         """Writes the judge in bfloat16; it is run in float32."""
-        judge = Judge(**{k: v for k, v in self.judge.config.items() if not k.startswith("_")})
-        judge.load_state_dict(self.judge.state_dict())
+        judge = Judge(**{k: v for k, v in module.config.items() if not k.startswith("_")})
+        judge.load_state_dict(module.state_dict())
         torch.nn.Module.to(judge, torch.bfloat16)  # the `to` of diffusers warns of a list that is empty here
         judge.save_pretrained(folder)
 
@@ -118,8 +118,8 @@ class JudgeTaskConfig:
     batch_size: int = 48
     dim: int = 32
 
-    def build(self, device: str) -> JudgeTask:
-        return JudgeTask(self, device)
+    def build(self, device: str) -> TrainingSetup:
+        return TrainingSetup(JudgeTask(self, device), not_matrices=NOT_MATRICES)
 
 
 def toybox_judge() -> Recipe:

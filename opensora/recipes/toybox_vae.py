@@ -8,7 +8,7 @@ from pathlib import Path
 from opensora.data.toybox import ToyboxVideos
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.config import VAETaskConfig
 
 RUNS = Path("runs")
 

@@ -10,7 +10,7 @@ from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.vae.clips import Cut
-from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.config import VAETaskConfig
 
 AUTOENCODER = {
     "spatial": {"block_out_channels": [96, 160], "layers_per_block": 1, "norm_num_groups": 16, "latent_channels": 4},

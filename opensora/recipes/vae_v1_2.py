@@ -18,8 +18,8 @@ from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.vae.clips import Cut
+from opensora.training.vae.config import VAETaskConfig
 from opensora.training.vae.discriminator import DiscriminatorConfig
-from opensora.training.vae.task import VAETaskConfig
 
 SDXL_AUTOENCODER = "pretrained_models/pixart_sigma_sdxlvae_T5_diffusers/vae"
 AUTOENCODER: dict[str, Any] = {

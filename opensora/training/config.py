@@ -1,11 +1,11 @@
-"""What a training run is: an objective and the loop around it."""
+"""What a training run is: a task and the loop around it."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from opensora.errors import OpenSoraError
 from opensora.training.optimizer import OptimizerConfig
-from opensora.training.task import TrainingTask
+from opensora.training.task import TaskConfig
 
 
 def critic_optimizer() -> OptimizerConfig:
@@ -15,7 +15,7 @@ def critic_optimizer() -> OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The loop around an objective.
+    """The loop around a task.
 
     Attributes:
         steps: optimiser steps in all.
@@ -39,7 +39,7 @@ class LoopConfig:
         prefetch: batches that the data are told of ahead of time.
         peak_tflops: what one device can do, in 10^12 operations a second; with it the share in use (MFU) is logged.
         optimizer: rates and decay.
-        critic: the same for the critic, where the objective has one.
+        critic: the same for the critic, where the task has one.
     """
 
     steps: int
@@ -78,12 +78,6 @@ class LoopConfig:
             raise OpenSoraError(f"loop.max_grad_norm is {self.max_grad_norm}; give a number above 0")
         if not 0 <= self.ema_decay < 1:
             raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
-
-
-class TaskConfig(Protocol):
-    """A dataclass that describes an objective and builds it."""
-
-    def build(self, device: str) -> TrainingTask: ...
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """What happens to a network before it is trained: activation checkpointing, compilation, and its share of the ranks.
 
-All of it is done block by block, on whatever an objective calls its blocks. A block's `forward` is wrapped, first by
-checkpointing, then by compilation; sharding (FSDP) gathers the block's weights around that. The objective's losses are
+All of it is done block by block, on whatever a task calls its blocks. A block's `forward` is wrapped, first by
+checkpointing, then by compilation; sharding (FSDP) gathers the block's weights around that. The task's losses are
 the forward pass of one more module, the root, whose weights are all that are in no block.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from opensora.distributed.mesh import Mesh
 from opensora.distributed.shards import whole
-from opensora.training.task import TrainingTask
+from opensora.training.task import TrainingSetup
 
 aten = torch.ops.aten
 KEPT_RESULTS = {
@@ -66,7 +66,7 @@ def wrap_blocks(blocks: Iterable[nn.Module], recompute: Literal["none", "full", 
 
 
 class Root(nn.Module):
-    """An objective's losses as a forward pass, so that the weights outside its blocks are gathered for them."""
+    """A task's losses as a forward pass, so that the weights outside its blocks are gathered for them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -76,10 +76,7 @@ class Root(nn.Module):
         return losses(*args)
 
 
-OWN_ATTRIBUTES = "_attributes_before_sharding"  # of a sharded module: the names of all others that it had
-
-
-def shard(objective: TrainingTask, mesh: Mesh, precision: Literal["fp32", "bf16"]) -> Root:
+def shard(setup: TrainingSetup, mesh: Mesh, precision: Literal["fp32", "bf16"]) -> Root:
     """Gives each rank its share of the module's weights.
 
     Weights, gradients' sums and optimiser state stay float32; with "bf16" they are gathered in bfloat16, which halves
@@ -89,13 +86,11 @@ def shard(objective: TrainingTask, mesh: Mesh, precision: Literal["fp32", "bf16"
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    root = Root(objective.module)
-    for part in (*objective.sharded_parts(), root):
-        attributes = frozenset(part.__dict__)
+    root = Root(setup.task.module)
+    for part in (*setup.partition.gathered, root):
         # A critic's losses use the module without a backward pass, after which the root's weights would stay gathered.
-        stay_gathered = part is root and objective.critic is None
+        stay_gathered = part is root and setup.critic is None
         fully_shard(part, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=not stay_gathered)
-        part.__dict__[OWN_ATTRIBUTES] = attributes
     return root
 
 
@@ -103,7 +98,7 @@ class Parallel:
     """A module among the ranks of a run: its losses, its gradients, and all of it in one piece.
 
     Args:
-        objective: what is trained.
+        setup: what is trained.
         mesh: the ranks.
         sharding: "full" gives each rank a share of the weights, "none" all of them.
         precision: of the computation.
@@ -111,13 +106,13 @@ class Parallel:
 
     def __init__(
         self,
-        objective: TrainingTask,
+        setup: TrainingSetup,
         mesh: Mesh,
         sharding: Literal["full", "none"],
         precision: Literal["fp32", "bf16"],
     ) -> None:
         self.mesh = mesh
-        self.root = shard(objective, mesh, precision) if sharding == "full" and mesh.num_ranks > 1 else None
+        self.root = shard(setup, mesh, precision) if sharding == "full" and mesh.num_ranks > 1 else None
 
     def losses(self, losses: Callable[..., dict[str, Tensor]], *args: Any) -> dict[str, Tensor]:
         """`losses(*args)`, which may use the module."""
@@ -156,47 +151,45 @@ def average_gradients(parameters: list[nn.Parameter], mesh: Mesh, numbers_at_onc
         torch._foreach_copy_(some, [part.view_as(gradient) for part, gradient in zip(parts, some, strict=True)])
 
 
-@contextlib.contextmanager
-def in_one_piece(module: nn.Module, weights: Mapping[str, Tensor], mesh: Mesh) -> Iterator[bool]:
-    """Within it the module is an ordinary one with other weights, on the first rank; called by all ranks.
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy of a module that is not yet wrapped, split or sharded; its parameters have no data."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    return copy.deepcopy(module, empty)
+
+
+def whole_copy(outline: nn.Module, module: nn.Module, weights: Mapping[str, Tensor], mesh: Mesh) -> nn.Module | None:
+    """A module in one piece, in evaluation mode, on the first rank; None on the others. Called by all ranks.
 
     Args:
-        module: sharded or not, compiled or not.
-        weights: of its trained parameters, by name; shards are gathered.
+        outline: the module before it was wrapped, see `without_data`.
+        module: the module, sharded or not, compiled or not.
+        weights: to take the place of its trained parameters, by name; shards are gathered.
         mesh: the ranks.
-
-    Yields:
-        Whether this is the rank on which the module may be used.
     """
-    with contextlib.ExitStack() as restored:
-        restored.callback(mesh.wait)
-        for part in module.modules():
-            restored.enter_context(as_it_was_built(part))
-        replaced: dict[nn.Parameter, nn.Parameter] = {}  # some stand in several places
-        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-            if parameter not in replaced:
-                gathered = whole(weights.get(name, parameter).detach())
-                replaced[parameter] = nn.Parameter(gathered, parameter.requires_grad) if mesh.is_first else parameter
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            restored.callback(owner._parameters.__setitem__, leaf, parameter)
-            owner._parameters[leaf] = replaced[parameter]
-        yield mesh.is_first
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    made = copy.deepcopy(outline) if mesh.is_first else None
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # some stand in several places
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter not in filled:
+            gathered = whole(weights.get(name, parameter).detach())
+            filled[parameter] = nn.Parameter(gathered, parameter.requires_grad) if made is not None else parameter
+        if made is not None:
+            owner, leaf = _owner(made, name)
+            owner._parameters[leaf] = filled[parameter]
+    if made is None:
+        return None
+    for name, buffer in module.named_buffers():
+        owner, leaf = _owner(made, name)
+        owner._buffers[leaf] = buffer.detach().clone()
+    return made.eval()
 
 
-@contextlib.contextmanager
-def as_it_was_built(part: nn.Module) -> Iterator[None]:
-    """Within it a module is not sharded, compiled or checkpointed, and can be copied; its parameters stay."""
-    kind, attributes = part.__class__, dict(part.__dict__)
-    if isinstance(part, FSDPModule):
-        part.reshard()
-        for name in attributes.keys() - attributes[OWN_ATTRIBUTES]:
-            del part.__dict__[name]
-        part.__dict__.update(_forward_pre_hooks={}, _forward_hooks={})
-        part.__class__ = kind.__bases__[1]  # pyright: ignore[reportAttributeAccessIssue]
-    part.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        part.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
-        part.__dict__.update({name: value for name, value in attributes.items() if name != "training"})
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part that holds a tensor, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

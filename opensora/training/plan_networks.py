@@ -19,7 +19,7 @@ from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
 from opensora.planning.tracing import weight_bytes
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.parallel import wrap_blocks
-from opensora.training.task import TrainingTask
+from opensora.training.task import PlannableConfig
 
 TRACED_SHAPES = 2  # of the largest batches, whose worst decides
 
@@ -39,24 +39,26 @@ class Parameters:
 
 
 class PlannedNetworks:
-    """An objective's networks without data, and what was traced of them; remembered for every plan."""
+    """A task's networks without data, and what was traced of them; remembered for every plan."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.objective: TrainingTask = recipe.objective.build("meta")
-        self.shapes = self.objective.shapes()
-        if not self.shapes:
+        if not isinstance(recipe.objective, PlannableConfig):
             raise OpenSoraError(f"{recipe.name} does not say which batches it has, so there is nothing to plan")
-        module = self.objective.module
+        self.task_plan = recipe.objective.plan()
+        self.setup, self.shapes = self.task_plan.setup, self.task_plan.shapes()
+        self.blocks = self.setup.partition.blocks
+        self.module = module = self.setup.task.module
         self.module_bytes = weight_bytes(module)
         self.module_numbers = sum(p.numel() for p in module.parameters())
         self.trained_numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in self.objective.blocks()]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in self.blocks]
         self.block_numbers, self.largest_block = sum(blocks), max(blocks, default=0)
-        self.depth = len(layers_of(self.objective.blocks()))
-        critic, self.frozen = self.objective.critic, self.objective.frozen
+        self.depth = len(layers_of(self.blocks))
+        self.critic = None if self.setup.critic is None else self.setup.critic.module
+        self.frozen = self.setup.frozen
         # Weights, gradients and both of AdamW's moments.
-        self.critic_bytes = 0 if critic is None else 4 * weight_bytes(critic)
+        self.critic_bytes = 0 if self.critic is None else 4 * weight_bytes(self.critic)
         self.frozen_bytes = sum(weight_bytes(network) for network in self.frozen.values())
         self._frozen = FrozenNetworks(self.frozen.values())
         self._work: dict[BatchShape, Work] = {}
@@ -64,8 +66,8 @@ class PlannedNetworks:
         self._frozen_flops: dict[Any, int] = {}
 
     def parameters(self) -> list[Parameters]:
-        critic = {} if self.objective.critic is None else {"critic": self.objective.critic}
-        networks = {**dict(self.objective.module.named_children()), **self.frozen, **critic}
+        critic = {} if self.critic is None else {"critic": self.critic}
+        networks = {**dict(self.module.named_children()), **self.frozen, **critic}
         counted = []
         for name, network in networks.items():
             trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -76,8 +78,8 @@ class PlannedNetworks:
     def optimizer_numbers(self, loop: LoopConfig) -> int:
         """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest."""
         numbers = 0
-        for name, parameter in self.objective.module.named_parameters():
-            muon = loop.optimizer.matrices == "muon" and parameter.ndim >= 2 and name not in self.objective.not_matrices
+        for name, parameter in self.module.named_parameters():
+            muon = loop.optimizer.matrices == "muon" and parameter.ndim >= 2 and name not in self.setup.not_matrices
             numbers += parameter.numel() * (1 if muon else 2) if parameter.requires_grad else 0
         return numbers
 
@@ -97,7 +99,7 @@ class PlannedNetworks:
     def work(self, shape: BatchShape) -> Work:
         """Of one batch."""
         if shape not in self._work:
-            self._work[shape] = count_work(lambda: self._loss(shape), self.objective.blocks())
+            self._work[shape] = count_work(lambda: self._loss(shape), self.blocks)
         return self._work[shape]
 
     def step(self, shape: BatchShape, recompute: Any, precision: str, sharded: bool, on_cpu: bool) -> Step:
@@ -106,10 +108,8 @@ class PlannedNetworks:
         if key not in self._steps:
             autocast = ImaginedAutocast(enabled=precision == "bf16", on_accelerator=not on_cpu)
             dtype = torch.bfloat16 if sharded and precision == "bf16" else torch.float32
-            with _recomputing(self.objective.blocks(), recompute), _gathered(self.objective.module, dtype):
-                self._steps[key] = trace_step(
-                    lambda: self._loss(shape), self.objective.module, self.objective.blocks(), autocast
-                )
+            with _recomputing(self.blocks, recompute), _gathered(self.module, dtype):
+                self._steps[key] = trace_step(lambda: self._loss(shape), self.module, self.blocks, autocast)
         return self._steps[key]
 
     def recomputed_share(self, loop: LoopConfig, sharded: bool, on_cpu: bool) -> float:
@@ -126,17 +126,17 @@ class PlannedNetworks:
         key = (shape.num_frames, shape.height, shape.width)
         if key not in self._frozen_flops:
             with _undivided(self.frozen.values()):
-                workloads = self.objective.frozen_workloads(replace(shape, batch_size=1)).values()
+                workloads = self.task_plan.frozen_workloads(replace(shape, batch_size=1)).values()
                 self._frozen_flops[key] = sum(self._frozen.trace(workload).flops for workload in workloads)
         return shape.batch_size * self._frozen_flops[key]
 
     def preparation_bytes(self, shape: BatchShape) -> int:
         """The most that any frozen network takes while it prepares a batch."""
-        workloads = self.objective.frozen_workloads(shape).values()
+        workloads = self.task_plan.frozen_workloads(shape).values()
         return max((self._frozen.trace(workload).activation_bytes for workload in workloads), default=0)
 
     def _loss(self, shape: BatchShape) -> Tensor:
-        terms = self.objective.loss(self.objective.meta_batch(shape), BatchKey(0, 0))
+        terms = self.setup.task.loss(self.task_plan.meta_batch(shape), BatchKey(0, 0))
         return torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum()
 
 

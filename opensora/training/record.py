@@ -8,7 +8,7 @@ from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
 from opensora.settings import flatten, read_json, save_settings, to_dict
 from opensora.training.config import Recipe
-from opensora.training.task import TrainingTask
+from opensora.training.task import TrainingSetup
 
 FREE_TO_CHANGE = (
     "loop.log_every",
@@ -64,7 +64,7 @@ def record_recipe(recipe: Recipe, path: Path, mesh: Mesh) -> bool:
     return is_new
 
 
-def record_frozen(recipe: Recipe, objective: TrainingTask, path: Path, mesh: Mesh) -> None:
+def record_frozen(recipe: Recipe, setup: TrainingSetup, path: Path, mesh: Mesh) -> None:
     """Writes hashes of what a run uses and does not change, or holds them against those that are there.
 
     These are the weights that are not trained, and the tables that its settings name.
@@ -74,9 +74,9 @@ def record_frozen(recipe: Recipe, objective: TrainingTask, path: Path, mesh: Mes
     """
     if not mesh.is_first:
         return
-    parameters = objective.module.named_parameters()
+    parameters = setup.task.module.named_parameters()
     parts = {"the frozen part of what is trained": {n: p for n, p in parameters if not p.requires_grad}}
-    parts |= {name: network.state_dict() for name, network in objective.frozen.items()}
+    parts |= {name: network.state_dict() for name, network in setup.frozen.items()}
     now = {name: fingerprint(weights) for name, weights in parts.items() if weights}
     for name, value in flatten(to_dict(recipe)).items():
         if name.endswith(".manifest") and value and not name.startswith(FREE_TO_CHANGE) and Path(value).is_file():

@@ -27,7 +27,7 @@ from opensora.training.config import Recipe
 from opensora.training.ema import EMA
 from opensora.training.metrics import Means, Metrics, Work, by_group, peak_memory_gb
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
-from opensora.training.parallel import Parallel, average_gradients, in_one_piece, wrap_blocks
+from opensora.training.parallel import Parallel, average_gradients, whole_copy, without_data, wrap_blocks
 from opensora.training.record import FROZEN, record_frozen, record_recipe
 
 
@@ -61,13 +61,16 @@ class Trainer:
         self.folder, self.device, self.on_step = folder, device, on_step
         self.mesh = build_mesh(device, loop.sequence_parallel)
         torch.manual_seed(loop.seed)  # for the weights that a network begins with
-        self.objective = recipe.objective.build(device)
-        self.module, self.critic = self.objective.module.to(device), self.objective.critic
+        setup = self.setup = recipe.objective.build(device)
+        self.task, self.critic = setup.task, setup.critic
+        self.module = setup.task.module.to(device)
         is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
         try:
             with self.mesh.first_rank_first():
-                record_frozen(recipe, self.objective, folder / FROZEN, self.mesh)
-                self.objective.set_up(folder / "cache")  # while all weights are here, and those of the beginning
+                record_frozen(recipe, setup, folder / FROZEN, self.mesh)
+                if setup.preview is not None:
+                    setup.preview.check()
+                setup.data.open(folder / "cache")  # while all weights are here, and those of the beginning
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
                 for name in ("recipe.json", FROZEN):
@@ -75,17 +78,19 @@ class Trainer:
                 with contextlib.suppress(OSError):  # it holds something else
                     folder.rmdir()
             raise
-        self.objective.split_sequences(self.mesh.sequence)
-        wrap_blocks(self.objective.blocks(), loop.activation_checkpointing, loop.compile)
-        self.parallel = Parallel(self.objective, self.mesh, loop.sharding, loop.precision)
+        self.outline = without_data(self.module)
+        if self.mesh.sequence is not None:
+            setup.partition.split_sequences(self.mesh.sequence)
+        wrap_blocks(setup.partition.blocks, loop.activation_checkpointing, loop.compile)
+        self.parallel = Parallel(setup, self.mesh, loop.sharding, loop.precision)
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        self.optimizer = Optimizer(named, self.objective.not_matrices, loop.optimizer)
+        self.optimizer = Optimizer(named, setup.not_matrices, loop.optimizer)
         self.ema = EMA(self.module, loop.ema_decay, loop.ema_warmup)
         self.critic_optimizer = None
         if self.critic is not None:
-            self.critic.to(device)
-            self.critic_optimizer = Optimizer(list(self.critic.named_parameters()), set(), loop.critic)
+            self.critic.module.to(device)
+            self.critic_optimizer = Optimizer(list(self.critic.module.named_parameters()), set(), loop.critic)
         self.step = self.batches = self.bad_steps = self.skipped_steps = 0
         self.stop_requested = False
         self.notes: list[str] = []
@@ -149,20 +154,20 @@ class Trainer:
         Returns:
             The mean of each loss term, and the batches if there is a critic to see them.
         """
-        loop, objective = self.loop, self.objective
+        loop, task = self.loop, self.task
         self.module.zero_grad(set_to_none=True)
         seen, batches, waited_s = [], [], 0.0
         for k in range(loop.microbatches):
             key = self.key(k)
             torch.manual_seed(derive_seed(loop.seed, "layers", key.position))  # dropout and its like
             before = time.perf_counter()
-            objective.prefetch(self.next_keys(k))
-            batch = objective.prepare(key)
+            self.setup.data.prefetch(self.next_keys(k))
+            batch = task.prepare(key)
             waited_s += time.perf_counter() - before
             self.parallel.reduce_next(k == loop.microbatches - 1)
-            groups = objective.groups(batch)
+            groups = self.setup.groups(batch)
             with self.autocast(), self.work.counted(batch):
-                terms = self.parallel.losses(objective.loss, batch, key)
+                terms = self.parallel.losses(task.loss, batch, key)
             total(terms, loop.microbatches).backward()
             seen.append(({name: term.detach() for name, term in terms.items()}, groups))
             if self.critic is not None:
@@ -174,16 +179,16 @@ class Trainer:
         """One step of the critic on the batches that the module has just learnt from; returns its mean loss."""
         if self.critic is None or self.critic_optimizer is None:
             return {}
-        self.critic.zero_grad(set_to_none=True)
+        self.critic.module.zero_grad(set_to_none=True)
         seen = []
         for batch, key in batches:
             torch.manual_seed(derive_seed(self.loop.seed, "critic", key.position))
             with self.autocast():
-                terms = self.parallel.losses(self.objective.critic_loss, batch, key)
+                terms = self.parallel.losses(self.critic.loss, batch, key)
             loss = total(terms, len(batches))
             loss.backward()
             seen.append(loss.detach())
-        parameters = list(self.critic.parameters())
+        parameters = list(self.critic.module.parameters())
         average_gradients(parameters, self.mesh)
         grad_norm = clip_gradients(parameters, self.loop.max_grad_norm)
         if math.isfinite(grad_norm):
@@ -240,7 +245,7 @@ class Trainer:
         figures = {**self.means.take(self.mesh), **self.work.take(self.mesh), "learning_rate_factor": rate}
         figures |= {"bad_steps": float(self.bad_steps), "skipped_steps": float(self.skipped_steps)}
         figures["peak_memory_gb"] = max(self.mesh.gather(peak_memory_gb(self.device)))
-        for of_rank in self.mesh.gather(self.objective.figures())[:: self.mesh.num_sequence_ranks]:
+        for of_rank in self.mesh.gather(self.setup.data.figures())[:: self.mesh.num_sequence_ranks]:
             for name, value in of_rank.items():
                 figures[name] = figures.get(name, 0.0) + value
         return figures
@@ -254,34 +259,35 @@ class Trainer:
         finally:
             if metrics:
                 metrics.close()
-            self.objective.cancel_prefetch()
+            self.setup.data.cancel_prefetch()
             self.checkpoints.join()
 
     def preview(self) -> dict[str, float]:
         """Samples of the averaged weights, written to `previews/`; its figures on the first rank."""
-        with self.averaged_weights() as may_use:
-            return self.objective.preview(self.folder / "previews", self.step) if may_use else {}
+        preview = self.setup.preview
+        if preview is None:
+            return {}
+        with self.averaged_module() as module:
+            return {} if module is None else preview.show(module, self.folder / "previews", self.step)
 
     def export(self) -> Path:
         """Writes the averaged weights as `model/`."""
         folder = self.folder / "model"
-        with self.averaged_weights() as may_use:
-            if may_use:
-                self.objective.export(folder)
+        with self.averaged_module() as module:
+            if module is not None:
+                self.task.export(module, folder)
                 use_default_permissions(folder)
         return folder
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[bool]:
-        """Within it the module holds its averaged weights, for evaluation, on the first rank alone."""
-        with in_one_piece(self.module, self.ema.average, self.mesh) as may_use, torch.no_grad():
-            self.module.eval()
-            self.objective.split_sequences(None)
-            try:
-                yield may_use
-            finally:
-                self.objective.split_sequences(self.mesh.sequence)
-                self.module.train()
+    def averaged_module(self) -> Iterator[torch.nn.Module | None]:
+        """A copy of the module with its averaged weights, for evaluation, on the first rank; the others wait."""
+        module = whole_copy(self.outline, self.module, self.ema.average, self.mesh)
+        try:
+            with torch.no_grad():
+                yield module
+        finally:
+            self.mesh.wait()
 
     def checkpoint(self) -> None:
         """Begins to write what `resume` reads."""
@@ -322,7 +328,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         if self.critic is not None and self.critic_optimizer is not None:
-            parts |= {"critic": self.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state_dict()}
+            parts |= {"critic": self.critic.module.state_dict(), "critic_optimizer": self.critic_optimizer.state_dict()}
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 

@@ -218,7 +218,7 @@ def test_several_windows_of_a_long_clip_are_drawn_from(autoencoder, tmp_path):
 def test_means_alone_are_refused_where_training_draws(manifest, autoencoder, tmp_path):
     Making(manifest, autoencoder, contents="mean").run(tmp_path / "cache")
     CachedLatents(tmp_path / "cache").open(DataContext(autoencoder, False)).batch(BatchKey(0, 0))
-    with pytest.raises(OpenSoraError, match=r"means alone.*--contents posterior.*sample_posterior=false"):
+    with pytest.raises(OpenSoraError, match=r"means alone.*posterior as `contents`.*sample_posterior=false"):
         CachedLatents(tmp_path / "cache").open(DataContext(autoencoder, True))
 
 

@@ -58,14 +58,15 @@ def test_saved_and_loaded_it_reads_the_same(small_judge: Judge, tmp_path):
 
 
 def test_training_batches_depend_on_the_draw_alone_and_losses_are_per_clip():
-    objective = JudgeTaskConfig(batch_size=4, dim=8).build("cpu")
-    first, again, other = (objective.prepare(BatchKey(0, step)) for step in (3, 3, 4))
+    setup = JudgeTaskConfig(batch_size=4, dim=8).build("cpu")
+    task = setup.task
+    first, again, other = (task.prepare(BatchKey(0, step)) for step in (3, 3, 4))
     assert torch.equal(first.video, again.video)
     assert torch.equal(first.frames, again.frames)
     assert not torch.equal(first.video, other.video)
-    losses = objective.loss(first, BatchKey(0, 3))
+    losses = task.loss(first, BatchKey(0, 3))
     assert {name: loss.shape for name, loss in losses.items()} == dict.fromkeys(ATTRIBUTES, (4,))
-    assert set(objective.not_matrices) <= {name for name, _ in objective.module.named_parameters()}
+    assert setup.not_matrices <= {name for name, _ in task.module.named_parameters()}
 
 
 def test_spoilt_clips_stay_recognisable():
@@ -79,8 +80,8 @@ def test_spoilt_clips_stay_recognisable():
 
 def test_the_recipe_exports_a_judge_in_half_precision(tmp_path):
     recipe = toybox_judge()
-    objective = recipe.objective.build("cpu")
-    objective.export(tmp_path)
+    task = recipe.objective.build("cpu").task
+    task.export(task.module, tmp_path)
     size_bytes = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size_bytes < 3e6
     assert next(load_judge(tmp_path).parameters()).dtype == torch.float32

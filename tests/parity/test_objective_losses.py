@@ -1,6 +1,6 @@
-"""The reference's recorded losses, made by a whole training objective: its own corruption, prediction and `loss`.
+"""The reference's recorded losses, made by a whole training task: its own corruption, prediction and `loss`.
 
-The objective is fed the fixture's latents, noise, times and masks, and the fixtures' toy network for a transformer.
+The task is fed the fixture's latents, noise, times and masks, and the fixtures' toy network for a transformer.
 """
 
 import re
@@ -32,22 +32,23 @@ class Toy:
         self.a, self.b, self.d = (fixture[f"in.toy.{name}"].reshape(1, -1, 1, 1, 1) for name in "abd")
         self.seen: list[Tensor] = []
 
-    def __call__(self, noisy: Tensor, timestep: Tensor, text: Tensor, *_: Any, **__: Any) -> Any:
+    def __call__(self, noisy: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Any:
         self.seen.append(noisy)
         channels = torch.arange(self.a.shape[1]) % noisy.shape[1]
         t = timestep.float().reshape(-1, 1, 1, 1, 1)
-        words = text.flatten(1).mean(dim=1).reshape(-1, 1, 1, 1, 1)
+        words = encoder_hidden_states.flatten(1).mean(dim=1).reshape(-1, 1, 1, 1, 1)
         return SimpleNamespace(sample=self.a * noisy[:, channels] + self.b * t / 1000 + self.d * words)
 
 
-def objective_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[DiffusionTask, Toy]:
-    objective = debug_objective(model, diffusion).build("cpu")
+def task_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[DiffusionTask, Toy]:
+    task = debug_objective(model, diffusion).build("cpu").task
+    assert isinstance(task, DiffusionTask)
     toy = Toy(fixture)
-    objective.transformer = toy  # type: ignore[assignment]
-    return objective, toy
+    task.networks.transformer = toy  # type: ignore[assignment]
+    return task, toy
 
 
-def losses(objective: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[str, Tensor]:
+def losses(task: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[str, Tensor]:
     clean = fixture["in.x_start"]
     size = torch.full((len(clean),), 32.0)
     conditions = ClipConditions(size, size, size, clean.shape[2])
@@ -60,7 +61,7 @@ def losses(objective: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[
         drop_text=torch.zeros(len(clean), dtype=torch.bool),
         frame_mask=mask,
     )
-    return objective.loss(batch, BatchKey(0, 0))
+    return task.loss(batch, BatchKey(0, 0))
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -74,9 +75,9 @@ def expected_of(fixture: Any, name: str, mask: Tensor | None) -> Tensor:
 
 def test_rectified_flow(golden) -> None:
     fixture = golden("rflow_v1_2_losses")
-    objective, toy = objective_of(fixture, "opensora-1.2", Flow())
+    task, toy = task_of(fixture, "opensora-1.2", Flow())
     for case, mask in (("plain", None), ("mask", fixture["in.mask"].bool())):
-        terms = losses(objective, fixture, mask)
+        terms = losses(task, fixture, mask)
         assert_close(total(terms), expected_of(fixture, f"out.{case}.loss", mask), **TOLERANCE)
         if f"mid.{case}.x_t" in fixture:
             assert_close(toy.seen[-1], fixture[f"mid.{case}.x_t"], **TOLERANCE)
@@ -100,12 +101,12 @@ def test_iddpm(name: str, golden) -> None:
         diffusion = IDDPM(
             prediction_type="sample" if case == "xstart" else "epsilon", float32_tables=name != "iddpm_v1_0_core"
         )
-        objective, toy = objective_of(fixture, model, diffusion)
-        assert isinstance(objective.noise_process, GaussianProcess)
+        task, toy = task_of(fixture, model, diffusion)
+        assert isinstance(task.networks.noise_process, GaussianProcess)
         if "weights" in case:
-            objective.noise_process = replace(objective.noise_process, timestep_weights=fixture["in.weights"])
+            task.networks.noise_process = replace(task.networks.noise_process, timestep_weights=fixture["in.weights"])
         mask = fixture["in.mask"].bool() if "mask" in case else None
-        terms = losses(objective, fixture, mask)
+        terms = losses(task, fixture, mask)
         assert_close(total(terms), expected_of(fixture, key, mask), **TOLERANCE)
         for part, ours in (("mse", diffusion.prediction_type), ("vb", "vb")):
             assert_close(terms[ours], expected_of(fixture, key.removesuffix("loss") + part, mask), **TOLERANCE)
@@ -118,8 +119,9 @@ def test_speed_draws_what_the_reference_draws(golden) -> None:
     fixture = golden("iddpm_v1_1_tables")
     if "out.speed.p" not in fixture:
         pytest.skip("the fixture holds no SpeeD tables")
-    objective = debug_objective("opensora-1.1-stage2", IDDPM(steps="speed", float32_tables=True)).build("cpu")
-    drawn = objective.noise_process.draw_times(4001, generator=torch.Generator().manual_seed(0))
+    task = debug_objective("opensora-1.1-stage2", IDDPM(steps="speed", float32_tables=True)).build("cpu").task
+    assert isinstance(task, DiffusionTask)
+    drawn = task.networks.noise_process.draw_times(4001, generator=torch.Generator().manual_seed(0))
     half, meaningful = 2001, int(fixture["out.speed.meaningful_steps"])
     first, mirrored = drawn[:half], drawn[half:]
     assert torch.equal(mirrored, (meaningful - first).abs()[: len(mirrored)])

@@ -13,7 +13,8 @@ from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
-from opensora.training.diffusion.task import DiffusionTask, DiffusionTaskConfig
+from opensora.training.diffusion.config import DiffusionTaskConfig
+from opensora.training.diffusion.plan import DiffusionPlan
 
 FAMILY = [make.__name__ for make in RECIPES if make.__name__.startswith("v1_")]
 STAGES = [name for name in FAMILY if not name.endswith(("_debug", "_lora"))]
@@ -29,10 +30,10 @@ KEYS = {
 
 
 @functools.cache
-def outline(name: str) -> DiffusionTask:
+def planned(name: str) -> DiffusionPlan:
     objective = find_recipe(name).objective
     assert isinstance(objective, DiffusionTaskConfig)
-    return objective.build("meta")
+    return objective.plan()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -40,7 +41,7 @@ def test_parameters_are_those_of_the_published_model(name: str, golden_dir) -> N
     """Number and shapes; norms of queries and keys join after the images of 1.1."""
     path = golden_dir / "checkpoint_keys" / f"{KEYS.get(name, KEYS.get(name[:4]))}.json"
     published = json.loads(path.read_text())
-    transformer = outline(name).transformer
+    transformer = planned(name).networks.transformer
     ours = {key: list(tensor.shape) for key, tensor in transformer.state_dict().items()}
     theirs = {key: shape for key, (shape, _) in published["keys"].items()}
     count = sum(parameter.numel() for parameter in transformer.parameters())
@@ -56,27 +57,28 @@ def test_parameters_are_those_of_the_published_model(name: str, golden_dir) -> N
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_size_can_be_imagined(name: str) -> None:
     """Frozen networks are outlined too, and batches have the sizes of their buckets."""
-    objective = outline(name)
-    assert set(objective.frozen) == {"autoencoder", "text_encoder"}
-    everything = [*objective.module.parameters(), *(p for part in objective.frozen.values() for p in part.parameters())]
+    plan = planned(name)
+    frozen, module = plan.setup.frozen, plan.setup.task.module
+    assert set(frozen) == {"autoencoder", "text_encoder"}
+    everything = [*module.parameters(), *(p for part in frozen.values() for p in part.parameters())]
     assert all(parameter.is_meta for parameter in everything)
-    assert not any(p.requires_grad for part in objective.frozen.values() for p in part.parameters())
-    shapes = objective.shapes()
+    assert not any(p.requires_grad for part in frozen.values() for p in part.parameters())
+    shapes = plan.shapes()
     assert sum(shape.share for shape in shapes) == pytest.approx(1)
     for shape in shapes:
-        batch = objective.meta_batch(shape)
+        batch = plan.meta_batch(shape)
         cells = (shape.height // 8, shape.width // 8)
         assert batch.clips.latents.shape == (
-            shape.batch_size, 4, objective.autoencoder.latent_frames(shape.num_frames), *cells
+            shape.batch_size, 4, plan.networks.autoencoder.latent_frames(shape.num_frames), *cells
         )  # fmt: skip
-    assert len(objective.blocks()) == len(objective.transformer.blocks) > 0
+    assert len(plan.setup.partition.blocks) == len(plan.networks.transformer.blocks) > 0
 
 
 @pytest.mark.parametrize("name", ["v1_0_16x256x256", "v1_1_stage3", "v1_2_stage3"])
 def test_a_step_can_be_imagined(name: str) -> None:
-    objective = outline(name)
-    shape = min(objective.shapes(), key=lambda shape: shape.batch_size * shape.num_frames * shape.height)
-    terms = objective.loss(objective.meta_batch(shape), BatchKey(0, 0))
+    plan = planned(name)
+    shape = min(plan.shapes(), key=lambda shape: shape.batch_size * shape.num_frames * shape.height)
+    terms = plan.setup.task.loss(plan.meta_batch(shape), BatchKey(0, 0))
     assert all(term.shape == (shape.batch_size,) and term.is_meta for term in terms.values())
 
 
@@ -146,9 +148,9 @@ def test_exports_sample_like_the_published_models() -> None:
         ("v1_1_stage3", "opensora-1.1-stage3"),
         ("v1_2_stage3", "opensora-1.2"),
     ):
-        objective, released = outline(name), PUBLISHED[model]
-        scheduler = objective.scheduler
+        networks, released = planned(name).networks, PUBLISHED[model]
+        scheduler = networks.scheduler
         assert type(scheduler).__name__ == released.scheduler_class.rpartition(".")[2]
         config = dict(scheduler.config)
         assert {key: config[key] for key in released.scheduler_config} == dict(released.scheduler_config)
-        assert objective.defaults == dict(released.defaults)
+        assert networks.defaults == dict(released.defaults)

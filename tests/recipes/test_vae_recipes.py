@@ -11,7 +11,7 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes import RECIPES, find_recipe
 from opensora.settings import apply_overrides, from_dict, to_dict
 from opensora.training.trainer import Trainer
-from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.config import VAETaskConfig
 
 NAMES = [make.__name__ for make in RECIPES if "vae" in make.__name__]
 PUBLISHED = ["vae_v1_2_stage1", "vae_v1_2_stage2", "vae_v1_2_stage3"]
@@ -26,7 +26,7 @@ def config(name: str) -> VAETaskConfig:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_are_those_of_the_published_autoencoder(name: str, golden_dir: Path) -> None:
     published = json.loads((golden_dir / "checkpoint_keys" / "opensora_vae_v1_2.json").read_text())
-    module = config(name).build("meta").module
+    module = config(name).plan().setup.task.module
     theirs = {key: shape for key, (shape, _) in published["keys"].items() if key not in ("scale", "shift")}
     ours = {key: list(value.shape) for key, value in module.state_dict().items() if key not in ("scale", "shift")}
     assert ours == theirs
@@ -39,25 +39,23 @@ def test_what_each_stage_was_trained_with() -> None:
     one, two, three = (config(name) for name in PUBLISHED)
     assert (one.identity_weight, two.identity_weight) == (1.0, 0.0)
     assert one.cut.image_share == two.cut.image_share == 0.2
-    assert three.cut.random_lengths and max(shape.num_frames for shape in three.build("meta").shapes()) == 34
+    assert three.cut.random_lengths and max(shape.num_frames for shape in three.plan().shapes()) == 34
     assert (three.kl_weight, three.perceptual, three.perceptual_weight) == (1e-6, "lpips", 0.1)
     loops = [find_recipe(name).loop for name in PUBLISHED]
     assert [loop.steps for loop in loops] == [380_000, 260_000, 540_000]
     assert {loop.optimizer.lr for loop in loops} == {1e-5} and {loop.max_grad_norm for loop in loops} == {1.0}
     for stage in (one, two, three):
         assert isinstance(stage.data, ManifestClips)
-        assert {(shape.batch_size, shape.height, shape.width) for shape in stage.build("meta").shapes()} == {
-            (1, 256, 256)
-        }
+        assert {(shape.batch_size, shape.height, shape.width) for shape in stage.plan().shapes()} == {(1, 256, 256)}
     assert one.scaling_factor is None, "from scratch, the 2D autoencoder's own"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_survives_its_file_and_is_planned_without_any_other(name: str) -> None:
     written = json.loads(json.dumps(to_dict(find_recipe(name).objective)))
-    objective = from_dict(VAETaskConfig, written).build("meta")
-    assert all(parameter.is_meta for parameter in objective.module.parameters())
-    assert sum(shape.share for shape in objective.shapes()) == pytest.approx(1)
+    plan = from_dict(VAETaskConfig, written).plan()
+    assert all(parameter.is_meta for parameter in plan.setup.task.module.parameters())
+    assert sum(shape.share for shape in plan.shapes()) == pytest.approx(1)
 
 
 def test_a_user_names_clips_and_what_to_compare_pictures_with() -> None:

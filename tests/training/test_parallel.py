@@ -107,9 +107,9 @@ def previewed(recipe: Recipe, folder: Path) -> tuple[list[tuple[int, int]], list
     """Where the rank's batches lay, and which classes its blocks have when all is done."""
     trainer = Trainer(recipe, folder)
     trainer.run()
-    objective = trainer.objective
-    assert list(dict.fromkeys(objective.prefetched)) == objective.prepared  # all prefetched, once each, in order
-    return [(d.step, d.position) for d in objective.prepared], [type(b).__name__ for b in objective.blocks()]
+    task, setup = trainer.task, trainer.setup
+    assert list(dict.fromkeys(setup.data.prefetched)) == task.prepared  # all prefetched, once each, in order
+    return [(d.step, d.position) for d in task.prepared], [type(b).__name__ for b in setup.partition.blocks]
 
 
 @pytest.mark.multi

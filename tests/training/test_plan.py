@@ -37,9 +37,9 @@ def plan():
 def test_what_optimisers_accumulate_is_what_is_planned(matrices):
     run = recipe(optimizer=OptimizerConfig(matrices=matrices))
     planned = TrainingPlan(run, H100).memory
-    objective = run.objective.build("cpu")
-    trained = {n: p for n, p in objective.module.named_parameters() if p.requires_grad}
-    optimizer = Optimizer(list(trained.items()), objective.not_matrices, run.loop.optimizer)
+    setup = run.objective.build("cpu")
+    trained = {n: p for n, p in setup.task.module.named_parameters() if p.requires_grad}
+    optimizer = Optimizer(list(trained.items()), setup.not_matrices, run.loop.optimizer)
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1.0)
@@ -94,7 +94,7 @@ def test_slow_links_decide_the_time_of_a_step_that_computes_little(plan):
 def test_frozen_work_of_a_batch_is_told_from_one_clip():
     networks = TrainingPlan(on_clips(20), H100).networks
     for shape in networks.shapes:
-        workloads = networks.objective.frozen_workloads(shape)
+        workloads = networks.task_plan.frozen_workloads(shape)
         assert set(workloads) == {"autoencoder", "text_encoder"}
         flops = sum(networks._frozen.trace(workload).flops for workload in workloads.values())
         assert networks.frozen_flops(shape) == pytest.approx(flops, rel=1e-6)

@@ -21,7 +21,7 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.recipes.toybox_judge import JudgeTaskConfig
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.text import TrainedText
-from opensora.training.task import TrainingTask
+from opensora.training.task import TrainingSetup, TrainingTask
 from opensora.training.trainer import Trainer
 
 KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge", *FAMILY]
@@ -42,10 +42,19 @@ def make_config(kind: str, folder: Path) -> Any:
 
 
 @pytest.fixture(params=KINDS)
-def objective(request, tmp_path) -> TrainingTask:
-    made = make_config(request.param, tmp_path).build("cpu")
-    made.set_up(tmp_path / "cache")
-    return made
+def setup(request, tmp_path) -> TrainingSetup:
+    return opened(make_config(request.param, tmp_path), tmp_path)
+
+
+@pytest.fixture
+def task(setup) -> TrainingTask:
+    return setup.task
+
+
+def opened(config: Any, folder: Path) -> TrainingSetup:
+    setup = config.build("cpu")
+    setup.data.open(folder / "cache")
+    return setup
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -64,37 +73,37 @@ def same(a: Any, b: Any) -> bool:
     return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
-def test_a_batch_depends_on_its_draw_alone(objective):
-    first = objective.prepare(BatchKey(0, 5))
+def test_a_batch_depends_on_its_draw_alone(task):
+    first = task.prepare(BatchKey(0, 5))
     assert tensors(first)
-    objective.prepare(BatchKey(0, 6))
+    task.prepare(BatchKey(0, 6))
     torch.rand(3)
-    assert same(first, objective.prepare(BatchKey(0, 5)))
+    assert same(first, task.prepare(BatchKey(0, 5)))
     for other in (BatchKey(1, 5), BatchKey(0, 6)):
-        assert not same(first, objective.prepare(other))
+        assert not same(first, task.prepare(other))
 
 
-def test_the_loss_is_one_finite_number_a_sample_and_repeats(objective):
+def test_the_loss_is_one_finite_number_a_sample_and_repeats(task):
     key = BatchKey(0, 0)
-    batch = objective.prepare(key)
-    first, second = objective.loss(batch, key), objective.loss(batch, key)
+    batch = task.prepare(key)
+    first, second = task.loss(batch, key), task.loss(batch, key)
     size = len(tensors(batch)[0])
     for name, term in first.items():
         assert term.shape == (size,) and torch.isfinite(term).all(), name
         assert torch.equal(term, second[name]), name
 
 
-def test_every_trainable_weight_is_reached(objective):
+def test_every_trainable_weight_is_reached(task):
     """Zero-initialised gates hide some gradients at first, so the weights are moved a little."""
     with torch.no_grad():
         torch.manual_seed(0)
-        for parameter in objective.module.parameters():
+        for parameter in task.module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     for step in range(3):  # whether a caption is dropped, and with it the null text's gradient, is a matter of luck
         key = BatchKey(0, step)
-        terms = objective.loss(objective.prepare(key), key)
+        terms = task.loss(task.prepare(key), key)
         torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum().backward()
-    for name, parameter in objective.module.named_parameters():
+    for name, parameter in task.module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.abs().max() > 0, name
@@ -102,8 +111,8 @@ def test_every_trainable_weight_is_reached(objective):
             assert parameter.grad is None, name
 
 
-def test_names_of_no_matrices_are_names_of_weights(objective):
-    assert objective.not_matrices <= {name for name, _ in objective.module.named_parameters()}
+def test_names_of_no_matrices_are_names_of_weights(setup):
+    assert setup.not_matrices <= {name for name, _ in setup.task.module.named_parameters()}
 
 
 def run(config: Any, folder: Path, steps: int, stop_after: int | None = None) -> Trainer:
@@ -143,7 +152,7 @@ def test_a_trained_model_is_a_pipeline(kind, tmp_path):
     assert pipeline.config.trained_on["autoencoder"] == fingerprint(pipeline.autoencoder.state_dict())
     assert pipeline.config.trained_on["latent_space"] == pipeline.autoencoder.latent_space.to_dict()
     pipeline.set_progress_bar_config(disable=True)
-    frames = pipeline("a red ball", generator=torch.Generator().manual_seed(0)).frames
+    frames = pipeline("a red ball", generator=torch.Generator().manual_seed(0), output_type="pt").frames
     assert frames.shape == (1, 5, 3, 16, 24) and torch.isfinite(frames).all()
 
 
@@ -153,12 +162,13 @@ def test_training_goes_on_from_a_trained_model(kind, tmp_path):
     changes = {"init_from": str(tmp_path / "first" / "model"), "transformer": None, "text": TrainedText()}
     second = diffusion_config("flow", tmp_path, **changes).build("cpu")
     for name, average in first.ema.average.items():
-        assert torch.equal(second.module.state_dict()[name], average), name
+        assert torch.equal(second.task.module.state_dict()[name], average), name
 
 
 @pytest.mark.parametrize("part", ["autoencoder", "transformer", "text_encoder"])
 def test_training_does_not_go_on_from_damaged_weights(part, tmp_path):
-    diffusion_config("flow", tmp_path).build("cpu").export(tmp_path / "model")
+    task = diffusion_config("flow", tmp_path).build("cpu").task
+    task.export(task.module, tmp_path / "model")
     start = {"init_from": str(tmp_path / "model"), "transformer": None, "text": TrainedText()}
     start |= {"autoencoder": str(tmp_path / "model")}
     path = next((tmp_path / "model" / part).glob("*.safetensors"))
@@ -207,10 +217,9 @@ NO_TIME = {"spatial": {"block_out_channels": [8, 8], "layers_per_block": 1, "nor
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
 def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
     """What the network says of a given frame costs nothing, and it sees such a frame clean."""
-    objective = diffusion_config(kind, tmp_path, frame_masks={"head": 1.0}).build("cpu")
-    objective.set_up(tmp_path / "cache")
+    task = opened(diffusion_config(kind, tmp_path, frame_masks={"head": 1.0}), tmp_path).task
     key = BatchKey(0, 0)
-    batch = objective.prepare(key)
+    batch = task.prepare(key)
     given = ~batch.frame_mask
     assert given.any(dim=1).all() and batch.frame_mask.any(dim=1).all()
     seen: list[Tensor] = []
@@ -226,8 +235,8 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
 
     losses = []
     for error in (0.0, 100.0):
-        objective.predict = predicting(error)
-        losses.append(objective.loss(batch, key))
+        task.predict = predicting(error)
+        losses.append(task.loss(batch, key))
     for name, loss in losses[0].items():
         torch.testing.assert_close(loss, losses[1][name])
     apart = (seen[0] - batch.clips.latents).abs().amax(dim=(1, 3, 4))
@@ -237,9 +246,8 @@ def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
 def test_lengths_come_in_their_shares(tmp_path):
     lengths = (OtherLength(1, 0.3), OtherLength(14, 0.3))
     data = ToyboxLatents(CLIPS, 6, other_lengths=lengths, num_clips_of_other_lengths=2, batch_size=3)
-    objective = diffusion_config("flow", tmp_path, data=data).build("cpu")
-    objective.set_up(tmp_path / "cache")
-    batches = [objective.prepare(BatchKey(0, step)) for step in range(60)]
+    task = opened(diffusion_config("flow", tmp_path, data=data), tmp_path).task
+    batches = [task.prepare(BatchKey(0, step)) for step in range(60)]
     lengths = [batch.clips.latents.shape[2] for batch in batches]
     # An image, 5 and 14 frames, four to a latent frame.
     assert set(lengths) == {1, 2, 4} and 8 < lengths.count(1) < 30

@@ -63,7 +63,7 @@ def test_diffusion_on_two_ranks(tmp_path: Path, kind: str, ranks: dict) -> None:
 def test_an_adapter_on_two_ranks(tmp_path: Path, ranks: dict) -> None:
     """The network is asked twice a step, once without the adapter."""
     manifest = write_clips(tmp_path / "clips")
-    base = family_config("1.2", manifest).build("cpu").transformer
+    base = family_config("1.2", manifest).build("cpu").task.networks.transformer
     torch.nn.init.normal_(base.final_layer.linear.weight, std=0.2)  # zeros would hide all other layers
     base.save_pretrained(tmp_path / "base")
     adapter = LoRAConfig(2, preserve=0.3)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_regression import Regression, RegressionConfig, assert_equal_weights, final_weights, recipe
+from tiny_regression import (
+    KeysSeen,
+    Regression,
+    RegressionConfig,
+    SumOfOnes,
+    assert_equal_weights,
+    final_weights,
+    recipe,
+    setup_of,
+)
 from torch import nn
 
 from opensora.distributed.checkpoint import read_names
@@ -15,6 +24,7 @@ from opensora.training.config import LoopConfig
 from opensora.training.ema import EMA
 from opensora.training.metrics import Work
 from opensora.training.optimizer import Optimizer, OptimizerConfig, learning_rate_factor
+from opensora.training.task import TrainingSetup
 from opensora.training.trainer import Trainer
 
 
@@ -85,10 +95,10 @@ def test_a_run_whose_frozen_weights_have_changed_is_refused(tmp_path: Path, monk
     Trainer(recipe(steps=3), tmp_path).run()
     Trainer(recipe(steps=3), tmp_path)
 
-    def with_other_weights(config: RegressionConfig, device: str) -> Regression:
-        objective = Regression(config)
-        objective.network.given.weight.data += 1
-        return objective
+    def with_other_weights(config: RegressionConfig, device: str) -> TrainingSetup:
+        task = Regression(config)
+        task.network.given.weight.data += 1
+        return setup_of(task)
 
     monkeypatch.setattr(RegressionConfig, "build", with_other_weights)
     with pytest.raises(OpenSoraError, match="began with other contents of: the frozen part"):
@@ -108,7 +118,7 @@ def test_a_preview_that_fails_costs_no_step(tmp_path: Path, monkeypatch) -> None
     def fail(*_: object) -> dict[str, float]:
         raise OpenSoraError("a held-out clip has gone")
 
-    monkeypatch.setattr(Regression, "preview", fail)
+    monkeypatch.setattr(SumOfOnes, "show", fail)
     with pytest.raises(OpenSoraError, match="has gone"):
         Trainer(recipe(preview_every=3), tmp_path).run()
     assert Trainer(recipe(preview_every=3), tmp_path).step == 3
@@ -191,10 +201,10 @@ def test_figures_tell_the_work_and_what_the_data_say(tmp_path: Path) -> None:
 def test_data_are_told_of_batches_ahead_of_time_but_not_beyond_the_end(tmp_path: Path) -> None:
     trainer = Trainer(recipe(steps=3, prefetch=3), tmp_path)
     trainer.run()
-    objective = trainer.objective
-    assert [key.position for key in objective.prefetched[:4]] == [0, 1, 2, 3]
-    assert list(dict.fromkeys(objective.prefetched)) == objective.prepared
-    assert [(draw.position, draw.step) for draw in objective.prepared] == [(k, k // 2) for k in range(6)]
+    task, data = trainer.task, trainer.setup.data
+    assert [key.position for key in data.prefetched[:4]] == [0, 1, 2, 3]
+    assert list(dict.fromkeys(data.prefetched)) == task.prepared
+    assert [(draw.position, draw.step) for draw in task.prepared] == [(k, k // 2) for k in range(6)]
 
 
 def test_a_resumed_critic_equals_one_that_was_never_interrupted(tmp_path: Path) -> None:
@@ -207,7 +217,7 @@ def test_a_resumed_critic_equals_one_that_was_never_interrupted(tmp_path: Path) 
     resumed.run()
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
     assert whole.critic is not None and resumed.critic is not None
-    assert_equal_weights(whole.critic.state_dict(), resumed.critic.state_dict())
+    assert_equal_weights(whole.critic.module.state_dict(), resumed.critic.module.state_dict())
 
 
 def test_a_critic_learns_to_tell_and_the_module_to_deceive(tmp_path: Path) -> None:
@@ -258,10 +268,10 @@ def test_a_checkpoint_is_kept_although_a_damaged_one_is_newer(tmp_path: Path) ->
 
 
 def test_a_run_that_could_not_begin_does_not_bind_its_folder(tmp_path: Path, monkeypatch) -> None:
-    def set_up(self: Regression, cache: Path) -> None:
+    def fail(self: KeysSeen, cache: Path) -> None:
         raise OpenSoraError("no such manifest")
 
-    monkeypatch.setattr(Regression, "set_up", set_up)
+    monkeypatch.setattr(KeysSeen, "open", fail)
     with pytest.raises(OpenSoraError, match="no such manifest"):
         Trainer(recipe(poison_steps=(1,)), tmp_path)
     monkeypatch.undo()
@@ -294,7 +304,7 @@ def test_the_module_is_as_before_after_a_preview(tmp_path: Path) -> None:
     parameters = list(trainer.module.parameters())
     trainer.run()
     assert all(a is b for a, b in zip(parameters, trainer.module.parameters(), strict=True))
-    assert trainer.module.training and "forward" in trainer.objective.blocks()[0].__dict__
+    assert trainer.module.training and "forward" in trainer.setup.partition.blocks[0].__dict__
     Trainer(recipe(steps=3), tmp_path / "plain").run()
     assert_equal_weights(final_weights(tmp_path / "previewed"), final_weights(tmp_path / "plain"))
 

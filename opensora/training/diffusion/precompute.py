@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,9 +20,12 @@ from opensora.data.clips import ClipSource, ManifestClips
 from opensora.data.precompute import EncodeText
 from opensora.errors import OpenSoraError
 from opensora.settings import to_dict
-from opensora.training.diffusion.task import DiffusionTaskConfig
+from opensora.training.diffusion.config import DiffusionTaskConfig
+from opensora.training.diffusion.networks import DiffusionNetworks
 from opensora.training.diffusion.text import Captions, TrainedText
 from opensora.training.parts import META, build_part
+
+logger = logging.getLogger(__name__)
 
 _MOST_FAILED = 20
 
@@ -103,7 +107,7 @@ def make_cache(
     captions = text = None
     text_bytes = 0
     if options.text and not isinstance(config.text, TrainedText):
-        outline = config.build(META).captions
+        outline = DiffusionNetworks(config, META).captions
         captions = Captions(config.text, config.init_from, outline.max_tokens, outline.clean, device, outline.dtype)
         encoder = captions.load()
         captions.check_words(row.text for row in source.rows)
@@ -141,6 +145,8 @@ def make_cache(
     if captions is not None:
         with progress("encoding captions") as told:
             precompute.make_text(folder, plan, encode_with(captions), made_from, **share, progress=told)
+        if captions.num_cut:
+            logger.warning("%d captions were longer than the model reads, and cut", captions.num_cut)
         del captions
     with progress("encoding clips") as told:
         precompute.make_latents(

@@ -1,7 +1,9 @@
 """What is generated now and then to watch a training, and written where the run keeps its previews."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples
 from opensora.media.write import write_video
 from opensora.pipeline import OpenSoraPipeline
 from opensora.toybox.world import EASY_WORLD, World
+from opensora.training.task import Preview
 
 
 @dataclass(frozen=True)
@@ -138,3 +141,31 @@ def clips_trained_on(data: DataConfig) -> ManifestClips | None:
     if isinstance(data, CachedLatents):
         return None if data.folder is None else data.made_of()
     return data if isinstance(data, ManifestClips) else None
+
+
+class PipelinePreview(Preview):
+    """What is made with a pipeline of the current weights.
+
+    Args:
+        watched: what that is.
+        make_pipeline: makes a pipeline of a copy of the trained networks.
+        frame_interval: of the pipeline.
+        trained_on: the table that the run trains on; None if there is none.
+    """
+
+    def __init__(
+        self,
+        watched: JudgedPrompts | Prompts | HeldOutLosses,
+        make_pipeline: Callable[[Any], OpenSoraPipeline],
+        frame_interval: int,
+        trained_on: ManifestClips | None,
+    ) -> None:
+        self.watched, self.make_pipeline = watched, make_pipeline
+        self.frame_interval, self.trained_on = frame_interval, trained_on
+
+    def check(self) -> None:
+        if isinstance(self.watched, HeldOutLosses):
+            self.watched.check(self.frame_interval, self.trained_on)
+
+    def show(self, module: Any, folder: Path, step: int) -> dict[str, float]:
+        return self.watched.show(self.make_pipeline(module), folder, step, self.trained_on)

@@ -12,7 +12,6 @@ Frame latents are scaled before the temporal autoencoder sees them, and what is 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,10 @@ from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.settings import load_settings, save_settings
 from opensora.training.parts import META, meta_model
-
-if TYPE_CHECKING:
-    from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.settings import VAESettings
 
 
-def build_autoencoder(config: "VAETaskConfig", device: str) -> tuple[VideoAutoencoder, bool]:
+def build_autoencoder(config: VAESettings, device: str) -> tuple[VideoAutoencoder, bool]:
     """The autoencoder of a run's first step, and whether its scaling factor is known.
 
     On the meta device nothing is read that is not there: `config.autoencoder` then says what there will be.
@@ -64,7 +61,7 @@ def _is_missing(origin: str) -> bool:
     return False
 
 
-def _go_on(config: "VAETaskConfig", origin: str, device: str) -> VideoAutoencoder:
+def _go_on(config: VAESettings, origin: str, device: str) -> VideoAutoencoder:
     """The autoencoder of a stage before, or a released one, with its own scaling factor."""
     if _is_missing(origin):
         raise OpenSoraError(

@@ -1,100 +1,95 @@
-"""Training a video autoencoder in stages, each a run that starts from the one before.
-
-- `frames`: the spatial autoencoder on single frames, for those who start without one.
-- `latents`: the temporal autoencoder on scaled frame latents, the spatial one frozen. With `identity_weight` it also
-  learns to leave the latents of images as they are (stage 1 of Open-Sora 1.2); without, it is stage 2.
-- `pixels`: the temporal autoencoder and the spatial one together, on pixels, clips of any length in chunks (stage 3).
-
-The scaling factor between the two autoencoders belongs to their weights: see `vae_latent_space.py`. Shift and scale of
-every latent channel are measured at the end and written into the checkpoint.
-
-Objects are a small part of a frame: where they are known, errors on them can be weighted up, because overall error
-hides a lost shape.
+"""What the stages of an autoencoder's training share.
 
 Letters: B clips, C channels, T frames, H, W pixels, h, w latent cells.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from opensora.data.clips import ManifestClips
-from opensora.data.toybox import ToyboxVideos
+from torch import Tensor, nn
+
+from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-from opensora.training.vae.clips import Cut
-from opensora.training.vae.discriminator import DiscriminatorConfig
-from opensora.training.vae.losses import Reduction
-from opensora.training.vae.perceptual import PerceptualNetwork
-from opensora.training.vae.stages import FramesTask, LatentsTask, PixelsTask, VAETask
+from opensora.models.autoencoders.folded import CausalMixer
+from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.autoencoders.temporal import ResBlock
+from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
+from opensora.training.task import TrainingTask
+from opensora.training.vae.data import AutoencoderData
+from opensora.training.vae.losses import kl_loss, reconstruction_loss
+from opensora.training.vae.settings import VAESettings
+
+TEMPORAL_BLOCKS = (ResBlock, CausalMixer)
+SHIFT_AND_SCALE = "; shift and scale measured on "
 
 
-@dataclass(frozen=True)
-class VAETaskConfig:
-    """One stage of autoencoder training.
+class VAETask(TrainingTask):
+    """An autoencoder learns to give its clips back.
+
+    Args:
+        settings: of the training.
+        autoencoder: what is trained.
+        data: its clips.
 
     Attributes:
-        stage: what is trained; see the module's introduction.
-        data: where clips come from.
-        held_out: clips that are never trained on, for previews; those of the toybox have their own.
-        cut: what of them is trained on.
-        autoencoder: configuration of the `VideoAutoencoder`, for a run that starts from nothing; others take the one
-            of `init_from`, and this one only to be planned before that exists.
-        spatial_from: folder or file of a spatial autoencoder (diffusers' AutoencoderKL) to begin with.
-        init_from: model's name, folder or file of the video autoencoder to go on from.
-        scaling_factor: what frame latents are multiplied by; None for that of `init_from`, or of `spatial_from`, or
-            1 / std of the frame latents.
-        train_encoder: stage `pixels` also trains the spatial encoder.
-        sample_frames: draw frame latents from their posterior; otherwise take its mean.
-        frames_per_clip: frames of each clip, drawn at random, that are decoded to pixels; None for all.
-        micro_batch_size: frames that go through the spatial part at once; None for all.
-        reduction: over what errors are averaged, see `Reduction`.
-        mse_weight: of squared errors beside absolute ones.
-        kl_weight: of the divergence to a standard normal.
-        identity_weight: stage `latents`, of the difference between an image's video latent and its frame latent.
-        object_weight: extra weight of errors on objects, where they are known.
-        perceptual: network that compares how pictures look.
-        perceptual_weight: of its distance; 0 for none.
-        discriminator: critic that the decoded clips are to deceive; None for none.
-        num_clips: clips of the data that the latent space is measured on.
-        cache_latents: stage `latents`, encode `num_clips` clips of one size once and train on those alone.
-        preview_batches: held-out batches that previews are measured on.
+        not_matrices: names of the parameters that are no matrices between hidden layers.
     """
 
-    stage: Literal["frames", "latents", "pixels"]
-    data: ToyboxVideos | ManifestClips = field(default_factory=ToyboxVideos)
-    held_out: ManifestClips | None = None
-    cut: Cut = field(default_factory=Cut)
-    autoencoder: dict[str, Any] | None = None
-    spatial_from: str | None = None
-    init_from: str | None = None
-    scaling_factor: float | None = None
-    train_encoder: bool = False
-    sample_frames: bool = False
-    frames_per_clip: int | None = None
-    micro_batch_size: int | None = None
-    reduction: Reduction = "mean"
-    mse_weight: float = 0.0
-    kl_weight: float = 1e-6
-    identity_weight: float = 0.0
-    object_weight: float = 0.0
-    perceptual: PerceptualNetwork = "efficientnet"
-    perceptual_weight: float = 0.0
-    discriminator: DiscriminatorConfig | None = None
-    num_clips: int = 200
-    cache_latents: bool = False
-    preview_batches: int = 4
+    not_matrices: set[str]
 
-    def __post_init__(self) -> None:
-        in_pixels = {"perceptual_weight": self.perceptual_weight, "discriminator": self.discriminator}
-        for name, value in in_pixels.items():
-            if value and self.stage == "latents":
-                raise OpenSoraError(f"objective.{name} compares pictures, but stage latents makes none; leave it out")
-        if self.cache_latents and self.stage != "latents":
-            raise OpenSoraError(
-                f"objective.cache_latents given, but stage {self.stage} learns from pixels; leave it out"
-            )
-        if self.discriminator is not None and self.stage == "pixels" and self.frames_per_clip is not None:
-            raise OpenSoraError("objective.discriminator looks at whole clips; set objective.frames_per_clip=none")
+    def __init__(self, settings: VAESettings, autoencoder: VideoAutoencoder, data: AutoencoderData) -> None:
+        self.settings, self.data = settings, data
+        self.module = self.autoencoder = autoencoder
 
-    def build(self, device: str) -> "VAETask":
-        stages = {"frames": FramesTask, "latents": LatentsTask, "pixels": PixelsTask}
-        return stages[self.stage](self, device)
+    def prepare(self, key: BatchKey) -> Any:
+        return self.data.clips(key)
+
+    def groups(self, batch: Any) -> dict[str, list[str]]:
+        """Each clip's size and number of frames."""
+        size, _, num_frames = batch.video.shape[:3]
+        return {"bucket": [batch.label] * size, "frames": [str(num_frames)] * size}
+
+    def weights(self, mask: Tensor | None) -> Tensor | None:
+        """Weight of errors at every position."""
+        return None if mask is None or not self.settings.object_weight else 1 + self.settings.object_weight * mask
+
+    def reconstruction_loss(self, reconstruction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        settings = self.settings
+        return reconstruction_loss(
+            reconstruction,
+            target,
+            mse_weight=settings.mse_weight,
+            weights=self.weights(mask),
+            reduction=settings.reduction,
+        )
+
+    def kl_loss(self, posterior: Posterior) -> Tensor:
+        return self.settings.kl_weight * kl_loss(posterior, self.settings.reduction)
+
+    def export(self, module: Any, folder: Path) -> None:
+        """Writes the weights with the per-channel shift and scale of the latents they make."""
+        factor_from = module.latent_space.trained_with.partition(SHIFT_AND_SCALE)[0]
+        trained_with = factor_from + SHIFT_AND_SCALE + self.data.measured_on()
+        module.measure_latent_space(self.data.measured_videos(), trained_with)
+        module.save_pretrained(folder)
+
+
+def blocks_of(autoencoder: VideoAutoencoder) -> list[nn.Module]:
+    """The levels of the spatial part and the blocks of the temporal one."""
+    spatial, temporal = autoencoder.spatial_vae.module, autoencoder.temporal_vae
+    levels = [*spatial.encoder.down_blocks, *spatial.decoder.up_blocks]
+    return levels + [part for part in (temporal or nn.Identity()).modules() if isinstance(part, TEMPORAL_BLOCKS)]
+
+
+def require_temporal(autoencoder: VideoAutoencoder) -> TemporalPart:
+    """The temporal part; an `OpenSoraError` where there is none."""
+    if autoencoder.temporal_vae is None:
+        raise OpenSoraError("this autoencoder has no temporal part to train; set objective.autoencoder.temporal")
+    return autoencoder.temporal_vae
+
+
+def temporal_boundary_layers(module: nn.Module) -> set[str]:
+    """First and last layers of the temporal autoencoder's two halves, of either kind."""
+    ends = ("_in.", "_out.", "quant_conv.", "encoder.conv2.", "decoder.conv1.")
+    names = {n for n, _ in module.named_parameters() if n.startswith("temporal_vae.")}
+    return {n for n in names if any(end in n for end in ends)}

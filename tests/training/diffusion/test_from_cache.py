@@ -122,7 +122,7 @@ def test_a_cache_made_otherwise_is_refused_in_one_line(change: str, message: str
     [
         (["toybox_judge"], "recipe toybox_judge trains no diffusion transformer"),
         (["toybox"], "recipe toybox trains on ToyboxLatents, not on the clips of a manifest"),
-        (["v1_2_stage1"], "no manifest; name the table of your clips by --manifest FILE"),
+        (["v1_2_stage1"], "no manifest; name the table of your clips by --manifest"),
         (["v1_2_stage1", "--shard-mb", "0"], "--shard-mb is 0; give more than 0"),
         (["v1_2_stage1", "--windows-per-clip", "0"], "--windows-per-clip is 0; give 1 or more"),
     ],

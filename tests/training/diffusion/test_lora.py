@@ -21,9 +21,9 @@ from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
 from opensora.training.diffusion.noise import Flow
-from opensora.training.diffusion.task import DiffusionTaskConfig
 from opensora.training.diffusion.text import FrozenText, TrainedText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
@@ -247,7 +247,7 @@ def test_a_run_leaves_an_adapter_and_small_checkpoints(pipeline_folder, tmp_path
     frames = []
     for pipeline in (plain, off, with_adapter, offloaded):
         pipeline.set_progress_bar_config(disable=True)
-        frames.append(pipeline(PROMPT, generator=seeded(1)).frames)
+        frames.append(pipeline(PROMPT, generator=seeded(1), output_type="pt").frames)
     assert torch.equal(frames[0], frames[1]) and not torch.allclose(frames[0], frames[2], atol=1e-3)
     torch.testing.assert_close(frames[2], frames[3])
 
@@ -290,7 +290,7 @@ def test_a_run_whose_table_has_changed_is_refused(pipeline_folder, tmp_path):
 def test_each_generation_trains_an_adapter(kind, tmp_path):
     """Through its own objective: published conditions, a frozen text encoder, bf16."""
     manifest = write_clips(tmp_path / "clips")
-    base = family_config(kind, manifest).build("cpu").transformer
+    base = family_config(kind, manifest).build("cpu").task.networks.transformer
     for parameter in base.parameters():
         if not parameter.any():  # a last layer of zeros would hide all others
             torch.nn.init.normal_(parameter, std=0.2)

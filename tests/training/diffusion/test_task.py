@@ -42,14 +42,15 @@ def manifest(tmp_path_factory) -> Path:
 
 def opened(version: str, manifest: Path, folder: Path, **changes: Any) -> DiffusionTask:
     torch.manual_seed(0)
-    objective = family_config(version, manifest, **changes).build("cpu")
-    objective.set_up(folder)
-    return objective
+    setup = family_config(version, manifest, **changes).build("cpu")
+    setup.data.open(folder)
+    assert isinstance(setup.task, DiffusionTask)
+    return setup.task
 
 
-def video_batch(objective: DiffusionTask) -> Any:
+def video_batch(task: DiffusionTask) -> Any:
     """The first batch that is no image."""
-    batches = (objective.prepare(BatchKey(0, position)) for position in range(20))
+    batches = (task.prepare(BatchKey(0, position)) for position in range(20))
     return next(batch for batch in batches if batch.clips.conditions.num_frames > 1)
 
 
@@ -63,12 +64,11 @@ def test_two_steps_on_mp4_files_make_a_model(version: str, manifest: Path, tmp_p
     config = family_config(version, manifest, frame_masks={"head": 0.5}, preview=prompts, export_dtype="float32")
     trainer = Trainer(Recipe("tiny", config, LOOP), tmp_path)
     before = {name: weight.clone() for name, weight in trainer.module.state_dict().items()}
-    assert isinstance(trainer.objective, DiffusionTask)
-    frozen = {n: w.clone() for part in trainer.objective.frozen.values() for n, w in part.state_dict().items()}
+    frozen = {n: w.clone() for part in trainer.setup.frozen.values() for n, w in part.state_dict().items()}
     model = trainer.run()
     changed = [name for name, weight in trainer.module.state_dict().items() if not torch.equal(weight, before[name])]
     assert changed
-    after = {n: w for part in trainer.objective.frozen.values() for n, w in part.state_dict().items()}
+    after = {n: w for part in trainer.setup.frozen.values() for n, w in part.state_dict().items()}
     assert all(torch.equal(after[name], weight) for name, weight in frozen.items())
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -88,14 +88,14 @@ def test_two_steps_on_mp4_files_make_a_model(version: str, manifest: Path, tmp_p
 
 @pytest.mark.parametrize("version", FAMILY)
 def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_path: Path) -> None:
-    objective = opened(version, manifest, tmp_path)
-    assert set(objective.frozen) == {"autoencoder", "text_encoder"}
-    inside = {id(parameter) for parameter in objective.module.parameters()}
-    objective.module.train()
-    for network in objective.frozen.values():
+    task = opened(version, manifest, tmp_path)
+    assert set(task.networks.frozen) == {"autoencoder", "text_encoder"}
+    inside = {id(parameter) for parameter in task.module.parameters()}
+    task.module.train()
+    for network in task.networks.frozen.values():
         assert not network.training
         assert not any(parameter.requires_grad or id(parameter) in inside for parameter in network.parameters())
-    batch = objective.prepare(BatchKey(0, 0))
+    batch = task.prepare(BatchKey(0, 0))
     assert not batch.clips.latents.requires_grad and not batch.text.requires_grad
 
 
@@ -104,11 +104,11 @@ def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_
 
 def test_latents_are_drawn_from_the_posterior_or_are_its_mean(manifest: Path, tmp_path: Path) -> None:
     drawn, means = (opened("1.2", manifest, tmp_path, sample_posterior=sample) for sample in (True, False))
-    assert isinstance(means.config.data, ManifestClips)
-    clips = means.config.data.open(DataContext())
+    assert isinstance(means.settings.data, ManifestClips)
+    clips = means.settings.data.open(DataContext())
     for k in range(3):
         key = BatchKey(0, k)
-        mean = encode_clips(clips.batch(key), means.autoencoder)
+        mean = encode_clips(clips.batch(key), means.networks.autoencoder)
         assert torch.equal(means.prepare(key).clips.latents, mean.latents)
         sampled = drawn.prepare(key).clips.latents
         assert torch.equal(sampled, drawn.prepare(key).clips.latents), "the same place draws the same"
@@ -127,12 +127,12 @@ def test_networks_are_told_the_size_before_encoding(manifest: Path, tmp_path: Pa
 
 
 def test_captions_are_spelled_as_the_model_was_trained(manifest: Path, tmp_path: Path) -> None:
-    objective = opened("1.2", manifest, tmp_path)
+    task = opened("1.2", manifest, tmp_path)
     caption = "A  Red Ball, https://example.org/ROLLS &amp; stops"
-    tokens, _ = objective.captions.tokens([caption])
-    assert clean_text(caption) in objective.captions.tokenizer.decode(tokens[0], skip_special_tokens=True)
-    defaults = {**objective.config.defaults, "clean_prompts": False}
-    plain = opened("1.2", manifest, tmp_path, defaults=defaults).captions
+    tokens, _ = task.networks.captions.tokens([caption])
+    assert clean_text(caption) in task.networks.captions.tokenizer.decode(tokens[0], skip_special_tokens=True)
+    defaults = {**task.settings.defaults, "clean_prompts": False}
+    plain = opened("1.2", manifest, tmp_path, defaults=defaults).networks.captions
     assert caption in plain.tokenizer.decode(plain.tokens([caption])[0][0], skip_special_tokens=True)
 
 
@@ -145,7 +145,7 @@ def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path)
 
     def captions(scores: bool) -> list[str]:
         data = ManifestClips({"64x64": {"5": (1.0, 2)}}, table, scores=scores, num_workers=0)
-        source = opened("1.2", manifest, tmp_path, data=data).source
+        source = opened("1.2", manifest, tmp_path, data=data).data.source
         assert source is not None
         return source.batch(BatchKey(0, 0)).captions
 
@@ -154,7 +154,7 @@ def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path)
 
 
 def test_long_captions_are_cut_to_what_the_model_reads(manifest: Path, tmp_path: Path) -> None:
-    captions = opened("1.0", manifest, tmp_path).captions
+    captions = opened("1.0", manifest, tmp_path).networks.captions
     tokens, mask = captions.tokens(["a ball " * 100, "a cube"])
     assert tokens.shape == mask.shape == (2, 120)
     assert mask.sum(dim=1).tolist() == [120, len(b"a cube") + 1]
@@ -164,13 +164,13 @@ def test_a_dropped_caption_is_the_null_text(manifest: Path, tmp_path: Path) -> N
     """With every caption dropped, what they say makes no difference, and otherwise it does."""
     with torch.no_grad():
         for share, same in ((1.0, True), (0.0, False)):
-            objective = opened("1.2", manifest, tmp_path, drop_text=share)
-            for parameter in objective.transformer.parameters():
+            task = opened("1.2", manifest, tmp_path, drop_text=share)
+            for parameter in task.networks.transformer.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            batch = video_batch(objective)
-            first = objective.loss(batch, BatchKey(0, 0))["velocity"]
+            batch = video_batch(task)
+            first = task.loss(batch, BatchKey(0, 0))["velocity"]
             batch = replace(batch, text=batch.text.flip(1) + 1)
-            assert torch.allclose(first, objective.loss(batch, BatchKey(0, 0))["velocity"]) == same
+            assert torch.allclose(first, task.loss(batch, BatchKey(0, 0))["velocity"]) == same
 
 
 def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
@@ -179,37 +179,37 @@ def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
     source.save_pretrained(tmp_path / "model")
     transformer = {**family_config("1.2", manifest).transformer, "caption_channels": 16, "model_max_length": 24}
     text = FrozenText((tmp_path / "model").as_posix())
-    objective = opened("1.2", manifest, tmp_path, text=text, transformer=transformer)
-    batch = objective.prepare(BatchKey(0, 0))
+    task = opened("1.2", manifest, tmp_path, text=text, transformer=transformer)
+    batch = task.prepare(BatchKey(0, 0))
     assert batch.text.shape[2] == 16 and torch.isfinite(batch.text).all()
-    assert "text_encoder" in objective.frozen
-    assert torch.isfinite(objective.loss(batch, BatchKey(0, 0))["velocity"]).all()
+    assert "text_encoder" in task.networks.frozen
+    assert torch.isfinite(task.loss(batch, BatchKey(0, 0))["velocity"]).all()
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------------
 
 
-def seen_by(objective: DiffusionTask, batch: Any) -> Tensor:
+def seen_by(task: DiffusionTask, batch: Any) -> Tensor:
     """What the transformer sees of a batch."""
     seen: list[Tensor] = []
-    predict = objective.predict
+    predict = task.predict
 
     def watching(noisy: Tensor, timestep: Tensor, batch: Any) -> Tensor:
         seen.append(noisy)
         return predict(noisy, timestep, batch)
 
-    objective.predict = watching
-    objective.loss(batch, BatchKey(0, 0))
+    task.predict = watching
+    task.loss(batch, BatchKey(0, 0))
     return seen[0]
 
 
 @pytest.mark.parametrize(("version", "clean"), [("1.1", False), ("1.2", True)])
 def test_given_frames_are_shown_as_each_version_does(version: str, clean: bool, manifest: Path, tmp_path: Path) -> None:
     """1.1 noises them to its first step, which is almost clean; 1.2 shows them clean."""
-    objective = opened(version, manifest, tmp_path, frame_masks={"head": 1.0})
-    batch = video_batch(objective)
+    task = opened(version, manifest, tmp_path, frame_masks={"head": 1.0})
+    batch = video_batch(task)
     given = ~batch.frame_mask
-    noisy = seen_by(objective, batch)
+    noisy = seen_by(task, batch)
     apart = (noisy - batch.clips.latents).abs().amax(dim=(1, 3, 4))
     assert (apart[given].max() == 0) == clean and apart[given].max() < 0.1
     assert apart[~given].min() > 0 and given.any()
@@ -220,8 +220,8 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
 
     def mean_time(size: str, shift: bool) -> float:
         data = ManifestClips({size: {"5": (1.0, 8)}}, manifest, num_workers=0)
-        objective = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
-        return float(objective.prepare(BatchKey(0, 0)).t.mean())
+        task = opened("1.2", manifest, tmp_path, data=data, diffusion=Flow(time_shift=shift))
+        return float(task.prepare(BatchKey(0, 0)).t.mean())
 
     small, large = mean_time("32x32", True), mean_time("64x64", True)
     assert small < large < mean_time("64x64", False) == mean_time("32x32", False)
@@ -229,10 +229,10 @@ def test_larger_clips_are_trained_with_more_noise(manifest: Path, tmp_path: Path
 
 def test_groups_tell_size_and_time(manifest: Path, tmp_path: Path) -> None:
     for version in FAMILY:
-        objective = opened(version, manifest, tmp_path)
-        batch = objective.prepare(BatchKey(0, 0))
+        task = opened(version, manifest, tmp_path)
+        batch = task.prepare(BatchKey(0, 0))
         batch = replace(batch, t=batch.t.new_tensor([0, 999]))
-        assert objective.groups(batch) == {"bucket": [batch.clips.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
+        assert task.groups(batch) == {"bucket": [batch.clips.label] * 2, "t": ["0.0-0.1", "0.9-1.0"]}
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -241,10 +241,11 @@ def test_groups_tell_size_and_time(manifest: Path, tmp_path: Path) -> None:
 def test_a_large_text_encoder_stays_where_it_is(manifest: Path, tmp_path: Path) -> None:
     """The exported folder holds its configuration and tokenizer; it loads with the encoder given, and not without."""
     config = family_config("1.2", manifest)
-    encoder = config.build("cpu").captions.load()
+    encoder = config.build("cpu").task.networks.captions.load()
     assert isinstance(config.text, FrozenText)
     text = FrozenText(config.text.origin, exported=False)
-    family_config("1.2", manifest, text=text, export_dtype="float32").build("cpu").export(tmp_path / "model")
+    task = family_config("1.2", manifest, text=text, export_dtype="float32").build("cpu").task
+    task.export(task.module, tmp_path / "model")
     assert not list((tmp_path / "model" / "text_encoder").glob("*.safetensors"))
     with pytest.raises(OpenSoraError, match="text_encoder"):
         opensora.load_pipeline(tmp_path / "model")
@@ -277,14 +278,14 @@ def test_training_goes_on_from_released_parts(name: str, manifest: Path, tmp_pat
     networks = released(name)
     version = {"STDiT": "1.0", "STDiT2": "1.1", "STDiT3": "1.2"}[type(networks["transformer"]).__name__]
     parts: dict[str, Any] = {"autoencoder": name, "text": FrozenText(name, exported=False), "init_from": name}
-    objective = opened(version, manifest, tmp_path, **parts, transformer=None)
-    for part, network in (("transformer", objective.transformer), *objective.frozen.items()):
+    task = opened(version, manifest, tmp_path, **parts, transformer=None)
+    for part, network in (("transformer", task.networks.transformer), *task.networks.frozen.items()):
         for key, weight in network.state_dict().items():
             if not key.startswith("pos_embed"):  # derived anew
                 torch.testing.assert_close(weight, networks[part].state_dict()[key], msg=f"{part} {key}")
-    batch = objective.prepare(BatchKey(0, 0))
+    batch = task.prepare(BatchKey(0, 0))
     assert batch.text_mask.shape[1] <= 40
-    assert all(torch.isfinite(term).all() for term in objective.loss(batch, BatchKey(0, 0)).values())
+    assert all(torch.isfinite(term).all() for term in task.loss(batch, BatchKey(0, 0)).values())
 
 
 def test_a_released_part_that_is_not_here_is_named(manifest: Path, released: Any) -> None:

@@ -20,8 +20,8 @@ from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut
+from opensora.training.vae.config import VAETaskConfig
 from opensora.training.vae.losses import bilinear_reconstruction, frame_psnr
-from opensora.training.vae.task import VAETaskConfig
 
 AUTOENCODER: dict[str, Any] = {
     "spatial": {"block_out_channels": [64, 96], "layers_per_block": 1, "norm_num_groups": 16},

@@ -23,8 +23,9 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut, CutClips, crop_at_random
+from opensora.training.vae.config import VAETaskConfig
 from opensora.training.vae.discriminator import DiscriminatorConfig
-from opensora.training.vae.task import VAETaskConfig
+from opensora.training.vae.frame_latents import frame_latents
 
 CRITIC = DiscriminatorConfig(dim=8, depth=1)
 
@@ -86,16 +87,16 @@ def test_pixels_are_learnt_at_any_length_in_chunks(num_frames, kind):
     config = vae_config(
         "pixels", data=videos(num_frames), autoencoder=AUTOENCODER | {"temporal": temporal}, frames_per_clip=None
     )
-    objective = config.build("cpu")
-    batch, key = objective.prepare(BatchKey(0, 0)), BatchKey(0, 0)
-    made = objective.decoded(batch, key)
+    task = config.build("cpu").task
+    batch, key = task.prepare(BatchKey(0, 0)), BatchKey(0, 0)
+    made = task.decoded(batch, key)
     assert made.pictures.shape == batch.video.shape
-    loss = torch.stack(list(objective.loss(batch, key).values())).sum()
+    loss = torch.stack(list(task.loss(batch, key).values())).sum()
     loss.backward()
-    assert all(p.grad is not None for p in objective.autoencoder.temporal_vae.parameters())
+    assert all(p.grad is not None for p in task.autoencoder.temporal_vae.parameters())
     # Chunks of 17 frames know nothing of each other.
     batch.video[:, :, 17:] = 0
-    changed = objective.decoded(batch, key).pictures
+    changed = task.decoded(batch, key).pictures
     torch.testing.assert_close(changed[:, :, :17], made.pictures[:, :, :17])
     assert num_frames <= 17 or not torch.allclose(changed[:, :, 17:], made.pictures[:, :, 17:])
 
@@ -115,12 +116,13 @@ def test_clips_of_a_manifest_of_sizes_that_fill_no_whole_cells(tmp_path):
 
     config = vae_config("pixels", data=clips("train.csv"), held_out=clips("held_out.csv"), preview_batches=1)
     trainer = train(config, tmp_path / "run")
-    assert trainer.objective.prepare(BatchKey(0, 0)).video.shape == (2, 3, 18, 32, 40)
-    assert set(trainer.objective.preview(tmp_path, 0)) == {"psnr", "bilinear_psnr"}, "nobody knows where objects are"
+    assert trainer.task.prepare(BatchKey(0, 0)).video.shape == (2, 3, 18, 32, 40)
+    figures = trainer.setup.preview.show(trainer.module, tmp_path, 0)
+    assert set(figures) == {"psnr", "bilinear_psnr"}, "nobody knows where objects are"
     space = VideoAutoencoder.from_pretrained(tmp_path / "run" / "model").latent_space
     assert space.trained_with.endswith("4 clips of train.csv") and "1 / std" in space.trained_with
     unwatched = vae_config("pixels", data=clips("train.csv")).build("cpu")
-    assert unwatched.preview(tmp_path, 0) == {}
+    assert unwatched.preview.show(unwatched.task.module, tmp_path, 0) == {}
 
 
 def render_frames(seed: int) -> np.ndarray:
@@ -145,7 +147,7 @@ def render_frames(seed: int) -> np.ndarray:
 def test_a_stage_moves_its_own_part_alone(stage, options, trained, tmp_path):
     config = vae_config(stage, **options)
     torch.manual_seed(0)
-    before = {n: p.clone() for n, p in config.build("cpu").module.named_parameters()}
+    before = {n: p.clone() for n, p in config.build("cpu").task.module.named_parameters()}
     after = dict(train(config, tmp_path).module.named_parameters())
     parts = {
         "encoder": "spatial_vae.module.encoder.",
@@ -160,14 +162,14 @@ def test_a_stage_moves_its_own_part_alone(stage, options, trained, tmp_path):
 
 def test_latents_of_images_are_to_stay_as_they_are():
     config = vae_config("latents", identity_weight=3.0, kl_weight=0.0, sample_frames=False)
-    objective = config.build("cpu")
-    clips = objective.prepare(BatchKey(0, 0))
-    assert objective.loss(clips, BatchKey(0, 0))["identity"].tolist() == [0.0, 0.0], "of clips nothing is asked"
-    image = vae_config("latents", identity_weight=3.0, cut=Cut(image_share=1.0)).build("cpu")
-    image.module.load_state_dict(objective.module.state_dict())
+    task = config.build("cpu").task
+    clips = task.prepare(BatchKey(0, 0))
+    assert task.loss(clips, BatchKey(0, 0))["identity"].tolist() == [0.0, 0.0], "of clips nothing is asked"
+    image = vae_config("latents", identity_weight=3.0, cut=Cut(image_share=1.0)).build("cpu").task
+    image.module.load_state_dict(task.module.state_dict())
     key = BatchKey(0, 0)
     terms = image.loss(image.prepare(key), key)
-    target = image.encode(image.prepare(key), key).latents
+    target = frame_latents(image.autoencoder, image.prepare(key)).latents
     posterior = image.autoencoder.encode_time(image.autoencoder.latent_space.unscale_frames(target))
     noise = torch.randn(posterior.mean.shape, generator=key.generator("posterior"))
     expected = 3.0 * (posterior.sample(noise=noise) - target).abs().flatten(1).mean(dim=1)
@@ -175,12 +177,13 @@ def test_latents_of_images_are_to_stay_as_they_are():
 
 
 def test_cached_latents_are_those_of_the_clips(tmp_path):
-    objective = vae_config("latents", cache_latents=True, num_clips=6, object_weight=2.0).build("cpu")
-    objective.set_up(tmp_path)
-    clips = [objective.encode(clips) for clips in objective.measured_clips()]
-    assert torch.equal(torch.cat([batch.latents for batch in clips]), objective.cached.latents)
-    batch = objective.prepare(BatchKey(0, 0))
-    assert any(torch.equal(batch.latents[0], latents) for latents in objective.cached.latents)
+    setup = vae_config("latents", cache_latents=True, num_clips=6, object_weight=2.0).build("cpu")
+    data = setup.data
+    data.open(tmp_path)
+    clips = [frame_latents(data.autoencoder, clips) for clips in data.measured_clips()]
+    assert torch.equal(torch.cat([batch.latents for batch in clips]), data.cached.latents)
+    batch = setup.task.prepare(BatchKey(0, 0))
+    assert any(torch.equal(batch.latents[0], latents) for latents in data.cached.latents)
     assert batch.object_mask is not None and batch.object_mask.max() == 1
 
 
@@ -231,9 +234,9 @@ def test_released_weights_keep_the_factor_they_were_trained_with(tmp_path):
 
 
 def test_the_published_autoencoder_is_known_by_name():
-    objective = VAETaskConfig("pixels", init_from="opensora-1.2").build("meta")
-    assert objective.autoencoder.latent_space.scaling_factor == 0.18215
-    assert objective.autoencoder.device.type == "meta"
+    task = VAETaskConfig("pixels", init_from="opensora-1.2").build("meta").task
+    assert task.autoencoder.latent_space.scaling_factor == 0.18215
+    assert task.autoencoder.device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -253,15 +256,15 @@ def test_from_scratch_the_factor_is_the_2d_autoencoders_own_or_the_users(own, ch
 def test_a_factor_that_nobody_declares_is_measured_once(tmp_path):
     config = vae_config("latents", spatial_from=str(save_spatial(tmp_path / "spatial", None)), num_clips=8)
     whole = train(config, tmp_path / "whole", steps=2)
-    space = whole.objective.autoencoder.latent_space
-    latents = [whole.objective.encode(clips).latents for clips in whole.objective.measured_clips()]
+    space = whole.task.autoencoder.latent_space
+    latents = [frame_latents(whole.task.autoencoder, clips).latents for clips in whole.setup.data.measured_clips()]
     assert float(torch.cat(latents).std()) == pytest.approx(1, abs=1e-3)
     assert space.scaling_factor != 1 and "1 / std of the frame latents of 8 clips" in space.trained_with
     # A run that is resumed goes on with the figure it began with.
     train(config, tmp_path / "halves", steps=2, stop_after=1)
     kept = tmp_path / "halves" / "cache" / "latent_space.json"
     kept.write_text(kept.read_text().replace(f'"scaling_factor": {space.scaling_factor}', '"scaling_factor": 7.0'))
-    assert train(config, tmp_path / "halves", steps=2).objective.autoencoder.latent_space.scaling_factor == 7.0
+    assert train(config, tmp_path / "halves", steps=2).task.autoencoder.latent_space.scaling_factor == 7.0
 
 
 def test_a_spatial_autoencoder_of_another_size_is_named(tmp_path):
@@ -280,7 +283,7 @@ def test_latents_come_out_normalised(stage, tmp_path):
     trainer = train(vae_config(stage, num_clips=12), tmp_path)
     autoencoder = VideoAutoencoder.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode_video(video) for video in trainer.objective.measured_videos()])
+        latents = torch.cat([autoencoder.encode_video(video) for video in trainer.setup.data.measured_videos()])
     per_channel = latents.transpose(0, 1).flatten(1)
     torch.testing.assert_close(per_channel.mean(dim=1), torch.zeros(4), rtol=0, atol=2e-3)
     torch.testing.assert_close(per_channel.std(dim=1), torch.ones(4), rtol=0, atol=1e-2)
@@ -296,39 +299,41 @@ def gradient(loss: Tensor, parameter: Tensor) -> Tensor:
 
 def test_critic_and_comparison_pull_at_the_last_layer_as_hard():
     config = vae_config("pixels", frames_per_clip=None, discriminator=CRITIC, kl_weight=0.0)
-    objective = config.build("cpu")
+    task = config.build("cpu").task
     key = BatchKey(0, 0)
-    terms = objective.loss(objective.prepare(key), key)
-    last = objective.autoencoder.spatial_vae.module.decoder.conv_out.weight
+    terms = task.loss(task.prepare(key), key)
+    last = task.autoencoder.spatial_vae.module.decoder.conv_out.weight
     comparison = gradient(terms["reconstruction"].mean(), last).norm()
     adversarial = gradient(terms["adversarial"].mean(), last).norm()
     assert float(adversarial) == pytest.approx(0.5 * float(comparison), rel=0.05)
 
 
 def test_either_side_learns_from_its_own_loss():
-    objective = vae_config("pixels", frames_per_clip=None, discriminator=CRITIC).build("cpu")
+    setup = vae_config("pixels", frames_per_clip=None, discriminator=CRITIC).build("cpu")
+    task, critic = setup.task, setup.critic
     key = BatchKey(0, 0)
-    batch = objective.prepare(key)
-    sum(term.mean() for term in objective.loss(batch, key).values()).backward()
-    assert objective.critic is not None
-    assert all(parameter.grad is None for parameter in objective.critic.parameters())
-    objective.module.zero_grad()
-    objective.critic_loss(batch, key)["critic"].mean().backward()
-    assert all(parameter.grad is not None for parameter in objective.critic.parameters())
-    assert all(parameter.grad is None for parameter in objective.module.parameters())
+    batch = task.prepare(key)
+    sum(term.mean() for term in task.loss(batch, key).values()).backward()
+    assert critic is not None
+    assert all(parameter.grad is None for parameter in critic.module.parameters())
+    task.module.zero_grad()
+    critic.loss(batch, key)["critic"].mean().backward()
+    assert all(parameter.grad is not None for parameter in critic.module.parameters())
+    assert all(parameter.grad is None for parameter in task.module.parameters())
 
 
 def test_the_critic_waits_for_its_step():
-    objective = vae_config("frames", discriminator=DiscriminatorConfig(8, 1, start=5)).build("cpu")
-    batch = objective.prepare(BatchKey(0, 0))
-    assert objective.critic is not None
+    setup = vae_config("frames", discriminator=DiscriminatorConfig(8, 1, start=5)).build("cpu")
+    task, critic = setup.task, setup.critic
+    batch = task.prepare(BatchKey(0, 0))
+    assert critic is not None
     for step, waits in ((4, True), (5, False)):
         key = BatchKey(0, 0, step)
-        adversarial = objective.loss(batch, key)["adversarial"]
-        objective.critic.zero_grad()
-        objective.critic_loss(batch, key)["critic"].mean().backward()
+        adversarial = task.loss(batch, key)["adversarial"]
+        critic.module.zero_grad()
+        critic.loss(batch, key)["critic"].mean().backward()
         assert bool((adversarial == 0).all()) == waits
-        assert all(bool((parameter.grad == 0).all()) == waits for parameter in objective.critic.parameters())
+        assert all(bool((parameter.grad == 0).all()) == waits for parameter in critic.module.parameters())
 
 
 def test_training_with_a_critic_resumes_bit_for_bit(tmp_path):
@@ -338,7 +343,7 @@ def test_training_with_a_critic_resumes_bit_for_bit(tmp_path):
     train(config, tmp_path / "halves", steps=4, stop_after=2)
     halves = train(config, tmp_path / "halves", steps=4)
     assert whole.critic is not None and halves.critic is not None
-    for one, two in ((whole.module, halves.module), (whole.critic, halves.critic)):
+    for one, two in ((whole.module, halves.module), (whole.critic.module, halves.critic.module)):
         for name, weight in one.state_dict().items():
             assert torch.equal(weight, two.state_dict()[name]), name
 
@@ -349,15 +354,17 @@ def test_training_with_a_critic_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("stage", ["frames", "latents", "pixels"])
 def test_a_stage_is_planned_before_the_one_before_has_run(stage, tmp_path):
     config = vae_config(stage, init_from=str(tmp_path / "to come" / "model"), data=ToyboxVideos(CLIPS, 2))
-    objective = config.build("meta")
-    for shape in objective.shapes():
-        terms = objective.loss(objective.meta_batch(shape), BatchKey(0, 0))
+    plan = config.plan()
+    module = plan.setup.task.module
+    for shape in plan.shapes():
+        terms = plan.setup.task.loss(plan.meta_batch(shape), BatchKey(0, 0))
         assert all(term.is_meta and term.shape == (2,) for term in terms.values())
-    blocks = objective.blocks()
-    assert blocks and all(any(block is part for part in objective.module.modules()) for block in blocks)
+    blocks = plan.setup.partition.blocks
+    assert blocks and all(any(block is part for part in module.modules()) for block in blocks)
 
 
 def test_previews_measure_held_out_clips_against_bilinear_pictures(tmp_path):
-    figures = vae_config("pixels", preview_batches=1).build("cpu").preview(tmp_path, 0)
+    setup = vae_config("pixels", preview_batches=1).build("cpu")
+    figures = setup.preview.show(setup.task.module, tmp_path, 0)
     assert set(figures) == {"psnr", "bilinear_psnr", "object_psnr"}
     assert 0 < figures["psnr"] < figures["bilinear_psnr"] < 60, "an untrained autoencoder is worse"

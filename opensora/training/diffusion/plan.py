@@ -1,0 +1,69 @@
+"""A diffusion transformer's training without weights and data, for plans."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from opensora.data.batch import BatchShape, ClipBatch, LatentBatch
+from opensora.data.clips import ManifestClips
+from opensora.data.encoding import whole_cells
+from opensora.training.diffusion.batch import DiffusionBatch
+from opensora.training.diffusion.networks import DiffusionNetworks
+from opensora.training.diffusion.settings import DiffusionSettings
+from opensora.training.diffusion.text import FrozenText
+from opensora.training.task import TaskPlan, TrainingSetup
+
+
+class DiffusionPlan(TaskPlan):
+    """Batches of every size, without content.
+
+    Args:
+        settings: of the training.
+        setup: built on the meta device.
+        networks: those of the setup.
+    """
+
+    def __init__(self, settings: DiffusionSettings, setup: TrainingSetup, networks: DiffusionNetworks) -> None:
+        self.settings, self.setup, self.networks = settings, setup, networks
+
+    def shapes(self) -> list[BatchShape]:
+        return self.settings.data.shapes()
+
+    def meta_batch(self, shape: BatchShape) -> DiffusionBatch:
+        networks = self.networks
+        device = next(networks.transformer.parameters()).device
+        clips = LatentBatch.meta(shape, networks.autoencoder, device)
+        size, frames = shape.batch_size, clips.latents.shape[2]
+        tokens = (size, networks.captions.max_tokens)
+        states = (*tokens, networks.transformer.null_text.shape[1])
+        t = networks.noise_process.draw_times(
+            size, height=shape.height, width=shape.width, num_frames=shape.num_frames, generator=torch.Generator()
+        )
+        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        masked = self.settings.frame_masks and frames > 1
+        return DiffusionBatch(
+            clips,
+            noise=torch.zeros_like(clips.latents),
+            t=t.to(device),
+            text=ids if networks.captions.trained else torch.zeros(states, device=device),
+            text_mask=ids + 1,
+            drop_text=torch.zeros(size, dtype=torch.bool, device=device),
+            frame_mask=torch.zeros(size, frames, dtype=torch.bool, device=device) if masked else None,
+        )
+
+    def frozen_workloads(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
+        networks = self.networks
+        device = next(networks.transformer.parameters()).device
+        workloads: dict[str, Callable[[], Any]] = {}
+        if isinstance(self.settings.data, ManifestClips):  # other data were encoded before the first step
+
+            def encode() -> Any:
+                video = ClipBatch.meta(shape, device).video
+                return networks.autoencoder.posterior(whole_cells(video, networks.autoencoder.spatial_factor))
+
+            workloads["autoencoder"] = encode
+        if isinstance(self.settings.text, FrozenText):
+            tokens = torch.zeros(shape.batch_size, networks.captions.max_tokens, dtype=torch.int64, device=device)
+            workloads["text_encoder"] = lambda: networks.captions.encode(tokens, tokens + 1)
+        return workloads
