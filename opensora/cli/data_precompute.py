@@ -32,7 +32,7 @@ class DataPrecompute:
     manifest: Annotated[Path | None, option("FILE", "the recipe's")] = None
     """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
     output: Annotated[Path, option("FOLDER")] = Path("cache")
-    """Folder of the cache; what it holds is gone on with."""
+    """Folder of the cache; what it holds is resumed."""
     contents: Literal["posterior", "mean"] = "posterior"
     """What is kept of a clip: mean and variance, to draw from as training on clips does, or the mean alone."""
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float16"

@@ -30,7 +30,7 @@ class EvaluateToybox:
     batch_size: int = 20
     """Clips generated at a time."""
     output: Path | None = None
-    """JSON file of the results, kept up to date; an existing one is gone on with."""
+    """JSON file of the results, kept up to date; an existing one is resumed."""
     contact_sheet: Path | None = None
     """PNG file: the first 12 prompts as rows of 9 frames."""
     gates: bool = True
@@ -186,7 +186,7 @@ class EvaluateLoss:
     batch_size: int = 20
     """Toy clips measured at a time; those of buckets by their batch size."""
     output: Path | None = None
-    """JSON file of the results, kept up to date; an existing one is gone on with."""
+    """JSON file of the results, kept up to date; an existing one is resumed."""
     device: str | None = None
     """cpu, cuda or mps; an accelerator if there is one when left out."""
 

@@ -78,7 +78,7 @@ class TextMadeFrom:
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """What decides the content of a cache: it is gone on with only where all of this is the same.
+    """What decides the content of a cache: it is resumed only where all of this is the same.
 
     Attributes:
         clips: hash of the manifest's rows.

@@ -1,4 +1,4 @@
-"""What files of results have in common: they are gone on with only by an evaluation of the same settings."""
+"""What files of results have in common: they are resumed only by an evaluation of the same settings."""
 
 from collections.abc import Mapping
 from pathlib import Path

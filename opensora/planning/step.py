@@ -1,6 +1,6 @@
 """One training step on imagined tensors: what is alive when, and how much is computed.
 
-The step that runs is the objective's own, forward and backward. Networks are deep and their layers alike, so only three
+The step that runs is the task's own, forward and backward. Networks are deep and their layers alike, so only three
 layers run: what the second adds is counted once for every layer that was left out.
 
 Time goes on in segments:

@@ -1,4 +1,4 @@
-"""The networks that an objective is made of, each from where the user says: a model's name, a folder, a file.
+"""The networks that a task is made of, each from where the user says: a model's name, a folder, a file.
 
 On torch's meta device networks are built without reading a weight, so that a run can be planned on a machine that holds
 none of them: configurations of published models are known.

@@ -1,7 +1,7 @@
 """What a run would take before it is started: memory of a rank by parts, work and communication of a step, time.
 
-The objective is built without data (`build("meta")`), its losses and their backward pass are traced as they would run,
-and so is the work of frozen networks that prepare a batch. What ranks share and send follows `parallel.py`.
+The task is built without data on the meta device (`plan()`), its losses and their backward pass are traced as they
+would run, and so is the work of frozen networks that prepare a batch. What ranks share and send follows `parallel.py`.
 
 Letters: B clips, T latent frames, S patches of a frame, D features.
 """

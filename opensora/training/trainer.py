@@ -126,7 +126,7 @@ class Trainer:
                     write(self.step, figures)
                 if stop:
                     self.checkpoints.wait()
-                    raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; the same command resumes there")
             self.checkpoints.wait()
         return self.export()
 
@@ -314,7 +314,7 @@ class Trainer:
         counters = read_counters(path)
         self.step, self.batches = counters["step"], counters["batches"]
         self.bad_steps, self.skipped_steps = counters["bad_steps"], counters["skipped_steps"]
-        self.notes += [f"{damage}; going on from {path.name}" for damage in damages]
+        self.notes += [f"{damage}; resuming from {path.name}" for damage in damages]
         before, now = counters["batches_per_step"], self.loop.microbatches * self.mesh.num_data_ranks
         if before != now:
             self.notes.append(f"a step now has {now} batches and had {before}; change loop.microbatches to keep it")

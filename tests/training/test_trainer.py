@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path: Path
     resumed = Trainer(recipe(), tmp_path / "cut")
     assert resumed.step == 3
     (note,) = resumed.notes
-    assert "step-00000006 is damaged" in note and "going on from step-00000003" in note
+    assert "step-00000006 is damaged" in note and "resuming from step-00000003" in note
     resumed.run()
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
 

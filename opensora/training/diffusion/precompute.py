@@ -82,7 +82,7 @@ def make_cache(
     num_ranks: int = 1,
     progress: Callable[[str], AbstractContextManager[Told]] = silent,
 ) -> Index | None:
-    """One process's share of a cache; what the folder holds already is gone on with.
+    """One process's share of a cache; what the folder holds already is resumed.
 
     Args:
         folder: of the cache.

@@ -31,7 +31,7 @@ class TrainedText:
     """A T5 encoder that is trained with the transformer, for captions of the toybox.
 
     Attributes:
-        options: keywords of its configuration, from scratch; None to go on from the model that the transformer starts
+        options: keywords of its configuration, from scratch; None to start from the model that the transformer starts
             from.
     """
 

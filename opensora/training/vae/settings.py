@@ -38,7 +38,7 @@ class VAESettings:
         autoencoder: configuration of the `VideoAutoencoder`, for a run that starts from nothing; others take the one
             of `init_from`, and this one only to be planned before that exists.
         spatial_from: folder or file of a spatial autoencoder (diffusers' AutoencoderKL) to begin with.
-        init_from: model's name, folder or file of the video autoencoder to go on from.
+        init_from: model's name, folder or file of the video autoencoder to start from.
         scaling_factor: what frame latents are multiplied by; None for that of `init_from`, or of `spatial_from`, or
             1 / std of the frame latents.
         train_encoder: stage `pixels` also trains the spatial encoder.
