@@ -248,7 +248,7 @@ def with_text(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[LatentB
     tokens = tokenize_captions(
         pipeline.tokenizer,
         batch.captions,
-        len(pipeline.transformer.null_text),
+        pipeline.transformer.max_text_tokens,
         clean=pipeline.config.clean_prompts,
         padding="max_length",
     )
