@@ -128,6 +128,35 @@ class Refiner:
         return text.replace(self.key, "...") if self.key else text
 
 
+def refiner_of(
+    endpoint: str | None,
+    model: str | None,
+    key_file: Path | None,
+    key_env: str | None,
+    *,
+    closed_vocabulary: str | None,
+) -> Refiner:
+    """A refiner as a user names it.
+
+    Args:
+        endpoint: address of the server.
+        model: name of the language model there.
+        key_file: file that holds the key,
+        key_env: or the environment variable that does.
+        closed_vocabulary: name of a video model that knows few words; None for any other.
+
+    Raises:
+        OpenSoraError: half of it, an unreadable key, or a video model that would not know the words.
+    """
+    if endpoint is None or model is None:
+        raise OpenSoraError("refining the prompt needs both `refine_endpoint` URL and `refine_model` NAME")
+    if closed_vocabulary is not None:
+        raise OpenSoraError(f"{closed_vocabulary} knows a closed list of words, so its prompts cannot be refined")
+    if key_file is not None and key_env is not None:
+        raise OpenSoraError("`refine_key_file` and `refine_key_env` both say the key; give one of them")
+    return Refiner(endpoint, model, read_key(key_file, key_env))
+
+
 def read_key(file: Path | None, variable: str | None) -> str | None:
     """The key in a file or in an environment variable that the user names; None if neither is named.
 

@@ -125,6 +125,17 @@ def read_json(path: str | Path) -> Any:
         raise OpenSoraError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from None
 
 
+def assignments(settings: Any) -> list[str]:
+    """Every setting in the form that `apply_overrides` takes, such as `training.lr=0.0003`; the name is left out."""
+
+    def flat(tree: Any, path: str) -> list[str]:
+        if isinstance(tree, dict) and tree and TYPE_KEY not in tree:  # of several kinds, and given as a whole
+            return [line for key, value in tree.items() for line in flat(value, f"{path}.{key}" if path else key)]
+        return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
+
+    return flat({key: value for key, value in to_dict(settings).items() if key != "name"}, "")
+
+
 def apply_overrides(settings: T, overrides: Sequence[str]) -> T:
     """A copy of a dataclass with fields changed by texts such as `training.lr=3e-4`.
 

@@ -39,35 +39,28 @@ class DataManifest:
 
     def run(self) -> None:
         from opensora.data import scan
-        from opensora.manifest import write_manifest
 
         check_count("--workers", self.workers)
         if self.output.suffix.lower() not in (".csv", ".parquet"):
             raise OpenSoraError(f"--output is {self.output}, expected a name that ends in .csv or .parquet")
         check_writable(self.output)
-        files = scan.find_files(self.folder)
-        unreadable: dict[Path, str] = {}
-        if self.captions is None:
-            captions, unreadable = scan.captions_beside(files)
-        else:
-            captions = scan.captions_from(self.captions, self.folder, files)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        journal = scan.Journal(self.output.with_name(f".{self.output.name}.scan"), self.verify)
         with Progress("reading clips") as progress:
-            findings = scan.probe_all(
-                files, verify=self.verify, num_workers=self.workers, journal=journal, on_progress=progress.update
+            made = scan.make_manifest(
+                self.folder,
+                self.output,
+                captions=self.captions,
+                uncaptioned=self.uncaptioned,
+                verify=self.verify,
+                num_workers=self.workers,
+                on_progress=progress.update,
             )
-        rows, left_out = scan.make_rows(findings, captions, unreadable=unreadable, uncaptioned=self.uncaptioned)
-        reasons = {str(path): reason for path, reason in left_out.items()}
-        if rows:
-            write_manifest(self.output, rows)
-            journal.path.unlink(missing_ok=True)
+        rows, reasons = made.rows, {str(path): reason for path, reason in made.left_out.items()}
         if self.json:
             written = str(self.output) if rows else None
             print(json.dumps({"manifest": written, "rows": len(rows), "left_out": reasons}, indent=2))
         else:
             if rows:
                 print(f"{self.output}: {scan.summary(rows)}")
-            print("\n".join([f"left out: {len(left_out)}", *(f"  {path}: {why}" for path, why in reasons.items())]))
+            print("\n".join([f"left out: {len(reasons)}", *(f"  {path}: {why}" for path, why in reasons.items())]))
         if not rows:
-            raise OpenSoraError(f"none of {len(files)} files in {self.folder} can be used; no manifest was written")
+            raise OpenSoraError(f"none of {made.num_files} files in {self.folder} can be used; no manifest was written")

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from opensora.data.epoch_plan import EpochPlan
     from opensora.manifest import ClipRow
 
-_MOST_REJECTED = 20
-
 
 @dataclass(frozen=True)
 class DataPlan:
@@ -54,7 +52,7 @@ class DataPlan:
 
     def run(self) -> None:
         from opensora.data.buckets import Buckets
-        from opensora.data.epoch_plan import plan_epoch, plan_lines, why_nothing
+        from opensora.data.epoch_plan import left_out_lines, plan_epoch, plan_lines, why_nothing
         from opensora.data.sampler import BucketSampler
         from opensora.manifest import read_manifest
 
@@ -79,14 +77,7 @@ class DataPlan:
         else:
             _print_table(plan)
             lines = [*plan_lines(plan, self.ranks, self.microbatches, config.batches_in_a_row)]
-            if broken:
-                lines += [f"broken: {len(broken)}", *(f"  {path}: {reason}" for path, reason in broken.items())]
-            if manifest.rejected:
-                lines += [f"rows set aside: {len(manifest.rejected)}"]
-                lines += [f"  {row}" for row in manifest.rejected[:_MOST_REJECTED]]
-                lines += [f"  and {len(manifest.rejected) - _MOST_REJECTED} more"] * (
-                    len(manifest.rejected) > _MOST_REJECTED
-                )
+            lines += left_out_lines(broken, manifest.rejected)
             print(with_flags("\n".join(lines), self))
         if not plan.batches:
             raise OpenSoraError(f"nothing to train on: {why_nothing(plan, len(broken), len(manifest.rejected))}")
@@ -133,8 +124,5 @@ def _print_table(plan: "EpochPlan") -> None:
         table.add_column(name, justify="right")
     table.add_column("height / width")
     for bucket in plan.buckets:
-        ratios = [f"{ratio:g}: {count:,}" for ratio, count in bucket.aspect_ratios.items()]
-        more = f", {len(ratios) - 3} more" if len(ratios) > 3 else ""
-        numbers = (f"{bucket.clips:,}", str(bucket.batch_size), f"{bucket.batches:,}", f"{bucket.share:.1%}")
-        table.add_row(bucket.label, *numbers, f"{bucket.repeats:,}", ", ".join(ratios[:3]) + more)
+        table.add_row(*bucket.cells())
     Console(width=110, highlight=False).print(table)

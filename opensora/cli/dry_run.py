@@ -3,10 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from opensora.cli.options import FLAG, flag, given_options, option, with_flags
 from opensora.errors import OpenSoraError
+from opensora.settings import assignments
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe
@@ -65,7 +66,7 @@ class DryRunOptions:
         from opensora.training.plan_report import advice, describe_plan, plan_lines
 
         if self.settings:
-            print("\n".join(_settings(recipe)))
+            print("\n".join(assignments(recipe)))
             return
         plan = TrainingPlan(recipe, find_device(device or "cpu"), self.world_size or 1, self.mfu or _MFU)
         told = describe_plan(plan, recipe, folder, self.price_per_hour)
@@ -76,15 +77,3 @@ class DryRunOptions:
         if not told["fits"]:
             needs, has = gigabytes(told["memory"]["total"]), gigabytes(plan.device.memory_bytes)
             raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {advice(told)}")
-
-
-def _settings(recipe: "Recipe") -> list[str]:
-    """Every setting in the form in which it is given."""
-    from opensora.settings import to_dict
-
-    def flat(tree: Any, path: str) -> list[str]:
-        if isinstance(tree, dict) and tree and "type" not in tree:  # of several kinds, and given as a whole
-            return [line for key, value in tree.items() for line in flat(value, f"{path}.{key}" if path else key)]
-        return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
-
-    return flat({key: value for key, value in to_dict(recipe).items() if key != "name"}, "")

@@ -1,8 +1,9 @@
 """`opensora evaluate`: how well a model does what it is told."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
-    from opensora.evaluation.loss import LossResults
+    pass
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class EvaluateToybox:
             if self.output is not None:
                 results.save(self.output)
         columns = {f"{self.model}, {len(results.read)} clips": results.accuracy()} if results.read else {}
-        print_table(columns | results.gates)
+        print_accuracy(columns | results.gates)
         if self.output is not None:
             print(f"results: {self.output}")
         if self.contact_sheet is not None:
@@ -114,7 +115,7 @@ class EvaluateToyboxVae:
         autoencoder = find_part(self.autoencoder, "autoencoder").load()
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
-        print_table(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
+        print_accuracy(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class EvaluateGivenFrames:
     def run(self) -> None:
         import opensora
         from opensora.checkpoints.loading import choose_device
-        from opensora.evaluation.given_frames import EDIT_STRENGTHS, WAYS, edits_follow, given_frames_survive
+        from opensora.evaluation.given_frames import survivals
         from opensora.evaluation.judge import load_judge
 
         check_count("--num-clips", self.num_clips)
@@ -141,17 +142,10 @@ class EvaluateGivenFrames:
         judge = load_judge(device=device)
         pipeline = opensora.load_pipeline(self.model, device=device)
         pipeline.set_progress_bar_config(disable=True)
-        total, rows = len(WAYS) + len(EDIT_STRENGTHS), []
         with Progress("generating") as progress:
-            for way in WAYS:
-                progress.update(len(rows), total)
-                found = given_frames_survive(pipeline, judge, way, self.num_clips, self.seed)
-                rows.append((way.name, f"{found.worst_psnr:.0f}", found.read))
-            for strength in EDIT_STRENGTHS:
-                progress.update(len(rows), total)
-                read = edits_follow(pipeline, judge, strength, self.num_clips, self.seed)
-                rows.append((f"edited to another colour, strength {strength}", "", read))
-        print_rows(rows)
+            found = survivals(pipeline, judge, self.num_clips, self.seed, progress.update)
+        rows = [(one.way, one.decibels, *(f"{100 * share:.1f}" for share in one.read.values())) for one in found]
+        print_table(("given", "dB", *(f"{name}, %" for name in found[0].read)), rows, width=120)
         print(f"{self.num_clips} clips each; dB: the worst given frame against what the autoencoder makes of it")
 
 
@@ -199,38 +193,26 @@ class EvaluateLoss:
         check_count("--num-clips", self.num_clips)
         check_count("--batch-size", self.batch_size)
         check_output("--output", self.output, ".json")
-        if self.manifest is not None and self.cache is not None:
-            raise OpenSoraError("--manifest and --cache both say which clips are measured; give one of them")
-        if (self.manifest is None) != (self.buckets is None):
-            raise OpenSoraError("--manifest needs --buckets, which says at what sizes, and the other way round")
-        toy_clips = held_out.toybox_sizes(self.sizes, self.lengths)
+        chosen = held_out.HeldOutClips(
+            self.manifest,
+            None if self.buckets is None else read_json(self.buckets),
+            self.frame_interval,
+            self.scores,
+            self.cache,
+            tuple(held_out.toybox_sizes(self.sizes, self.lengths)),
+        )
         pipeline = opensora.load_pipeline(self.model, device=choose_device(self.device))
-        clips: dict[str, Any] = {"clips": "toybox"}
-        if self.manifest is not None and self.buckets is not None:
-            buckets = read_json(self.buckets)
-            interval = pipeline.config.frame_interval
-            table = held_out.clips_of_model(
-                interval, self.manifest, buckets, frame_interval=self.frame_interval, scores=self.scores
-            )
-            clips = {"manifest": str(self.manifest), "buckets": buckets, "frame_interval": table.frame_interval}
-            clips |= {"scores": True} if self.scores else {}
-            portions = held_out.manifest_portions(pipeline, table, self.num_clips)
-        elif self.cache is not None:
-            clips = {"cache": str(self.cache)}
-            portions = held_out.cache_portions(pipeline, self.cache, self.num_clips)
-        else:
-            portions = [
-                portion
-                for size in toy_clips
-                for portion in held_out.toybox_portions(pipeline, size, self.num_clips, self.batch_size)
-            ]
+        clips, portions = held_out.portions_of(pipeline, chosen, self.num_clips, self.batch_size)
         settings = {**loss.describe(pipeline, self.model, self.seed), **clips}
         results = loss.new_results(pipeline, settings)
         if self.output is not None:
             results.resume(self.output)
         with Progress("measuring") as progress:
             loss.measure(pipeline, portions, results, self.output, self.seed, progress.update)
-        print_losses(results)
+        head = ("clips", "size", *(f"t={t:.0f}" for t in results.timesteps), "mean")
+        table = results.table().items()
+        rows = [(str(len(results.losses[label])), label, *(f"{value:.3f}" for value in row)) for label, row in table]
+        print_table(head, rows, width=120)
         if results.cut_captions:
             print(f"captions longer than the model reads, and cut: {results.cut_captions}")
         if self.output is not None:
@@ -261,34 +243,19 @@ def check_output(option: str, path: Path | None, suffix: str) -> None:
     check_writable(path)
 
 
-def print_table(columns: dict[str, dict[str, float]]) -> None:
+def print_accuracy(columns: dict[str, dict[str, float]]) -> None:
     """Prints shares as percentages: a row per attribute, a column per evaluation."""
+    names = next(iter(columns.values()), {})
+    rows = [(name, *(f"{100 * column[name]:.1f}" for column in columns.values())) for name in names]
+    print_table(("read right, %", *columns), rows)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:
+    """Prints a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("read right, %", *columns)
-    for name in next(iter(columns.values()), {}):
-        table.add_row(name, *(f"{100 * column[name]:.1f}" for column in columns.values()))
-    Console().print(table)
-
-
-def print_rows(rows: list[tuple[str, str, dict[str, float]]]) -> None:
-    """Prints ways of giving frames, a row each: its name, decibels, and shares as percentages."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("given", "dB", *(f"{name}, %" for name in rows[0][2]))
-    for name, decibels, shares in rows:
-        table.add_row(name, decibels, *(f"{100 * share:.1f}" for share in shares.values()))
-    Console(width=120).print(table)
-
-
-def print_losses(results: "LossResults") -> None:
-    """Prints losses: a row per size, a column per timestep, and the mean."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("clips", "size", *(f"t={t:.0f}" for t in results.timesteps), "mean")
-    for label, row in results.table().items():
-        table.add_row(str(len(results.losses[label])), label, *(f"{value:.3f}" for value in row))
-    Console(width=120).print(table)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)

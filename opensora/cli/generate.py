@@ -27,7 +27,7 @@ from opensora.cli.generate_options import (
     SizeOptions,
 )
 from opensora.cli.options import FLAG, flag, given_options, option
-from opensora.cli.parallel import ParallelOptions, from_first, own_device
+from opensora.cli.parallel import ParallelOptions, own_device
 from opensora.cli.progress import StepBar, quiet_libraries, say
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
@@ -143,6 +143,8 @@ class Generate:
             check_writable(sidecar_path(path))
         self._locate(request, record)
         if refiner is not None:
+            from opensora.distributed.mesh import from_first
+
             refined = from_first(lambda: {text: refiner.refine(text) for text in {one.prompt: 0 for one in requests}})
             requests = [dataclasses.replace(one, refined_prompt=refined[one.prompt]) for one in requests]
             for prompt in refined.values():

@@ -181,26 +181,11 @@ class RefinementOptions:
     """Environment variable that holds the key instead."""
 
     def refiner(self, closed_vocabulary: str | None) -> "Refiner | None":
-        """What refines prompts; None if that was not asked for.
+        """What refines prompts; None if that was not asked for."""
+        from opensora.refinement import refiner_of
 
-        Args:
-            closed_vocabulary: name of a model that knows few words; None for any other.
-
-        Raises:
-            OpenSoraError: half of the options, an unreadable key, or a model that would not know the words.
-        """
-        from opensora.refinement import Refiner, read_key
-
-        if not any(given_options(self)):
-            return None
-        if self.refine_endpoint is None or self.refine_model is None:
-            raise OpenSoraError("refining the prompt needs both --refine-endpoint URL and --refine-model NAME")
-        if closed_vocabulary is not None:
-            raise OpenSoraError(f"{closed_vocabulary} knows a closed list of words, so its prompts cannot be refined")
-        if self.refine_key_file is not None and self.refine_key_env is not None:
-            raise OpenSoraError("`refine_key_file` and `refine_key_env` both say the key; give one of them")
-        key = read_key(self.refine_key_file, self.refine_key_env)
-        return Refiner(self.refine_endpoint, self.refine_model, key)
+        said = (self.refine_endpoint, self.refine_model, self.refine_key_file, self.refine_key_env)
+        return refiner_of(*said, closed_vocabulary=closed_vocabulary) if any(given_options(self)) else None
 
 
 @dataclass(frozen=True)

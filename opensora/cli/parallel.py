@@ -3,9 +3,9 @@
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from opensora.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from opensora.cli.options import FLAG, option
@@ -14,8 +14,6 @@ from opensora.errors import OpenSoraError
 if TYPE_CHECKING:
     from opensora.distributed.mesh import Launch
     from opensora.pipeline import OpenSoraPipeline
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,6 @@ def speaking_once(launch: "Launch") -> Iterator[None]:
         if launch.has_heard():  # a rank that is gone breaks what the others do together
             raise SystemExit(EXIT_USER_ERROR) from None
         raise
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns on the first process, for all."""
-    if not started_by_torchrun():
-        return make()
-    import torch.distributed as dist
-
-    values = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]  # pyright: ignore[reportReturnType]
 
 
 def own_device(recorded: str | None) -> str | None:

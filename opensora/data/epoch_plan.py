@@ -1,8 +1,9 @@
 """What training will make of a manifest: which clips go into which bucket, how many steps there are, what is lost."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from opensora.data.sampler import BucketSampler
 from opensora.manifest import ClipRow
 
 _NUM_EXAMPLES = 3
+_MOST_REJECTED = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class BucketPlan:
     batches: int
     repeats: int
     share: float
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table: label, clips, batch size, batches, share, repeats, and the commonest aspect ratios."""
+        ratios = [f"{ratio:g}: {count:,}" for ratio, count in self.aspect_ratios.items()]
+        more = f", {len(ratios) - 3} more" if len(ratios) > 3 else ""
+        numbers = (f"{self.clips:,}", str(self.batch_size), f"{self.batches:,}", f"{self.share:.1%}")
+        return self.label, *numbers, f"{self.repeats:,}", ", ".join(ratios[:3]) + more
 
 
 @dataclass(frozen=True)
@@ -148,3 +157,13 @@ def why_nothing(plan: EpochPlan, num_broken: int, num_rejected: int) -> str:
     reasons = [f"{dropped.clips} {dropped.reason}" for dropped in plan.dropped]
     reasons += [f"{num_broken} broken"] * bool(num_broken) + [f"{num_rejected} set aside"] * bool(num_rejected)
     return ", ".join(reasons) or "the manifest has no rows"
+
+
+def left_out_lines(broken: Mapping[Path, str], rejected: Sequence[object]) -> Iterator[str]:
+    """Clips that are broken, and the first rows of the manifest that were set aside."""
+    if broken:
+        yield from [f"broken: {len(broken)}", *(f"  {path}: {reason}" for path, reason in broken.items())]
+    if rejected:
+        yield from [f"rows set aside: {len(rejected)}", *(f"  {row}" for row in rejected[:_MOST_REJECTED])]
+    if len(rejected) > _MOST_REJECTED:
+        yield f"  and {len(rejected) - _MOST_REJECTED} more"

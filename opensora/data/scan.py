@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from opensora.errors import OpenSoraError
-from opensora.manifest import ClipRow
+from opensora.manifest import ClipRow, write_manifest
 from opensora.media.frames import ClipFacts, probe
 
 # Files are opened by these endings, and read as what they are.
@@ -264,3 +264,58 @@ def broken_clips(rows: Sequence[ClipRow], on_progress: Callable[[int, int], None
         elif found.num_frames < row.num_frames:
             broken[row.path] = f"{found.num_frames} of the manifest's {row.num_frames} frames are there"
     return broken
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder of clips came to.
+
+    Attributes:
+        rows: of the manifest.
+        left_out: files that are not in it, and why.
+        num_files: that were looked at.
+    """
+
+    rows: list[ClipRow]
+    left_out: dict[Path, str]
+    num_files: int
+
+
+def make_manifest(
+    folder: Path,
+    output: Path,
+    *,
+    captions: Path | None = None,
+    uncaptioned: bool = False,
+    verify: Literal["count", "decode"] = "count",
+    num_workers: int = 8,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """Writes a manifest of a folder, if any clip can be used; an interrupted scan goes on where it was.
+
+    Args:
+        folder: where the clips are.
+        output: the manifest, .csv or .parquet.
+        captions: table of captions; None for text files beside the clips.
+        uncaptioned: keep clips that have no caption.
+        verify: how closely to look at each.
+        num_workers: files looked into at a time.
+        on_progress: called with how many files of how many are read.
+
+    Raises:
+        OpenSoraError: no clips, or captions that cannot be read.
+    """
+    files = find_files(folder)
+    unreadable: dict[Path, str] = {}
+    if captions is None:
+        texts, unreadable = captions_beside(files)
+    else:
+        texts = captions_from(captions, folder, files)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(output.with_name(f".{output.name}.scan"), verify)
+    findings = probe_all(files, verify=verify, num_workers=num_workers, journal=journal, on_progress=on_progress)
+    rows, left_out = make_rows(findings, texts, unreadable=unreadable, uncaptioned=uncaptioned)
+    if rows:
+        write_manifest(output, rows)
+        journal.path.unlink(missing_ok=True)
+    return Scan(list(rows), dict(left_out), len(files))

@@ -6,10 +6,10 @@ k // n. One process without `torchrun` is a mesh of one rank that talks to nobod
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.errors import OpenSoraError
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # for what one rank does alone while the others wait: encoding, previews, the export
 
@@ -180,3 +182,12 @@ def launched() -> Iterator[Launch]:
         yield Launch(rank, num_ranks, store)
     finally:
         dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, for all of those that work together; alone, what it returns."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    values = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # pyright: ignore[reportReturnType]

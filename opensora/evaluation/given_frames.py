@@ -72,13 +72,19 @@ class Survival:
 
     Attributes:
         way: its name.
-        worst_psnr: dB, of the clip whose given frames came out farthest from the autoencoder's reconstruction of them.
+        worst_psnr: dB, of the clip whose given frames came out farthest from the autoencoder's reconstruction of them;
+            None where frames are edited.
         read: attribute -> share of the clips in which the judge reads what the prompt says.
     """
 
     way: str
-    worst_psnr: float
+    worst_psnr: float | None
     read: dict[str, float]
+
+    @property
+    def decibels(self) -> str:
+        """The worst, as text; empty where no frame is to survive."""
+        return "" if self.worst_psnr is None else f"{self.worst_psnr:.0f}"
 
 
 @torch.no_grad()
@@ -117,6 +123,26 @@ def edits_follow(
     return share_right([label_words(spec) for spec in wanted], read)
 
 
+def survivals(
+    pipeline: OpenSoraPipeline,
+    judge: Judge,
+    num_clips: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Survival]:
+    """Every way of giving frames, and every strength of editing."""
+    total, found = len(WAYS) + len(EDIT_STRENGTHS), []
+    tell = progress or (lambda done, total: None)
+    for way in WAYS:
+        tell(len(found), total)
+        found.append(given_frames_survive(pipeline, judge, way, num_clips, seed))
+    for strength in EDIT_STRENGTHS:
+        tell(len(found), total)
+        read = edits_follow(pipeline, judge, strength, num_clips, seed)
+        found.append(Survival(f"edited to another colour, strength {strength}", None, read))
+    return found
+
+
 def _generate(
     pipeline: OpenSoraPipeline, specs: list[ClipSpec], size: VideoSize, given: FrameConditioning, seed: int, start: int
 ) -> Tensor:
@@ -129,6 +155,7 @@ def _generate(
         num_frames=size.num_frames,
         given=given,
         generator=noise,
+        output_type="pt",
     )
     return output.frames.transpose(1, 2) * 2 - 1
 

@@ -7,7 +7,7 @@ clip that is longer a fixed piece is taken.
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -186,3 +186,61 @@ def toybox_sizes(sizes: tuple[str, ...], lengths: tuple[int, ...]) -> list[Toybo
             raise OpenSoraError(f"`sizes` is {size!r}; give height and width in pixels, such as 64x64")
         clips += [ToyboxClips(num_frames=n, height=int(height), width=int(width)) for n in lengths]
     return clips
+
+
+@dataclass(frozen=True)
+class HeldOutClips:
+    """Which clips are measured: those of a manifest, of a cache, or else of the toy world.
+
+    Attributes:
+        manifest: the table, with its `buckets`.
+        buckets: sizes of the manifest's clips, see `data.buckets`.
+        frame_interval: every how manieth frame of the manifest's videos is taken; None for the model's.
+        scores: captions end in the scores of the manifest.
+        cache: folder of the cache.
+        toybox: sizes and lengths of toy clips.
+    """
+
+    manifest: Path | None = None
+    buckets: dict[str, Any] | None = None
+    frame_interval: int | None = None
+    scores: bool = False
+    cache: Path | None = None
+    toybox: tuple[ToyboxClips, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.manifest is not None and self.cache is not None:
+            raise OpenSoraError("`manifest` and `cache` both say which clips are measured; give one of them")
+        if (self.manifest is None) != (self.buckets is None):
+            raise OpenSoraError("`manifest` needs `buckets`, which says at what sizes, and the other way round")
+
+
+def portions_of(
+    pipeline: "OpenSoraPipeline", clips: HeldOutClips, num_clips: int, batch_size: int
+) -> tuple[dict[str, Any], list[Portion]]:
+    """What results say of the clips, and the clips in portions.
+
+    Args:
+        pipeline: whose autoencoder encodes.
+        clips: which.
+        num_clips: at most so many of every size.
+        batch_size: toy clips of a portion.
+
+    Raises:
+        OpenSoraError: there are no such clips.
+    """
+    if clips.manifest is not None and clips.buckets is not None:
+        table = clips_of_model(
+            pipeline.config.frame_interval,
+            clips.manifest,
+            clips.buckets,
+            frame_interval=clips.frame_interval,
+            scores=clips.scores,
+        )
+        said = {"manifest": str(clips.manifest), "buckets": clips.buckets, "frame_interval": table.frame_interval}
+        said |= {"scores": True} if clips.scores else {}
+        return said, manifest_portions(pipeline, table, num_clips)
+    if clips.cache is not None:
+        return {"cache": str(clips.cache)}, cache_portions(pipeline, clips.cache, num_clips)
+    portions = [portion for size in clips.toybox for portion in toybox_portions(pipeline, size, num_clips, batch_size)]
+    return {"clips": "toybox"}, portions
