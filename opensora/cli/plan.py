@@ -1,7 +1,6 @@
 """`opensora plan`: how much memory a clip will take, and what makes it fit, before anything is loaded or downloaded."""
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,8 +11,6 @@ from opensora.cli.options import FLAG, given_options, option, with_flags
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
 from opensora.generation.resolve import describe_size, resolve_size
-
-_UNITS = {"": 2**30, "GB": 2**30, "GIB": 2**30, "G": 2**30, "MB": 2**20, "MIB": 2**20, "M": 2**20}
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Plan:
         self.request.check()
         if self.model.download:
             raise OpenSoraError("a plan needs no weights; leave out --download")
+        from opensora.planning.devices import parse_memory
+
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
         from opensora.planning.report import plan_lines
 
@@ -81,28 +80,9 @@ class Plan:
             from opensora.checkpoints.loading import choose_device
 
             return choose_device(None).type
-        return _device_type(self.machine.device)
+        from opensora.planning.devices import device_kind
 
-
-def _device_type(name: str) -> str:
-    import torch
-
-    try:
-        return torch.device(name).type
-    except RuntimeError as error:
-        raise OpenSoraError(f"--device is {name!r}, expected a name such as cpu or cuda") from error
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of `24GB`, `24` (GB), `7.5 GiB` or `16000MB`; all units are powers of 1024, as memory is sold.
-
-    Raises:
-        OpenSoraError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
-    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise OpenSoraError(f"--device-memory is {text!r}, expected a size such as 24GB or 16000MB")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
+        return device_kind(self.machine.device)
 
 
 def _with_options(plan: Any) -> Any:
@@ -111,13 +91,9 @@ def _with_options(plan: Any) -> Any:
         return [_with_options(part) for part in plan]
     if not isinstance(plan, dict):
         return plan
-    from opensora.planning.report import choices_in_words
+    if "choices" in plan:
+        from opensora.planning.report import choices_in_words
 
-    return {
-        "options" if name == "choices" else name: (
-            with_flags(choices_in_words(value), MachineOptions(), MemoryOptions()).split()
-            if name == "choices"
-            else _with_options(value)
-        )
-        for name, value in plan.items()
-    }
+        words = with_flags(choices_in_words(plan["choices"]), MachineOptions(), MemoryOptions()).split()
+        plan = {"options": words} | {name: value for name, value in plan.items() if name != "choices"}
+    return {name: _with_options(value) for name, value in plan.items()}

@@ -9,24 +9,25 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """A bar of rich's on stderr while a context lasts, where that is a terminal.
+    """A bar of rich's while a context lasts, where that goes to a terminal.
 
     Args:
         what: the work, such as "reading clips".
         columns: names of rich's columns after the description.
+        stderr: shown there, and gone when it is done; otherwise on stdout, where it stays.
     """
 
-    def __init__(self, what: str, *columns: str) -> None:
+    def __init__(self, what: str, *columns: str, stderr: bool = True) -> None:
         from rich import progress
         from rich.console import Console
 
         shown = [getattr(progress, f"{column}Column")() for column in ("Bar", *columns)]
-        console = Console(stderr=True)
+        console = Console(stderr=stderr)
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             *shown,
             console=console,
-            transient=True,
+            transient=stderr,
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task(what, total=None)

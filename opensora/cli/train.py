@@ -11,6 +11,7 @@ import tyro
 from opensora.cli.dry_run import DryRunOptions
 from opensora.cli.options import option
 from opensora.cli.parallel import speaking_once
+from opensora.cli.progress import Bar
 from opensora.errors import OpenSoraError
 from opensora.files import owned
 
@@ -83,44 +84,25 @@ class Train:
             print(f"model: {model}")
 
 
-class Progress:
-    """A progress bar with the loss and an estimate of the time left; plain lines where there is no terminal."""
+class Progress(Bar):
+    """A bar with the loss and an estimate of the time left; plain lines where there is no terminal."""
 
     lines_every = 100  # steps
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bar.disable = not self.bar.console.is_terminal
-        self.task = self.bar.add_task("preparing", total=None, loss="-")
+        super().__init__("preparing", "MofNComplete", "TimeElapsed", "TimeRemaining", stderr=False)
         self.first_step, self.started = 0, time.monotonic()
 
     def start(self, trainer: "Trainer", folder: Path) -> None:
         told = [f"resuming {folder} at step {trainer.step}"] if trainer.step else []
         for line in (*told, *trainer.notes):  # as it is: paths may look like markup
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self.bar.update(self.task, completed=trainer.step, total=trainer.loop.steps)
+        self.show(trainer.step, trainer.loop.steps)
         self.first_step, self.started = trainer.step, time.monotonic()
 
     def update(self, step: int, steps: int, figures: dict[str, float]) -> None:
         loss = f"{figures['loss']:.4f}"
-        self.bar.update(self.task, description="training", completed=step, total=steps, loss=loss)
+        self.show(step, steps, f"training, loss {loss}")
         if self.bar.disable and (step % self.lines_every == 0 or step == steps):
             step_s = (time.monotonic() - self.started) / (step - self.first_step)
             print(f"step {step} of {steps}: loss {loss}, {step_s:.2f} s a step, {step_s * (steps - step):.0f} s left")
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()

@@ -7,6 +7,7 @@ the vendor counts 10^9 bytes or the card checks for errors.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 from opensora.errors import OpenSoraError
@@ -78,3 +79,32 @@ def this_machine() -> Device:
     """The CPU, with all of this machine's memory; its peak has to be measured."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", memory_bytes, peak_tflops=None, per_machine=1)
+
+
+_UNITS = {"": 2**30, "GB": 2**30, "GIB": 2**30, "G": 2**30, "MB": 2**20, "MIB": 2**20, "M": 2**20}
+
+
+def device_kind(name: str) -> str:
+    """`"cuda"` of `"cuda:1"`; such a device need not be here.
+
+    Raises:
+        OpenSoraError: no such kind.
+    """
+    import torch
+
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise OpenSoraError(f"`device` is {name!r}, expected a name such as cpu or cuda") from error
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `24GB`, `24` (GB), `7.5 GiB` or `16000MB`; all units are powers of 1024, as memory is sold.
+
+    Raises:
+        OpenSoraError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise OpenSoraError(f"`device_memory` is {text!r}, expected a size such as 24GB or 16000MB")
+    return round(float(match[1]) * _UNITS[match[2].upper()])

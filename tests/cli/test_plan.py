@@ -7,7 +7,7 @@ import pytest
 from tiny_pipeline import make_pipeline
 
 from opensora.cli.main import main
-from opensora.cli.plan import parse_memory
+from opensora.planning.devices import parse_memory
 
 
 def run(capsys, *args: str) -> str:
