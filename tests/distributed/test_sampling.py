@@ -55,7 +55,7 @@ class Case:
             options["given"] = given.put(first, 0).put(first, 2, strength=0.6)
         size = {"height": SIZE.height, "width": SIZE.width, "num_frames": SIZE.num_frames}
         prompts = ["a red ball moves left", "a blue square"]
-        return pipeline(prompts, **size, generator=seeded(seed, seed + 1), **options).frames
+        return pipeline(prompts, **size, generator=seeded(seed, seed + 1), output_type="pt", **options).frames
 
 
 CASES = [
