@@ -25,11 +25,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from opensora.conditioning.frames import FrameConditioning, condition
+from opensora.conditioning.frames import FrameConditioning
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
-from opensora.media.transforms import clips_of
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
@@ -47,6 +46,8 @@ from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_lists
 from opensora.offloading import Offloader
+from opensora.sampling.frames import begin_with, condition_on_pictures, repeat_each
+from opensora.sampling.generators import generators_per_video
 from opensora.sampling.habits import HabitsMixin
 from opensora.sampling.prompting import PromptingMixin
 from opensora.sampling.runs import CALLBACK_TENSORS, Run, RunsMixin
@@ -250,9 +251,10 @@ class OpenSoraPipeline(
             fps: frames per second.
             scores: `aesthetic`, `flow` and `camera_motion`, in place of the model's defaults.
             image: the picture that the video begins with, resized and cropped to its size: a PIL image, an array
-                (H, W, 3), a tensor (3, H, W), numbers in [0, 1] or uint8; a list holds one per prompt.
+                (H, W, 3), a tensor (3, H, W), numbers in [0, 1] or uint8; a list or one axis more for one per prompt.
             last_image: the picture that it ends with, likewise.
-            video: a clip that is made anew: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W).
+            video: a clip that is made anew: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W); a list
+                of these or one axis more for one per prompt.
             strength: how much of `video` is made anew, from 0 (nothing) to 1 (all).
             given: frames that are there already in any other way, see `conditioning.frames.condition`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
@@ -286,7 +288,9 @@ class OpenSoraPipeline(
             OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
                 or latents that are not finite.
         """
-        _check_choices(output_type, callback_on_step_end_tensor_inputs)
+        # Callbacks of `diffusers.callbacks` say themselves what they ask for.
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        _check_choices(output_type, tensor_inputs)
         channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.default_cfg_channels)
         rule = self._guidance_rule(guider, guidance_scale, channels)
         prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
@@ -306,13 +310,15 @@ class OpenSoraPipeline(
                 negative_prompt_attention_mask=negative_prompt_attention_mask,
             )
             generators = generators_per_video(generator, len(text))
-            given = self._conditioning(given, image, last_image, video, strength, size)
+            pictures = {"image": image, "last_image": last_image, "video": video, "strength": strength}
+            num_prompts = len(text) // num_videos_per_prompt
+            given = self._frame_conditioning(given, size, num_prompts, num_videos_per_prompt, **pictures)
             noise = self._initial_latents(latents, len(text), size, scheduler, generators, device)
-            sample, frame_strength = _with_given_frames(noise, given)
+            sample, frame_strength = begin_with(given, noise)
             if self.ranks is not None:
                 sample = self.ranks.follow_first(sample, generators)
             run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators)
-            self._denoise(run, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            self._denoise(run, callback_on_step_end, tensor_inputs)
             sample, num_steps = run.latents, run.num_steps
             del run, text, negative  # their memory is decoding's
             _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
@@ -326,7 +332,7 @@ class OpenSoraPipeline(
         settings = {
             **self.describe(),
             **asdict(size),
-            **{name: repeat_each(texts, num_videos_per_prompt) for name, texts in per_video.items()},
+            **{name: _repeated(texts, num_videos_per_prompt) for name, texts in per_video.items()},
             "clip_conditions": asdict(clip),
             "frame_strength": None if frame_strength is None else frame_strength.tolist(),
             "seed": [generator.initial_seed() for generator in generators],
@@ -434,42 +440,25 @@ class OpenSoraPipeline(
         asked_for = inspect.signature(scheduler.set_timesteps).parameters
         sizes = {"height": clip.height, "width": clip.width, "num_frames": int(clip.num_frames)}
         options: dict[str, Any] = {name: value for name, value in sizes.items() if name in asked_for}
-        if timesteps is not None or sigmas is not None:
-            options |= {"timesteps": timesteps, "sigmas": sigmas}
-            num_inference_steps = None
-        elif num_inference_steps is None:
+        given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+        if not given.keys() <= asked_for.keys():
+            raise OpenSoraError(f"a {type(scheduler).__name__} takes no sigmas; give timesteps, or a number of steps")
+        if not given and num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        scheduler.set_timesteps(num_inference_steps, device=device, **options)
+        scheduler.set_timesteps(num_inference_steps, device=device, **options, **given)
         return scheduler
 
-    def _conditioning(
-        self,
-        given: FrameConditioning | None,
-        image: Any,
-        last_image: Any,
-        video: Any,
-        strength: float | None,
-        size: VideoSize,
+    def _frame_conditioning(
+        self, given: FrameConditioning | None, size: VideoSize, num_prompts: int, copies: int, **pictures: Any
     ) -> FrameConditioning | None:
         """Frames that are given, in whatever way they were."""
-        named = {"image": image, "last_image": last_image, "edit": video}
-        named = {name: frames for name, frames in named.items() if frames is not None}
-        if not named and strength is None:
+        with self.on_device("autoencoder"):
+            shown = condition_on_pictures(self.autoencoder, size, num_prompts, **pictures)
+        if shown is None:
             return given
         if given is not None:
             raise OpenSoraError("frames are given in two ways: by image, last_image or video, and by given; use one")
-        pictures = {
-            name: clips_of(frames, size.height, size.width, several=name != "edit") for name, frames in named.items()
-        }
-        count = max((len(clips) for clips in pictures.values()), default=1)
-        per_clip = []
-        with self.on_device("autoencoder"):
-            for k in range(count):
-                chosen: dict[str, Any] = {name: clips[k % len(clips)] for name, clips in pictures.items()}
-                per_clip.append(condition(self.autoencoder, size, strength=strength, **chosen))
-        return FrameConditioning(
-            torch.cat([one.latents for one in per_clip]), torch.cat([one.strength for one in per_clip])
-        )
+        return repeat_each(shown, copies)
 
     def _initial_latents(
         self,
@@ -576,21 +565,6 @@ def _check_trained_on(trained_on: Mapping[str, Any] | None, autoencoder: Any) ->
         wanted.check_same(autoencoder.latent_space, here="the transformer's training", there="the autoencoder")
 
 
-def _with_given_frames(noise: Tensor, given: FrameConditioning | None) -> tuple[Tensor, Tensor | None]:
-    """Latents to start from, (B, C, T', H', W'), and how much of each frame is made anew, (B, T'); None for all."""
-    if given is None:
-        return noise, None
-    if given.latents.shape[0] not in (1, len(noise)) or given.latents.shape[1:] != noise.shape[1:]:
-        raise OpenSoraError(
-            f"given frames have latents of shape {tuple(given.latents.shape)}, this run has {tuple(noise.shape)}; "
-            "give frames for this size, and for every clip or for all at once"
-        )
-    strength = given.strength.to(noise.device, torch.float32).expand(len(noise), -1)
-    # A frame of strength 1 is all noise: nothing is left of what was given.
-    held = given.latents.to(noise).expand_as(noise)
-    return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength
-
-
 def _describe_object(configured: Any) -> dict[str, Any]:
     """Class and configuration of a diffusers object, without the libraries' own notes and other classes' options."""
     known = inspect.signature(type(configured).__init__).parameters
@@ -598,28 +572,7 @@ def _describe_object(configured: Any) -> dict[str, Any]:
     return {"class": type(configured).__name__, **options}
 
 
-def generators_per_video(
-    generator: torch.Generator | int | Sequence[torch.Generator | int] | None, num_videos: int
-) -> list[torch.Generator]:
-    """One source of noise per video, so that what a video looks like does not depend on its batch."""
-    if isinstance(generator, Sequence):
-        if len(generator) != num_videos:
-            raise OpenSoraError(f"got {len(generator)} generators for {num_videos} videos; give one, or one each")
-        return [_seeded(one) if isinstance(one, int) else one for one in generator]
-    if isinstance(generator, int):
-        generator = _seeded(generator)
-    if isinstance(generator, torch.Generator) and num_videos == 1:
-        return [generator]
-    device = "cpu" if generator is None else generator.device
-    seeds = torch.randint(2**32, (num_videos,), generator=generator, device=device)
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def repeat_each(texts: Sequence[str] | None, times: int) -> list[str] | None:
+def _repeated(texts: Sequence[str] | None, times: int) -> list[str] | None:
     """One text per video, those of one prompt one after the other."""
     return None if texts is None else [text for text in texts for _ in range(times)]
 

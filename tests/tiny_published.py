@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny_pipeline import TEXT_WIDTH
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from opensora.checkpoints.published import PUBLISHED, PublishedModel, PublishedPart
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.pipeline import OpenSoraPipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -73,6 +75,27 @@ def network(part: PublishedPart, seed: int = 0) -> Any:
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def pipeline_of(name: str, sampler: str | None = None, **defaults: Any) -> OpenSoraPipeline:
+    """A published model in memory, in miniature."""
+    model = tiny(name, **defaults)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        tokenizer = T5Tokenizer.from_pretrained(folder)
+    library, class_name = model.scheduler_class.rsplit(".", 1)
+    pipeline = OpenSoraPipeline(
+        transformer=network(model.transformer, 1),
+        scheduler=getattr(importlib.import_module(library), class_name)(**model.scheduler_config),
+        autoencoder=network(model.autoencoder, 2),
+        text_encoder=network(model.text_encoder, 3),
+        tokenizer=tokenizer,
+        **model.defaults,
+    )
+    if sampler is not None:
+        pipeline.use_sampler(sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tokenizer_model() -> bytes:

@@ -16,7 +16,8 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_list, prompt_of_loop
-from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput, generators_per_video
+from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
+from opensora.sampling.generators import generators_per_video
 
 
 def generate_loops(

@@ -30,50 +30,84 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
     return torch.tensor(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
 
 
-def clips_of(frames: Any, height: int, width: int, *, several: bool = False) -> list[torch.Tensor]:
-    """Pictures and clips as people hold them in memory, as videos in [-1, 1], float32 (3, T, height, width).
+def clips_of(frames: Any, height: int, width: int, *, pictures: bool = False) -> list[torch.Tensor]:
+    """Clips or pictures as people hold them in memory, as videos in [-1, 1], float32 (3, T, height, width).
 
     They are resized and cropped to that size, a single picture as `fill_image` does it, a clip as `fill_video`.
 
     Args:
-        frames: a PIL image; a list of them; an array (H, W, 3) or (T, H, W, 3); a tensor (3, H, W) or (T, 3, H, W);
-            numbers are uint8, or floats in [0, 1].
+        frames: one clip: PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W), or a list of arrays (H, W, 3) or
+            tensors (3, H, W); numbers are uint8, or floats in [0, 1]. Several: a list of these, or one axis more.
         height: in pixels.
         width: in pixels.
-        several: a list holds one of these for each clip; otherwise it holds the frames of one clip.
+        pictures: they are not clips but pictures: PIL images, arrays (H, W, 3) or tensors (3, H, W).
 
     Raises:
         OpenSoraError: anything else.
     """
-    if several and isinstance(frames, list | tuple):
-        return [clip for one in frames for clip in clips_of(one, height, width)]
+    axes = 3 if pictures else 4
+    in_list = isinstance(frames, list | tuple) and (pictures or any(_num_axes(one) == 4 for one in frames))
+    several = list(frames) if in_list or _num_axes(frames) == axes + 1 else [frames]
+    arrays = [None if pictures and _num_axes(one) != 3 else _as_array(one) for one in several]
+    if not arrays or any(array is None for array in arrays):
+        kinds = "PIL images, arrays (H, W, 3) or tensors (3, H, W)"
+        clips = "lists of PIL images, arrays (T, H, W, 3) or tensors (T, 3, H, W)"
+        raise OpenSoraError(f"got {_described(frames)}; expected {kinds if pictures else clips}, one or one per prompt")
+    return [_filled(array, height, width) for array in arrays if array is not None]
+
+
+def _num_axes(frames: Any) -> int | None:
+    """Of an array or a tensor, 3 of a picture, one more of a list of them; None for anything else."""
+    if isinstance(frames, np.ndarray | torch.Tensor):
+        return frames.ndim
     if isinstance(frames, Image.Image):
-        frames = [frames]
-    if isinstance(frames, list | tuple) and frames and all(isinstance(frame, Image.Image) for frame in frames):
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
-    elif isinstance(frames, list | tuple) and frames:
-        frames = np.stack([np.asarray(frame) for frame in frames])
-    if isinstance(frames, torch.Tensor):
-        frames = frames.detach().cpu().movedim(-3, -1).numpy()
-    if isinstance(frames, np.ndarray) and frames.ndim == 3:
-        frames = frames[None]
-    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        what = getattr(frames, "shape", None) or type(frames).__name__
-        raise OpenSoraError(
-            f"got pictures as {what}; expected PIL images, arrays (H, W, 3) or (T, H, W, 3), or tensors (3, H, W) or "
-            "(T, 3, H, W)"
-        )
+        return 3
+    if isinstance(frames, list | tuple) and frames:
+        inner = {_num_axes(one) for one in frames}
+        axes = inner.pop()
+        return axes + 1 if axes is not None and not inner else None
+    return None
+
+
+def _described(frames: Any) -> str:
+    if isinstance(frames, list | tuple):
+        return f"a list of {', '.join(sorted({_described(one) for one in frames})) or 'nothing'}"
+    shape = getattr(frames, "shape", None)
+    return type(frames).__name__ if shape is None else f"{type(frames).__name__} {tuple(shape)}"
+
+
+def _as_array(frames: Any) -> np.ndarray | None:
+    """Numbers (T, H, W, 3) of a picture or a clip; None if it is none."""
+    if isinstance(frames, list | tuple):
+        parts = [_as_array(frame) for frame in frames]
+        found = [part for part in parts if part is not None]
+        alike = len(found) == len(parts) and len({(part.shape, part.dtype) for part in found}) == 1
+        return np.concatenate(found) if alike else None
+    if isinstance(frames, Image.Image):
+        frames = np.asarray(frames.convert("RGB"))
+    elif isinstance(frames, torch.Tensor) and frames.ndim > 2:
+        frames = frames.detach().cpu().movedim(-3, -1)
+        frames = (frames.float() if frames.is_floating_point() else frames).numpy()
+    if not isinstance(frames, np.ndarray) or frames.ndim not in (3, 4) or frames.shape[-1] != 3 or not frames.size:
+        return None
+    return frames if frames.ndim == 4 else frames[None]
+
+
+def _filled(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """One clip (T, H, W, 3), of its final size."""
     if frames.dtype != np.uint8:
         if not np.issubdtype(frames.dtype, np.floating) or not ((frames >= 0) & (frames <= 1)).all():
             raise OpenSoraError(
                 f"got pictures of {frames.dtype} from {frames.min():g} to {frames.max():g}; expected uint8, or numbers "
                 "from 0 (black) to 1 (white)"
             )
-        video = torch.tensor(frames).float().movedim(-1, 0) * 2 - 1
-        return [video if frames.shape[1:3] == (height, width) else fill_video(video, height, width)]
+        if frames.shape[1:3] == (height, width) or len(frames) > 1:
+            video = torch.tensor(frames).float().movedim(-1, 0) * 2 - 1
+            return video if frames.shape[1:3] == (height, width) else fill_video(video, height, width)
+        frames = (frames * 255).round().astype(np.uint8)  # as Pillow takes them
     if len(frames) == 1:
-        return [to_video(np.asarray(fill_image(Image.fromarray(frames[0]), height, width))[None])]
-    return [fill_video(to_video(frames), height, width)]
+        return to_video(np.asarray(fill_image(Image.fromarray(frames[0]), height, width))[None])
+    return fill_video(to_video(frames), height, width)
 
 
 def fill_image(image: Image.Image, height: int, width: int) -> Image.Image:

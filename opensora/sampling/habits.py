@@ -69,6 +69,9 @@ class HabitsMixin:
         if missing := [name for name in required if name not in parts]:
             raise OpenSoraError(f"a {type(pipeline).__name__} has no {', '.join(missing)}; give them as well, by name")
         made = cls(**parts)
+        for name in ("offloader", "sequential_guidance", "ranks", "_turn"):  # how its networks are run
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
         return made if dtype is None else made.to(dtype)
 
     @property

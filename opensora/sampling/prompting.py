@@ -25,6 +25,10 @@ class PromptingMixin:
         """See the pipeline."""
         raise NotImplementedError
 
+    def _exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """See `RunsMixin`."""
+        raise NotImplementedError
+
     def spell(self, prompts: Sequence[str], scores: Mapping[str, float | str | None] | None = None) -> list[str]:
         """Prompts as the model's captions were: with scores at the end, cleaned.
 
@@ -74,10 +78,11 @@ class PromptingMixin:
         if negatives is not None and negative_prompt_embeds is not None:
             raise OpenSoraError("got both negative_prompt and negative_prompt_embeds; give one of them")
         spelled = None if prompts is None else self.spell(prompts, scores)
-        text = self._encode(spelled, prompt_embeds, prompt_attention_mask)
-        assert text is not None
         cleaned = None if negatives is None else self._clean(negatives)
-        negative = self._encode(cleaned, negative_prompt_embeds, negative_prompt_attention_mask)
+        with self._exclusive():
+            text = self._encode(spelled, "prompt", prompt_embeds, prompt_attention_mask)
+            negative = self._encode(cleaned, "negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
+        assert text is not None
         if negative is not None and len(negative) not in (1, len(text)):
             raise OpenSoraError(f"got {len(negative)} negative texts for {len(text)} texts; give one, or one each")
         if negative is not None and len(negative) < len(text):
@@ -85,15 +90,25 @@ class PromptingMixin:
         return text.repeat_each(num_videos_per_prompt), negative and negative.repeat_each(num_videos_per_prompt)
 
     def _encode(
-        self, prompts: list[str] | None, embeds: TextStates | Tensor | None, mask: Tensor | None
+        self, prompts: list[str] | None, name: str, embeds: TextStates | Tensor | None, mask: Tensor | None
     ) -> TextStates | None:
         """One row of text per prompt, or as given, where and as the transformer reads it."""
-        if isinstance(embeds, Tensor):
-            embeds = TextStates(embeds, mask)
-        elif prompts is not None:
+        if mask is not None and not isinstance(embeds, Tensor):
+            raise OpenSoraError(f"{name}_attention_mask goes with a tensor in {name}_embeds, and there is none")
+        if prompts is not None:
             with self.on_device("text_encoder"):
                 embeds = self.text_conditioner.encode(prompts)
-        return None if embeds is None else embeds.to(self._execution_device, self.transformer.dtype)
+        if embeds is None:
+            return None
+        if isinstance(embeds, Tensor):
+            embeds = TextStates(embeds, mask)
+        if not isinstance(embeds, TextStates) or embeds.states.ndim != 3 or not len(embeds):
+            what = type(embeds).__name__ if not isinstance(embeds, TextStates) else tuple(embeds.states.shape)
+            raise OpenSoraError(f"{name}_embeds is {what}; expected what encode_prompt returns, or a tensor (B, L, D)")
+        if embeds.mask is not None and embeds.mask.shape != embeds.states.shape[:2]:
+            expected = tuple(embeds.states.shape[:2])
+            raise OpenSoraError(f"{name}_attention_mask is {tuple(embeds.mask.shape)}; expected (B, L) = {expected}")
+        return embeds.to(self._execution_device, self.transformer.dtype)
 
     @property
     def text_conditioner(self) -> TextConditioner:

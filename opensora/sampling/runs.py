@@ -8,13 +8,14 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensora.denoiser import Denoiser
+from opensora.errors import OpenSoraError
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.guidance import GuidanceRule
 from opensora.models.text.conditioner import TextStates
@@ -77,12 +78,35 @@ class Run:
         }
 
     def replace(self, changes: Mapping[str, Any]) -> None:
-        """Takes over what a callback returned."""
-        self.latents = changes.get("latents", self.latents)
-        text, negative = changes.get("prompt_embeds", self.text), changes.get("negative_prompt_embeds", self.negative)
+        """Takes over what a callback returned; a tensor takes the place of a text's states.
+
+        Raises:
+            OpenSoraError: another name, or tensors that are not for these clips.
+        """
+        for name, value in changes.items():
+            if name not in CALLBACK_TENSORS:
+                raise OpenSoraError(f"a callback returned {name!r}; expected some of {', '.join(CALLBACK_TENSORS)}")
+            wanted = self.latents.shape if name == "latents" else self.latents.shape[:1]
+            shape = value.states.shape if isinstance(value, TextStates) else getattr(value, "shape", None)
+            if value is not None and (shape is None or shape[: len(wanted)] != wanted):
+                found = type(value).__name__ if shape is None else tuple(shape)
+                raise OpenSoraError(f"a callback returned {name} of {found}; this run's begin with {tuple(wanted)}")
+        self.latents = changes.get("latents", self.latents).to(self.latents)
+        text = self._read(changes.get("prompt_embeds", self.text), self.text)
+        negative = self._read(changes.get("negative_prompt_embeds", self.negative), self.negative)
         if text is not self.text or negative is not self.negative:
+            assert text is not None
             self.text, self.negative = text, negative
             self.__post_init__()
+
+    def _read(self, given: TextStates | Tensor | None, present: TextStates | None) -> TextStates | None:
+        """A text that a callback returned, as the network reads it."""
+        if given is None or given is present:
+            return given if isinstance(given, TextStates) else None
+        if isinstance(given, Tensor):
+            fits = present is not None and given.shape[:2] == present.states.shape[:2]
+            given = replace(present, states=given) if fits and present is not None else TextStates(given)
+        return given.to(self.latents.device, self.pipeline.transformer.dtype)
 
 
 _RUN: ContextVar[Run | None] = ContextVar("opensora_run", default=None)

@@ -1,0 +1,95 @@
+"""Frames that a call is given, in whatever way: pictures and videos in memory, or conditioning made before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.conditioning.frames import FrameConditioning, condition
+from opensora.errors import OpenSoraError
+from opensora.geometry import VideoSize
+from opensora.media.transforms import clips_of
+from opensora.models.autoencoders.codec import VideoCodec
+
+
+def condition_on_pictures(
+    autoencoder: VideoCodec,
+    size: VideoSize,
+    num_prompts: int,
+    *,
+    image: Any = None,
+    last_image: Any = None,
+    video: Any = None,
+    strength: float | None = None,
+) -> FrameConditioning | None:
+    """What `conditioning.frames.condition` makes of pictures in memory; None if none are given.
+
+    Args:
+        autoencoder: encodes them.
+        size: of the clips that are made.
+        num_prompts: of the call.
+        image: the first frame, one for all prompts or one each, see `media.transforms.clips_of`.
+        last_image: the last frame, likewise.
+        video: a clip that is made anew, likewise.
+        strength: how much of it.
+
+    Returns:
+        One row for all prompts, or one each.
+
+    Raises:
+        OpenSoraError: something that is no picture or video, another number of them than of prompts, too short a video,
+            or contradictions.
+    """
+    if strength is not None and video is None:
+        raise OpenSoraError(f"got strength={strength} and no video; strength says how much of a video is made anew")
+    given = {"image": image, "last_image": last_image, "video": video}
+    clips: dict[str, list[Tensor]] = {}
+    for name, frames in given.items():
+        if frames is None:
+            continue
+        try:
+            clips[name] = clips_of(frames, size.height, size.width, pictures=name != "video")
+        except OpenSoraError as error:
+            raise OpenSoraError(f"{name}: {error}") from None
+        if len(clips[name]) not in (1, num_prompts):
+            raise OpenSoraError(f"{name}: got {len(clips[name])} for {num_prompts} prompts; give one, or one each")
+    for clip in clips.get("video", ()):
+        if clip.shape[1] < size.num_frames:
+            raise OpenSoraError(f"video: got {clip.shape[1]} frames for a clip of {size.num_frames}; give as many")
+    if not clips:
+        return None
+    rows = []
+    for k in range(max(map(len, clips.values()))):
+        chosen: dict[str, Any] = {
+            "edit" if name == "video" else name: each[k % len(each)] for name, each in clips.items()
+        }
+        rows.append(condition(autoencoder, size, strength=strength, **chosen))
+    return FrameConditioning(torch.cat([row.latents for row in rows]), torch.cat([row.strength for row in rows]))
+
+
+def repeat_each(given: FrameConditioning, times: int) -> FrameConditioning:
+    """Every row so often, its copies one after the other; a single row is for all clips."""
+    if len(given.latents) == 1:
+        return given
+    return FrameConditioning(
+        given.latents.repeat_interleave(times, dim=0), given.strength.repeat_interleave(times, dim=0)
+    )
+
+
+def begin_with(given: FrameConditioning | None, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents to start from, (B, C, T', H', W'), and how much of each frame is made anew, (B, T'); None for all.
+
+    Raises:
+        OpenSoraError: frames of another size, or of another number of clips.
+    """
+    if given is None:
+        return noise, None
+    if given.latents.shape[0] not in (1, len(noise)) or given.latents.shape[1:] != noise.shape[1:]:
+        raise OpenSoraError(
+            f"given frames have latents of shape {tuple(given.latents.shape)}, this run has {tuple(noise.shape)}; "
+            "give frames for this size, and for every clip or for all at once"
+        )
+    strength = given.strength.to(noise.device, torch.float32).expand(len(noise), -1)
+    # A frame of strength 1 is all noise: nothing is left of what was given.
+    held = given.latents.to(noise).expand_as(noise)
+    return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength
