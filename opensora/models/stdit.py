@@ -3,7 +3,7 @@
 Positions are sine-cosine codes: of the patch at the entrance, of the frame in the first block only. Attention along
 time reads the tokens as they are, neither normed nor modulated, and is gated like attention in space.
 
-Open-Sora 1.1 and later ship the same network with a frame mask: frames that are given rather than generated
+Open-Sora 1.1 and later ship the same network with a frame mask: conditioning frames, kept rather than generated
 (`frame_mask` False) are modulated with the embedding of timestep 0. Attention along time keeps the gate of the real
 timestep for them. Without a mask both forms are the same function.
 
@@ -203,7 +203,7 @@ class STDiT(SpaceTimeTransformer):
             encoder_attention_mask: (B, L), 1 = token.
             clip_conditions: accepted, so that all models of the family are called alike, and unused: this one was never
                 told what its training clips had.
-            frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
+            frame_mask: (B, T) bool, True = generated, False = conditioning, taken to be clean. None = all True.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.
             return_dict: a tuple of one instead of an output object when False.
@@ -223,18 +223,18 @@ class STDiT(SpaceTimeTransformer):
         frame_positions: Tensor | None = self._frame_positions(num_frames, device)[:, None]
 
         embedding = self.t_embedder(values_per_sample(timestep, batch, device), dtype).expand(batch, -1)
-        modulation, given = frame_modulation(self.t_block, embedding), None
+        modulation, clean_embedding = frame_modulation(self.t_block, embedding), None
         time_gate = modulation[:, :, 2]
         if frame_mask is not None:
-            given = self.t_embedder(torch.zeros(1, device=device), dtype)
-            modulation = frame_modulation(self.t_block, embedding, given, frame_mask)
+            clean_embedding = self.t_embedder(torch.zeros(1, device=device), dtype)
+            modulation = frame_modulation(self.t_block, embedding, clean_embedding, frame_mask)
 
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)
         for block, keys_values in zip(self.blocks, text.keys_values, strict=True):
             arguments = (text.states, modulation, time_gate, text.bias, keys_values, frame_positions, shards)
             tokens = self._run_block(block, tokens, *arguments)
             frame_positions = None
-        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)
+        return self._output(tokens, embedding, clean_embedding, frame_mask, (h, w), hidden_states, return_dict, shards)
 
 
 class _STDiTFormat(SpaceTimeFormat):

@@ -4,7 +4,7 @@ Blocks are those of STDiT with attention along time normed, modulated and gated 
 of the frames. Space and MLP are told the timestep, the size in pixels and its ratio; time is told the timestep, the
 number of frames and the frame rate.
 
-Frames that are given rather than generated (`frame_mask` False) are modulated with the embedding of timestep 0.
+Conditioning frames (`frame_mask` False) are kept clean and modulated with the embedding of timestep 0.
 
 Letters: B samples, C latent channels, T, H, W latent frames and cells, D hidden size, S = h * w patches of a frame,
 L text tokens, D_c width of the text encoder.
@@ -194,7 +194,7 @@ class STDiT2(SpaceTimeTransformer):
             encoder_hidden_states: (B, L, D_c) text states; or give `text_context`.
             encoder_attention_mask: (B, L), 1 = token.
             clip_conditions: all of it is told.
-            frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
+            frame_mask: (B, T) bool, True = generated, False = conditioning, taken to be clean. None = all True.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.
             return_dict: a tuple of one instead of an output object when False.
@@ -227,20 +227,20 @@ class STDiT2(SpaceTimeTransformer):
         length = frames + self.fps_embedder(values(clip_conditions.fps), dtype)
 
         embedding = self.t_embedder(values(timestep), dtype).expand(batch, -1)
-        given = given_space = given_time = None
+        clean_embedding = clean_space = clean_time = None
         if frame_mask is not None:
-            given = self.t_embedder(torch.zeros(1, device=device), dtype)
-            given_space, given_time = given + size, given + length
-        modulation = frame_modulation(self.t_block, embedding + size, given_space, frame_mask)
-        time_modulation = frame_modulation(self.t_block_temp, embedding + length, given_time, frame_mask)
+            clean_embedding = self.t_embedder(torch.zeros(1, device=device), dtype)
+            clean_space, clean_time = clean_embedding + size, clean_embedding + length
+        modulation = frame_modulation(self.t_block, embedding + size, clean_space, frame_mask)
+        time_modulation = frame_modulation(self.t_block_temp, embedding + length, clean_time, frame_mask)
 
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)
         rope = self.rope(tokens.shape[1])
         for block, keys_values in zip(self.blocks, text.keys_values, strict=True):
             arguments = (text.states, modulation, time_modulation, text.bias, keys_values, rope, shards)
             tokens = self._run_block(block, tokens, *arguments)
-        # The last layer is told the size for given frames only: published weights were trained so.
-        return self._output(tokens, embedding, given_space, frame_mask, (h, w), hidden_states, return_dict, shards)
+        # The last layer is told the size for conditioning frames only: published weights were trained so.
+        return self._output(tokens, embedding, clean_space, frame_mask, (h, w), hidden_states, return_dict, shards)
 
 
 class _STDiT2Format(SpaceTimeFormat):

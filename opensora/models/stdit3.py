@@ -4,8 +4,8 @@ Every layer is a pair of blocks. The first attends among the patches of one fram
 patch, with rotary positions; both then attend to the text and end in an MLP. Time and frame rate modulate the blocks
 (adaLN-single of PixArt-alpha: one linear layer for the whole network, a small table per block).
 
-Frames that are given rather than generated (`frame_mask` False) are modulated with the embedding of timestep 0. Text
-keys and values do not depend on time: `encode_text` makes them once for all denoising steps. Parameter names are those
+Conditioning frames (`frame_mask` False) are kept clean and modulated with the embedding of timestep 0. Text keys
+and values do not depend on time: `encode_text` makes them once for all denoising steps. Parameter names are those
 of the published checkpoints.
 
 Letters: B samples, C latent channels, T, H, W latent frames and cells, D hidden size, S patches of a frame, L text
@@ -194,7 +194,7 @@ class STDiT3(SpaceTimeTransformer):
             encoder_hidden_states: (B, L, D_c) text states; or give `text_context`.
             encoder_attention_mask: (B, L), 1 = token.
             clip_conditions: size and frame rate are told.
-            frame_mask: (B, T) bool, True = generated, False = given, taken to be clean. None = all are generated.
+            frame_mask: (B, T) bool, True = generated, False = conditioning, taken to be clean. None = all True.
             drop_text: (B,) bool, True = null text in place of this sample's.
             text_context: result of `encode_text`, instead of the three text arguments.
             return_dict: a tuple of one instead of an output object when False.
@@ -218,10 +218,10 @@ class STDiT3(SpaceTimeTransformer):
 
         rate = self.fps_embedder(values_per_sample(clip_conditions.fps, batch, device), dtype)
         embedding = (self.t_embedder(values_per_sample(timestep, batch, device), dtype) + rate).expand(batch, -1)
-        given = None
+        clean_embedding = None
         if frame_mask is not None:
-            given = self.t_embedder(torch.zeros(1, device=device), dtype) + rate
-        modulation = frame_modulation(self.t_block, embedding, given, frame_mask)
+            clean_embedding = self.t_embedder(torch.zeros(1, device=device), dtype) + rate
+        modulation = frame_modulation(self.t_block, embedding, clean_embedding, frame_mask)
 
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)
         rope = self.rope(num_frames)
@@ -229,7 +229,7 @@ class STDiT3(SpaceTimeTransformer):
             axis_rope = rope if block.axis == TIME else None
             arguments = (text.states, modulation, text.bias, keys_values, axis_rope, shards)
             tokens = self._run_block(block, tokens, *arguments)
-        return self._output(tokens, embedding, given, frame_mask, (h, w), hidden_states, return_dict, shards)
+        return self._output(tokens, embedding, clean_embedding, frame_mask, (h, w), hidden_states, return_dict, shards)
 
 
 class _STDiT3Format(SpaceTimeFormat):

@@ -4,8 +4,8 @@ All of them attend within a frame, then along time at one patch, then to the tex
 modulates the layers (adaLN-single of PixArt-alpha: one linear layer for the whole network, a small table per block).
 They differ in what else modulates, in how positions enter, and in how the parts are grouped into blocks.
 
-Frames that are given rather than generated (`frame_mask` False) are modulated with the embedding of timestep 0. Text
-keys and values do not depend on time: `encode_text` makes them once for all denoising steps. Parameter names are those
+Conditioning frames (`frame_mask` False) are kept clean and modulated with the embedding of timestep 0. Text keys
+and values do not depend on time: `encode_text` makes them once for all denoising steps. Parameter names are those
 of the published checkpoints.
 
 Letters: B samples, C latent channels, T, H, W latent frames and cells, D hidden size, S = h * w patches of a frame,
@@ -68,14 +68,14 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def frame_modulation(
-    layers: nn.Module, embedding: Tensor, given: Tensor | None = None, frame_mask: Tensor | None = None
+    layers: nn.Module, embedding: Tensor, clean_embedding: Tensor | None = None, frame_mask: Tensor | None = None
 ) -> Tensor:
-    """What modulates the blocks, frame by frame where some are given.
+    """What modulates the blocks, frame by frame where some are conditioning frames.
 
     Args:
         layers: from D to n * D features.
         embedding: (B, D) of timestep and other conditions.
-        given: (1 or B, D), the same at timestep 0; with `frame_mask` only.
+        clean_embedding: (1 or B, D), the same at timestep 0; with `frame_mask` only.
         frame_mask: (B, T) bool, True = generated.
 
     Returns:
@@ -83,9 +83,9 @@ def frame_modulation(
     """
     dim = embedding.shape[-1]
     modulation = layers(embedding).unflatten(-1, (1, -1, dim))
-    if given is None or frame_mask is None:
+    if clean_embedding is None or frame_mask is None:
         return modulation
-    return torch.where(frame_mask[..., None, None], modulation, layers(given).unflatten(-1, (1, -1, dim)))
+    return torch.where(frame_mask[..., None, None], modulation, layers(clean_embedding).unflatten(-1, (1, -1, dim)))
 
 
 class SpaceTimeBlock(nn.Module):
@@ -163,14 +163,18 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_features)
 
     def forward(
-        self, hidden_states: Tensor, embedding: Tensor, given: Tensor | None = None, frame_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        embedding: Tensor,
+        clean_embedding: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens to patches.
 
         Args:
             hidden_states: (B, T, S, D).
             embedding: (B, D) of the timestep and what else conditions the model's last layer.
-            given: (1 or B, D), the same at timestep 0; with `frame_mask` only.
+            clean_embedding: (1 or B, D), the same at timestep 0; with `frame_mask` only.
             frame_mask: (B, T) bool, True = generated.
 
         Returns:
@@ -183,10 +187,10 @@ class FinalLayer(nn.Module):
             return modulate(tokens, shift, scale)
 
         tokens = modulated(hidden_states, embedding)
-        if given is not None and frame_mask is not None:
-            # Given frames are normed and modulated a second time, on top of the first: published weights were trained
-            # so. What the network says about given frames is not used in sampling.
-            tokens = torch.where(frame_mask[..., None, None], tokens, modulated(tokens, given))
+        if clean_embedding is not None and frame_mask is not None:
+            # Conditioning frames are normed and modulated a second time, on top of the first: published weights were
+            # trained so. What the network says about them is not used in sampling.
+            tokens = torch.where(frame_mask[..., None, None], tokens, modulated(tokens, clean_embedding))
         return self.linear(tokens)
 
 
@@ -392,7 +396,7 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
         self,
         tokens: Tensor,
         embedding: Tensor,
-        given: Tensor | None,
+        clean_embedding: Tensor | None,
         frame_mask: Tensor | None,
         grid: tuple[int, int],
         latents: Tensor,
@@ -400,7 +404,7 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
         shards: Shards | None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Tokens of `grid` = (h, w) patches through the last layer to the size of `latents`."""
-        patches = self.final_layer(tokens, embedding, given, frame_mask)
+        patches = self.final_layer(tokens, embedding, clean_embedding, frame_mask)
         if shards is not None:
             patches = shards.gather(patches)
         sample = unpatchify(
