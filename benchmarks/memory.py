@@ -107,13 +107,13 @@ def predict(row: Row, folder: Path) -> tuple[int, int]:
     import torch
 
     from opensora.geometry import VideoSize
-    from opensora.planning.outline import outline
+    from opensora.planning.meta_pipeline import meta_pipeline
     from opensora.planning.planner import Planner
     from opensora.planning.stages import Choices, Clip
     from opensora.planning.tracing import Tracer
 
     tracer = Tracer()
-    planner = Planner(tracer, outline(tracer, folder).pipeline, Clip(VideoSize(*row.size)))
+    planner = Planner(tracer, meta_pipeline(tracer, folder).pipeline, Clip(VideoSize(*row.size)))
     choices = Choices(
         getattr(torch, row.dtype),
         sequential_guidance=row.sequential_guidance,

@@ -57,19 +57,19 @@ class Plan:
         import torch
 
         from opensora.geometry import VideoSize
-        from opensora.planning.outline import outline
+        from opensora.planning.meta_pipeline import meta_pipeline
         from opensora.planning.report import plan_clip
         from opensora.planning.stages import Clip
         from opensora.planning.tracing import Tracer
 
         tracer, request = Tracer(), self.request
-        outlined = outline(tracer, request.model_name, request.components)
-        config = outlined.pipeline.config
-        made = resolve_size(request, config, outlined.pipeline.size_rule())
+        meta = meta_pipeline(tracer, request.model_name, request.components)
+        config = meta.pipeline.config
+        made = resolve_size(request, config, meta.pipeline.size_rule())
         scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
-        plan = plan_clip(tracer, outlined, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
+        plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
         return {**plan, "clip": describe_size(clip.size, made.nominal_size)}
 
     def _device(self) -> str:

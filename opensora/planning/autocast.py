@@ -46,7 +46,7 @@ _FLOAT32_ON_ACCELERATORS: frozenset[Any] = frozenset(
 )
 
 
-class ImaginedAutocast(TorchFunctionMode):
+class MetaAutocast(TorchFunctionMode):
     """Within it, calls of torch's functions on tensors without data cast their arguments as autocast would.
 
     It must be active during the backward pass, too, where checkpointed blocks are computed again.

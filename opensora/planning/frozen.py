@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.planning.autocast import ImaginedAutocast
+from opensora.planning.autocast import MetaAutocast
 from opensora.planning.tracing import LiveMemory, replaced
 
 
@@ -45,7 +45,7 @@ class FrozenNetworks:
             for parts, needed in self._alike:
                 for part in parts:
                     stack.enter_context(replaced(part, "forward", memory.remembering(part.forward, needed)))
-            stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
+            stack.enter_context(MetaAutocast(enabled=False, on_accelerator=False))
             stack.enter_context(memory)
             stack.enter_context(torch.no_grad())
             workload()

@@ -65,7 +65,7 @@ class Planner:
 
     Args:
         tracer: in whose world the pipeline's networks are.
-        pipeline: from `outline`.
+        pipeline: from `meta_pipeline`.
         clip: what is to be made.
         surcharge: of the device it is made on.
 

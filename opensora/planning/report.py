@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from opensora.planning.outline import Outline
+from opensora.planning.meta_pipeline import MetaPipeline
 from opensora.planning.planner import ACCELERATOR, CPU, Planner
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip
 from opensora.planning.tracing import Tracer
@@ -17,7 +17,7 @@ CHOICES = ("dtype", "offload", "sequential_guidance", "micro_batch_size")
 
 def plan_clip(
     tracer: Tracer,
-    outlined: Outline,
+    meta: MetaPipeline,
     clip: Clip,
     *,
     device: str,
@@ -28,21 +28,21 @@ def plan_clip(
 
     Args:
         tracer: counts.
-        outlined: the model, on imagined tensors.
+        meta: the model, on meta tensors.
         clip: what is to be made.
         device: where; "cpu" or any accelerator.
         dtype: numbers the networks compute in; None for the device's usual ones, or half precision if those do not fit.
         memory_bytes: what the device has; None for a plan that asks for no verdict.
     """
     on_cpu = device == "cpu"
-    planner = Planner(tracer, outlined.pipeline, clip, CPU if on_cpu else ACCELERATOR)
+    planner = Planner(tracer, meta.pipeline, clip, CPU if on_cpu else ACCELERATOR)
 
     chosen = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     default = planner.default(chosen)
     smallest = planner.smallest(default)
     ways = dict.fromkeys([default, replace(default, offload=True), smallest])
     plan = {
-        "model": outlined.name,
+        "model": meta.name,
         "clip": str(clip.size),
         "guided": clip.guided,
         "device": device,

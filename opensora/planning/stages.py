@@ -1,4 +1,4 @@
-"""The three stages of making a clip, each as a computation that can be run by itself, on real or on imagined networks.
+"""The three stages of making a clip, each as a computation that can be run by itself, on real or on meta networks.
 
     text     the text encoder reads the prompt
     denoise  one step of the transformer, on the conditional and the unconditional branch

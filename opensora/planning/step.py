@@ -1,4 +1,4 @@
-"""One training step on imagined tensors: what is alive when, and how much is computed.
+"""One training step on meta tensors: what is alive when, and how much is computed.
 
 The step that runs is the task's own, forward and backward. Networks are deep and their layers alike, so only three
 layers run: what the second adds is counted once for every layer that was left out.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.planning.autocast import ImaginedAutocast
+from opensora.planning.autocast import MetaAutocast
 from opensora.planning.flops import CountedFlops
 from opensora.planning.tracing import LiveMemory, replaced
 
@@ -88,17 +88,17 @@ def trace_step(
     compute_loss: Callable[[], Tensor],
     module: nn.Module,
     blocks: Sequence[nn.Module] = (),
-    autocast: ImaginedAutocast | None = None,
+    autocast: MetaAutocast | None = None,
 ) -> Step:
     """Runs one step on the device "meta".
 
     Args:
-        compute_loss: prepares an imagined batch and returns the scalar loss.
+        compute_loss: prepares a meta batch and returns the scalar loss.
         module: what is trained.
         blocks: its repeated blocks, in the order in which they run.
         autocast: in which precision.
     """
-    recorder, autocast = _Recorder(), autocast or ImaginedAutocast(enabled=False, on_accelerator=False)
+    recorder, autocast = _Recorder(), autocast or MetaAutocast(enabled=False, on_accelerator=False)
     layers = layers_of(blocks)
     with ExitStack() as stack:
         for number, layer in enumerate(layers[:LAYERS_RUN]):
@@ -164,7 +164,7 @@ def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] =
             stack.callback(last.register_forward_hook(lambda *_: layer.append(counted.totals)).remove)
         for block in itertools.chain.from_iterable(layers[1:]):
             stack.enter_context(replaced(block, "forward", _pass_on))
-        stack.enter_context(ImaginedAutocast(enabled=False, on_accelerator=False))
+        stack.enter_context(MetaAutocast(enabled=False, on_accelerator=False))
         stack.enter_context(counted)
         stack.enter_context(torch.enable_grad())
         compute_loss()

@@ -160,11 +160,11 @@ def without_data(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, empty)
 
 
-def whole_copy(outline: nn.Module, module: nn.Module, weights: Mapping[str, Tensor], mesh: Mesh) -> nn.Module | None:
+def whole_copy(meta: nn.Module, module: nn.Module, weights: Mapping[str, Tensor], mesh: Mesh) -> nn.Module | None:
     """A module in one piece, in evaluation mode, on the first rank; None on the others. Called by all ranks.
 
     Args:
-        outline: the module before it was wrapped, see `without_data`.
+        meta: the module before it was wrapped, see `without_data`.
         module: the module, sharded or not, compiled or not.
         weights: to take the place of its trained parameters, by name; shards are gathered.
         mesh: the ranks.
@@ -172,7 +172,7 @@ def whole_copy(outline: nn.Module, module: nn.Module, weights: Mapping[str, Tens
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    made = copy.deepcopy(outline) if mesh.is_first else None
+    made = copy.deepcopy(meta) if mesh.is_first else None
     filled: dict[nn.Parameter, nn.Parameter] = {}  # some stand in several places
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter not in filled:

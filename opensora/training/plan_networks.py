@@ -13,7 +13,7 @@ from opensora.data.batch import BatchShape
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.planning.autocast import ImaginedAutocast
+from opensora.planning.autocast import MetaAutocast
 from opensora.planning.frozen import FrozenNetworks
 from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
 from opensora.planning.tracing import weight_bytes
@@ -106,7 +106,7 @@ class PlannedNetworks:
         """Of one batch, traced."""
         key = (shape, recompute, precision, sharded, on_cpu)
         if key not in self._steps:
-            autocast = ImaginedAutocast(enabled=precision == "bf16", on_accelerator=not on_cpu)
+            autocast = MetaAutocast(enabled=precision == "bf16", on_accelerator=not on_cpu)
             dtype = torch.bfloat16 if sharded and precision == "bf16" else torch.float32
             with _recomputing(self.blocks, recompute), _gathered(self.module, dtype):
                 self._steps[key] = trace_step(lambda: self._loss(shape), self.module, self.blocks, autocast)

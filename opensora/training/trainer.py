@@ -78,7 +78,7 @@ class Trainer:
                 with contextlib.suppress(OSError):  # it holds something else
                     folder.rmdir()
             raise
-        self.outline = without_data(self.module)
+        self.meta_module = without_data(self.module)
         if self.mesh.sequence is not None:
             setup.partition.split_sequences(self.mesh.sequence)
         wrap_blocks(setup.partition.blocks, loop.activation_checkpointing, loop.compile)
@@ -282,7 +282,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged_module(self) -> Iterator[torch.nn.Module | None]:
         """A copy of the module with its averaged weights, for evaluation, on the first rank; the others wait."""
-        module = whole_copy(self.outline, self.module, self.ema.average, self.mesh)
+        module = whole_copy(self.meta_module, self.module, self.ema.average, self.mesh)
         try:
             with torch.no_grad():
                 yield module

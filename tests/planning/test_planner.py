@@ -11,7 +11,7 @@ from tiny_pipeline import make_pipeline
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.pipeline import OpenSoraPipeline
-from opensora.planning.outline import outline
+from opensora.planning.meta_pipeline import meta_pipeline
 from opensora.planning.planner import ACCELERATOR, CPU, Planner
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, network_of, run_stage
 from opensora.planning.tracing import LiveMemory, Tracer
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def planner(folder) -> Planner:
     tracer = Tracer()
-    return Planner(tracer, outline(tracer, folder).pipeline, Clip(SIZE))
+    return Planner(tracer, meta_pipeline(tracer, folder).pipeline, Clip(SIZE))
 
 
 def default(planner: Planner) -> Choices:
@@ -89,7 +89,7 @@ def test_smaller_portions_take_less(planner):
 
 def test_more_frames_and_pixels_take_more(folder):
     tracer = Tracer()
-    pipeline = outline(tracer, folder).pipeline
+    pipeline = meta_pipeline(tracer, folder).pipeline
     sizes = [VideoSize(5, 48, 64), SIZE, VideoSize(9, 96, 64)]
     needed = [Planner(tracer, pipeline, Clip(size)).peak(Choices(torch.float32))[1] for size in sizes]
     assert needed == sorted(needed) and len(set(needed)) == 3
@@ -122,7 +122,7 @@ def test_what_fits_is_the_least_intrusive(planner):
 
 def test_without_guidance_there_is_one_branch(folder):
     tracer = Tracer()
-    pipeline = outline(tracer, folder).pipeline
+    pipeline = meta_pipeline(tracer, folder).pipeline
     guided, plain = (Planner(tracer, pipeline, Clip(SIZE, guided=guided)) for guided in (True, False))
     assert not any(way.sequential_guidance for way in plain.alternatives([torch.float32]))
     one, two = (planner.stages(Choices(torch.float32))[1].activation_bytes for planner in (plain, guided))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
-from opensora.planning.autocast import ImaginedAutocast
+from opensora.planning.autocast import MetaAutocast
 from opensora.planning.flops import CountedFlops
 from opensora.planning.step import count_work, trace_step
 from opensora.training.parallel import wrap_blocks
@@ -60,12 +60,12 @@ def test_work_told_from_the_forward_pass_is_what_both_passes_compute(frozen):
     assert work.forward + work.backward == pytest.approx(trace_step(compute, model).flops, rel=1e-9)
 
 
-def test_work_of_real_tensors_is_that_of_imagined_ones():
+def test_work_of_real_tensors_is_that_of_meta_ones():
     model = make(2, "cpu", **SMALL)
     with CountedFlops() as counted:
         loss_of(model, 1, 2, 8, 8, 5)()
-    imagined = make(2, **SMALL)
-    work = count_work(loss_of(imagined, 1, 2, 8, 8, 5), imagined.blocks)
+    meta = make(2, **SMALL)
+    work = count_work(loss_of(meta, 1, 2, 8, 8, 5), meta.blocks)
     assert counted.totals == (work.forward, work.backward)
 
 
@@ -75,7 +75,7 @@ def test_three_layers_tell_what_many_take(recompute, on_accelerator):
     def step(blocks_of: Callable[[STDiT3], list[nn.Module]]):
         model = make(7, **SMALL)
         wrap_blocks(model.blocks, recompute, compiled=False)
-        autocast = ImaginedAutocast(enabled=True, on_accelerator=on_accelerator)
+        autocast = MetaAutocast(enabled=True, on_accelerator=on_accelerator)
         return trace_step(loss_of(model, 3, 4, 24, 32, 20), model, blocks_of(model), autocast)
 
     some, everything = step(lambda model: list(model.blocks)), step(lambda model: [])
@@ -104,7 +104,7 @@ def test_gradients_are_ready_when_the_step_is_over():
 
 
 @pytest.mark.parametrize("on_accelerator", [False, True])
-def test_imagined_autocast_casts_as_autocast_does(on_accelerator):
+def test_meta_autocast_casts_as_autocast_does(on_accelerator):
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,11 +116,11 @@ def test_imagined_autocast_casts_as_autocast_does(on_accelerator):
 
     with torch.device("meta"):
         layers, values = Layers(), torch.empty(2, 3, 8)
-    with ImaginedAutocast(enabled=True, on_accelerator=on_accelerator):
-        imagined = [result.dtype for result in layers(values)]
+    with MetaAutocast(enabled=True, on_accelerator=on_accelerator):
+        meta = [result.dtype for result in layers(values)]
     half, full = torch.bfloat16, torch.float32
     if on_accelerator:
-        assert imagined == [half, full, half, full, full, half, full]
+        assert meta == [half, full, half, full, full, half, full]
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            assert imagined == [result.dtype for result in Layers()(torch.zeros(2, 3, 8))]
+            assert meta == [result.dtype for result in Layers()(torch.zeros(2, 3, 8))]

@@ -55,8 +55,8 @@ def test_parameters_are_those_of_the_published_model(name: str, golden_dir) -> N
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_size_can_be_imagined(name: str) -> None:
-    """Frozen networks are outlined too, and batches have the sizes of their buckets."""
+def test_every_size_can_be_traced(name: str) -> None:
+    """Frozen networks are traced too, and batches have the sizes of their buckets."""
     plan = planned(name)
     frozen, module = plan.setup.frozen, plan.setup.task.module
     assert set(frozen) == {"autoencoder", "text_encoder"}
@@ -75,7 +75,7 @@ def test_every_size_can_be_imagined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["v1_0_16x256x256", "v1_1_stage3", "v1_2_stage3"])
-def test_a_step_can_be_imagined(name: str) -> None:
+def test_a_step_can_be_traced(name: str) -> None:
     plan = planned(name)
     shape = min(plan.shapes(), key=lambda shape: shape.batch_size * shape.num_frames * shape.height)
     terms = plan.setup.task.loss(plan.meta_batch(shape), BatchKey(0, 0))

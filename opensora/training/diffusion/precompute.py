@@ -107,8 +107,8 @@ def make_cache(
     captions = text = None
     text_bytes = 0
     if options.text and not isinstance(config.text, TrainedText):
-        outline = DiffusionNetworks(config, META).captions
-        captions = Captions(config.text, config.init_from, outline.max_tokens, outline.clean, device, outline.dtype)
+        meta = DiffusionNetworks(config, META).captions
+        captions = Captions(config.text, config.init_from, meta.max_tokens, meta.clean, device, meta.dtype)
         encoder = captions.load()
         captions.check_words(row.text for row in source.rows)
         text = TextMadeFrom(

@@ -21,7 +21,7 @@ from opensora.planning.tracing import Tracer
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaPipeline:
     """What is known of a model before anything of it is loaded.
 
     Attributes:
@@ -33,8 +33,10 @@ class Outline:
     pipeline: OpenSoraPipeline
 
 
-def outline(tracer: Tracer, name_or_path: str | Path, components: Mapping[str, str | Path] | None = None) -> Outline:
-    """The outline of a model by name, of a pipeline's folder, or of weights of one network.
+def meta_pipeline(
+    tracer: Tracer, name_or_path: str | Path, components: Mapping[str, str | Path] | None = None
+) -> MetaPipeline:
+    """The pipeline of a model, without data, by name, of a pipeline's folder, or of weights of one network.
 
     Args:
         tracer: in whose world the networks are built.
@@ -62,7 +64,7 @@ def outline(tracer: Tracer, name_or_path: str | Path, components: Mapping[str, s
                 return part.build().eval()
         return None if part.name.startswith("tokenizer") else part.load_settings()
 
-    return Outline(name, source.pipeline(build))
+    return MetaPipeline(name, source.pipeline(build))
 
 
 def _holds_weights(folder: Path) -> bool:
