@@ -18,6 +18,7 @@ from torch import Tensor
 from opensora.distributed.seeding import BatchKey
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
+from opensora.models.text.conditioner import TextStates
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class LatentBatch:
         captions: B.
         conditions: what networks are told of the clips.
         label: see `BatchShape`.
-        text_states, text_mask: (B, L, D) and (B, L) of the captions where they were encoded beforehand.
+        text: of the captions where they were encoded beforehand; None elsewhere.
         object_mask: (B, 1, T, h, w), 1 where an object touches the cell; None where nobody knows.
     """
 
@@ -88,8 +89,7 @@ class LatentBatch:
     captions: list[str]
     conditions: ClipConditions
     label: str
-    text_states: Tensor | None = None
-    text_mask: Tensor | None = None
+    text: TextStates | None = None
     object_mask: Tensor | None = None
 
     @classmethod
@@ -101,7 +101,7 @@ class LatentBatch:
         return cls(latents, [""] * shape.batch_size, meta_conditions(shape, device), shape.label)
 
     def to(self, device: torch.device | str) -> "LatentBatch":
-        """The same latents on another device; text states move when they are read."""
+        """The same latents on another device; the text moves when it is read."""
         mask = None if self.object_mask is None else self.object_mask.to(device)
         return replace(self, latents=self.latents.to(device), conditions=self.conditions.to(device), object_mask=mask)
 

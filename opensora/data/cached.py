@@ -23,6 +23,7 @@ from opensora.data.sampler import SampledBatch
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.text.conditioner import TextStates
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,13 @@ class CachedSource(ManifestSource):
     def batch_of(self, latents: Tensor, fps: list[float], numbers: Sequence[int], bucket: Bucket) -> LatentBatch:
         """Latents (B, C, T, h, w) of these rows, with the rates they are told, as a batch."""
         captions = [self.rows[number].text for number in numbers]
-        states, mask = self.cache.text(captions) if self.cache.index.text else (None, None)
+        text = TextStates(*self.cache.text(captions)) if self.cache.index.text else None
         return LatentBatch(
             latents=latents,
             captions=captions,
             conditions=bucket_conditions(fps, bucket),
             label=bucket.label,
-            text_states=states,
-            text_mask=mask,
+            text=text,
         )
 
     def _candidates(self, key: BatchKey, slot: int, sampled: SampledBatch) -> Iterator[int]:

@@ -103,7 +103,7 @@ def cache_portions(pipeline: "OpenSoraPipeline", folder: Path, num_clips: int) -
         clips = [cache.windows(number, bucket)[0] for number in numbers]
         latents = torch.stack([cache.posterior(clip)[0] for clip in clips])
         batch = source.batch_of(latents, [clip.fps for clip in clips], numbers, bucket)
-        return replace(batch, label=label_of(bucket), text_states=None, text_mask=None)
+        return replace(batch, label=label_of(bucket), text=None)
 
     return _portions(source, num_clips, load, lambda number, bucket: bool(cache.windows(number, bucket)))
 

@@ -26,9 +26,7 @@ from opensora.errors import OpenSoraError
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.models.schedulers.base import process_of
-from opensora.models.text.captions import tokenize_captions
-from opensora.models.text.conditioner import TextStates
-from opensora.models.text.encoders import check_words
+from opensora.models.text.cleaning import clean_text
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -189,15 +187,15 @@ def batch_losses(pipeline: "OpenSoraPipeline", batch: LatentBatch, num_timesteps
 
     Args:
         pipeline: what is measured.
-        batch: the clips, with text states, see `with_text`.
+        batch: the clips, with their text, see `with_text`.
         num_timesteps: n.
         first: clips of this size that came before, which decides the noise.
         seed: of the noise.
     """
     device, network = pipeline.device, pipeline.transformer
     clean = batch.latents.to(device, torch.float32)
-    assert batch.text_states is not None
-    text, clip = TextStates(batch.text_states, batch.text_mask), batch.conditions.to(device)
+    assert batch.text is not None
+    text, clip = batch.text, batch.conditions.to(device)
     process = process_of(pipeline.scheduler).to(device)
 
     def ask(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -235,25 +233,15 @@ def loss_at(
 
 @torch.no_grad()
 def with_text(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[LatentBatch, int]:
-    """The batch with text states on the device: those it brings, or its captions encoded, cut as in training.
+    """The batch with its text on the device: those it brings, or its captions encoded, cut as in training.
 
     Returns:
         The batch, and how many of its captions were longer than the model reads.
     """
-    place = {"device": pipeline.device, "dtype": pipeline.transformer.dtype}
-    if batch.text_states is not None and batch.text_mask is not None:
-        states, mask = batch.text_states.to(**place), batch.text_mask.to(pipeline.device)
-        return replace(batch, text_states=states, text_mask=mask), 0
-    check_words(pipeline.tokenizer, batch.captions)
-    tokens = tokenize_captions(
-        pipeline.tokenizer,
-        batch.captions,
-        pipeline.transformer.max_text_tokens,
-        clean=pipeline.config.clean_prompts,
-        padding="max_length",
-    )
-    encoder_device = next(pipeline.text_encoder.parameters()).device
-    mask = tokens.mask.to(encoder_device)
-    states = pipeline.text_encoder(input_ids=tokens.ids.to(encoder_device), attention_mask=mask)[0]
-    mask = mask.to(device=pipeline.device, dtype=torch.bool)
-    return replace(batch, text_states=states.to(**place), text_mask=mask), tokens.num_cut
+    device, dtype, conditioner = pipeline.device, pipeline.transformer.dtype, pipeline.text_conditioner
+    if batch.text is not None:
+        return replace(batch, text=batch.text.to(device, dtype)), 0
+    conditioner.check_words(batch.captions)
+    captions = [clean_text(caption) if pipeline.config.clean_prompts else caption for caption in batch.captions]
+    tokens = conditioner.tokenize(captions, cut=True)
+    return replace(batch, text=conditioner.encode_tokens(tokens).to(device, dtype)), tokens.num_cut

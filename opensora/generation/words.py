@@ -31,11 +31,10 @@ def check_words(pipe: "OpenSoraPipeline", texts: Sequence[str]) -> None:
     Raises:
         OpenSoraError: a word that the model's tokenizer does not know.
     """
-    from opensora.models.text import encoders
     from opensora.toybox.captions import VOCABULARY, describe_vocabulary
 
     try:
-        encoders.check_words(pipe.tokenizer, list(texts))
+        pipe.text_conditioner.check_words(texts)
     except OpenSoraError as error:
         if set(VOCABULARY) <= pipe.tokenizer.get_vocab().keys():
             raise OpenSoraError(f"{error}. It knows {describe_vocabulary()}") from None

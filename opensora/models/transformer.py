@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -33,9 +31,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
 from opensora.models.caching import CacheIdentifiers, apply_cache
 from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
-from opensora.models.guidance import ChannelGuidance
-from opensora.models.portable_config import PortableModelMixin
-from opensora.models.text.conditioner import T5Conditioner
+from opensora.models.network import VideoTransformer
 
 SPACE, TIME = 2, 1  # axes of the tokens (B, T, S, D)
 
@@ -194,7 +190,7 @@ class FinalLayer(nn.Module):
         return self.linear(tokens)
 
 
-class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
+class SpaceTimeTransformer(VideoTransformer):
     """Text, checks, caches and the way in and out; subclasses build the layers and write `forward`.
 
     What of diffusers works with these models:
@@ -215,9 +211,6 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
         in_channels: C.
         out_channels: C, or 2 C with a learned variance.
         patch_size: latent frames, rows and columns of a patch.
-        blocks: all blocks in the order in which they run.
-        text_conditioner: class that makes of prompts what the network reads, from a pipeline's components.
-        guidance_rule: class that combines its branches in sampling, unless a call brings a rule of its own.
     """
 
     _supports_gradient_checkpointing = True
@@ -225,10 +218,6 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
     _skip_layerwise_casting_patterns = ["embedder", "t_block", "final_layer"]
     _cache_identifiers = CacheIdentifiers()
 
-    text_conditioner = T5Conditioner
-    guidance_rule = ChannelGuidance
-
-    blocks: Any
     t_block: nn.Module
     y_embedder: TextEmbedder
     final_layer: FinalLayer
@@ -312,11 +301,6 @@ class SpaceTimeTransformer(PortableModelMixin, CacheMixin, PeftAdapterMixin):
     def disable_sequence_parallel(self) -> None:
         """Compute everything on this rank again."""
         self._sequence_group = None
-
-    @property
-    def max_text_tokens(self) -> int:
-        """The most tokens that a text may have."""
-        return self.config.model_max_length
 
     @property
     def null_text(self) -> Tensor:

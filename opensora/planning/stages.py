@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from opensora.checkpoints.weights import cast_weights
-from opensora.denoiser import predict
+from opensora.denoiser import Denoiser
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import ClipConditions
@@ -88,25 +88,18 @@ def alike(pipeline: OpenSoraPipeline, stage: str) -> list[Sequence[tuple[Any, st
 
 
 def _text(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
-    shape = (clip.num_videos, len(pipeline.transformer.null_text))
-    tokens, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
-    pipeline.text_encoder(input_ids=tokens, attention_mask=mask)
+    conditioner = pipeline.text_conditioner
+    conditioner.encode_tokens(conditioner.blank_tokens(clip.num_videos, torch.get_default_device()))
 
 
 def _denoise(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
-    transformer, dtype = pipeline.transformer, choices.dtype
-    branches = 2 if clip.guided else 1
-    passes = branches if choices.sequential_guidance else 1
-    rows = clip.num_videos * branches // passes
-    sample, size = _latents(pipeline, clip), clip.size
+    conditioner, latents, size = pipeline.text_conditioner, _latents(pipeline, clip), clip.size
     told = ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames)
-    text = torch.zeros(rows, *transformer.null_text.shape, dtype=dtype)
-    contexts = [transformer.encode_text(text) for _ in range(passes)]
-    del text
-    predictions = []
-    for context in contexts:
-        latents = sample.repeat(rows // clip.num_videos, 1, 1, 1, 1)
-        predictions.append(predict(transformer, latents, torch.full((rows,), 500.0), context, told))
+    text = conditioner.blank_states(clip.num_videos, latents.device, choices.dtype)
+    branches = conditioner.branches(text, None)
+    denoiser = Denoiser(pipeline.transformer, branches, told, sequential=choices.sequential_guidance)
+    names = tuple(branches) if clip.guided else tuple(branches)[:1]
+    denoiser(names, latents, torch.full((clip.num_videos,), 500.0), step=0, num_steps=1)
 
 
 def _decode(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:

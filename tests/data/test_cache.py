@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.models.text.encoders import encode_prompts
+from opensora.models.text.conditioner import T5Conditioner
 from opensora.toybox.captions import MAX_TOKENS, build_tokenizer
 
 BUCKETS = {"16x24": {"1": (1.0, 2), "5": (1.0, 2)}}
@@ -77,7 +78,9 @@ class Making:
         self.plan = precompute.make_plan(self.source, self.made_from, autoencoder, text_bytes)
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return encode_prompts(build_tokenizer(), self.text_encoder, captions, MAX_TOKENS)
+        components = {"tokenizer": build_tokenizer(), "text_encoder": self.text_encoder}
+        text = T5Conditioner(components, SimpleNamespace(max_text_tokens=MAX_TOKENS)).encode(captions)
+        return text.states, text.mask
 
     def run(self, folder: Path, rank: int = 0, num_ranks: int = 1, progress: Callable | None = None):
         share = {"rank": rank, "num_ranks": num_ranks, "progress": progress}

@@ -17,6 +17,7 @@ from opensora.data.batch import LatentBatch
 from opensora.diffusion.process import GaussianProcess
 from opensora.distributed.seeding import BatchKey
 from opensora.models.clip_conditions import ClipConditions
+from opensora.models.text.conditioner import TextStates
 from opensora.recipes.debug import debug_objective
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.noise import IDDPM, Flow
@@ -56,8 +57,7 @@ def losses(task: DiffusionTask, fixture: Any, mask: Tensor | None) -> dict[str, 
         LatentBatch(clean, [""] * len(clean), conditions, "fixture"),
         noise=fixture["in.noise"],
         t=fixture["in.t"],
-        text=fixture["in.y"],
-        text_mask=torch.ones(len(clean), 1),
+        text=TextStates(fixture["in.y"], torch.ones(len(clean), 1)),
         drop_text=torch.zeros(len(clean), dtype=torch.bool),
         frame_mask=mask,
     )

@@ -10,13 +10,16 @@ Letters: B prompts, L tokens, D width of the states, P width of the pooled vecto
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
-from opensora.models.text.encoders import encode_prompts
+from opensora.models.offload_hooks import execution_device
+from opensora.models.text.tokens import check_words, tokenize
+
+Padding = Literal["longest", "max_length"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class TextStates:
         }
         return {name: value for name, value in named.items() if value is not None}
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> "TextStates":
-        """The same somewhere else; states and pooled vectors in another precision."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextStates":
+        """The same somewhere else; states and pooled vectors in that precision, if one is given."""
         return TextStates(
             self.states.to(device, dtype),
             None if self.mask is None else self.mask.to(device),
@@ -99,31 +102,77 @@ def _cat(texts: Sequence[TextStates], name: str, neutral: Any) -> Tensor | None:
     return torch.cat([neutral(text) if value is None else value for text, value in zip(texts, values, strict=True)])
 
 
+@dataclass(frozen=True)
+class TextTokens:
+    """Texts as the encoders of a conditioner take them.
+
+    Attributes:
+        ids: encoder -> token ids (B, L).
+        masks: encoder -> (B, L), 1 for a token.
+        num_cut: texts that were longer than the network reads.
+    """
+
+    ids: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    num_cut: int = 0
+
+    def to(self, device: torch.device | str) -> "TextTokens":
+        """The same somewhere else."""
+        ids = {name: ids.to(device) for name, ids in self.ids.items()}
+        return TextTokens(ids, {name: mask.to(device) for name, mask in self.masks.items()}, self.num_cut)
+
+
 class TextConditioner(ABC):
-    """The encoders of a pipeline, and what they make of text.
+    """The encoders of a pipeline, and what they make of text: one way for prompts, captions and plans.
 
     Args:
         components: the pipeline's, by name: "text_encoder", "tokenizer" and what else the family has.
         network: the transformer that reads the text.
     """
 
-    encoders: Sequence[str] = ("text_encoder",)
-    """Names of the encoders among the components, in the order in which they are needed."""
-
     def __init__(self, components: Mapping[str, Any], network: Any) -> None:
         self.components, self.network = components, network
 
     @abstractmethod
-    def encode(self, prompts: list[str]) -> TextStates:
+    def tokenize(self, texts: Sequence[str], *, cut: bool = False, padding: Padding = "max_length") -> TextTokens:
+        """Texts as tokens; see `models.text.tokens.tokenize` for what is cut and what is padded.
+
+        Raises:
+            OpenSoraError: a text is too long and is not to be cut.
+        """
+
+    @abstractmethod
+    def encode_tokens(self, tokens: TextTokens) -> TextStates:
+        """What the network reads of tokens, on the encoders' device. Differentiable."""
+
+    @abstractmethod
+    def unconditional(self, text: TextStates) -> TextStates:
+        """What stands opposite to a text in guidance where there is no negative prompt."""
+
+    @abstractmethod
+    def check_words(self, texts: Sequence[str]) -> None:
+        """Refuses words that a tokenizer would take for one another.
+
+        Raises:
+            OpenSoraError: naming them.
+        """
+
+    @abstractmethod
+    def blank_tokens(self, count: int, device: torch.device | str) -> TextTokens:
+        """Texts of the greatest length without content, for plans."""
+
+    @abstractmethod
+    def blank_states(self, count: int, device: torch.device | str, dtype: torch.dtype) -> TextStates:
+        """What the encoders would make of them, without asking the encoders."""
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
         """The text of prompts, each as it would be alone, on the encoders' device.
 
         Raises:
             OpenSoraError: a prompt that is too long, or holds words that the tokenizer does not know.
         """
-
-    @abstractmethod
-    def unconditional(self, text: TextStates) -> TextStates:
-        """What stands opposite to a text in guidance where there is no negative prompt."""
+        self.check_words(prompts)
+        return self.encode_tokens(self.tokenize(prompts))
 
     def branches(self, text: TextStates, negative: TextStates | None) -> dict[str, TextStates]:
         """What every branch of guidance reads, by the names that the network's guidance rule knows."""
@@ -133,13 +182,33 @@ class TextConditioner(ABC):
 class T5Conditioner(TextConditioner):
     """One T5 encoder, and a null text that the network learnt: Open-Sora 1.0 to 1.2.
 
-    Null rows keep the mask of the prompt they stand opposite to, because that is how the networks were trained to be
-    sampled: a prompt of 7 tokens is compared with the first 7 null tokens.
+    Any T5 encoder of transformers (`T5EncoderModel`) with any fast tokenizer serves. Null rows keep the mask of the
+    prompt they stand opposite to, because that is how the networks were trained to be sampled: a prompt of 7 tokens is
+    compared with the first 7 null tokens.
     """
 
-    def encode(self, prompts: list[str]) -> TextStates:
-        tokenizer, encoder = self.components["tokenizer"], self.components["text_encoder"]
-        return TextStates(*encode_prompts(tokenizer, encoder, prompts, self.network.max_text_tokens))
+    def tokenize(self, texts: Sequence[str], *, cut: bool = False, padding: Padding = "max_length") -> TextTokens:
+        ids, mask, num_cut = tokenize(
+            self.components["tokenizer"], texts, self.network.max_text_tokens, cut=cut, padding=padding
+        )
+        return TextTokens({"text_encoder": ids}, {"text_encoder": mask}, num_cut)
+
+    def encode_tokens(self, tokens: TextTokens) -> TextStates:
+        encoder = self.components["text_encoder"]
+        device = execution_device(encoder)
+        ids, mask = (of_encoder["text_encoder"].to(device) for of_encoder in (tokens.ids, tokens.masks))
+        return TextStates(encoder(input_ids=ids, attention_mask=mask)[0], mask.bool())
 
     def unconditional(self, text: TextStates) -> TextStates:
         return TextStates(text.states, text.mask, dropped=text.states.new_ones(len(text), dtype=torch.bool))
+
+    def check_words(self, texts: Sequence[str]) -> None:
+        check_words(self.components["tokenizer"], texts)
+
+    def blank_tokens(self, count: int, device: torch.device | str) -> TextTokens:
+        ids = torch.zeros(count, self.network.max_text_tokens, dtype=torch.long, device=device)
+        return TextTokens({"text_encoder": ids}, {"text_encoder": ids + 1})
+
+    def blank_states(self, count: int, device: torch.device | str, dtype: torch.dtype) -> TextStates:
+        size = (count, self.network.max_text_tokens, self.network.config.caption_channels)
+        return TextStates(torch.zeros(size, device=device, dtype=dtype))

@@ -43,7 +43,7 @@ class DiffusionNetworks:
         self.captions = Captions(
             settings.text,
             settings.init_from,
-            max_tokens=self.transformer.max_text_tokens,
+            network=self.transformer,
             clean=self.defaults.get("clean_prompts", False),
             device=device,
             dtype=frozen_dtype,

@@ -1,6 +1,7 @@
 """A diffusion transformer's training without weights and data, for plans."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,19 +36,21 @@ class DiffusionPlan(TaskPlan):
         device = next(networks.transformer.parameters()).device
         clips = LatentBatch.meta(shape, networks.autoencoder, device)
         size, frames = shape.batch_size, clips.latents.shape[2]
-        tokens = (size, networks.captions.max_tokens)
-        states = (*tokens, networks.transformer.null_text.shape[1])
+        conditioner = networks.captions.conditioner
+        if networks.captions.trained:
+            text: Any = conditioner.blank_tokens(size, device)
+        else:
+            text = conditioner.blank_states(size, device, torch.float32)
+            text = replace(text, mask=torch.ones(text.states.shape[:2], dtype=torch.bool, device=device))
         t = networks.noise_process.draw_times(
             size, height=shape.height, width=shape.width, num_frames=shape.num_frames, generator=torch.Generator()
         )
-        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         masked = self.settings.frame_masks and frames > 1
         return DiffusionBatch(
             clips,
             noise=torch.zeros_like(clips.latents),
             t=t.to(device),
-            text=ids if networks.captions.trained else torch.zeros(states, device=device),
-            text_mask=ids + 1,
+            text=text,
             drop_text=torch.zeros(size, dtype=torch.bool, device=device),
             frame_mask=torch.zeros(size, frames, dtype=torch.bool, device=device) if masked else None,
         )
@@ -64,6 +67,6 @@ class DiffusionPlan(TaskPlan):
 
             workloads["autoencoder"] = encode
         if isinstance(self.settings.text, FrozenText):
-            tokens = torch.zeros(shape.batch_size, networks.captions.max_tokens, dtype=torch.int64, device=device)
-            workloads["text_encoder"] = lambda: networks.captions.encode(tokens, tokens + 1)
+            tokens = networks.captions.conditioner.blank_tokens(shape.batch_size, device)
+            workloads["text_encoder"] = lambda: networks.captions.encode(tokens)
         return workloads

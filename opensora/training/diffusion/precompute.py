@@ -108,7 +108,7 @@ def make_cache(
     text_bytes = 0
     if options.text and not isinstance(config.text, TrainedText):
         meta = DiffusionNetworks(config, META).captions
-        captions = Captions(config.text, config.init_from, meta.max_tokens, meta.clean, device, meta.dtype)
+        captions = Captions(config.text, config.init_from, meta.network, meta.clean, device, meta.dtype)
         encoder = captions.load()
         captions.check_words(row.text for row in source.rows)
         text = TextMadeFrom(
@@ -194,8 +194,9 @@ def encode_with(captions: Captions) -> EncodeText:
     """Captions -> states and mask."""
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens, mask = (tensor.to(captions.device) for tensor in captions.tokens(texts))
-        return captions.encode(tokens, mask), mask
+        text = captions.encode(captions.tokens(texts).to(captions.device))
+        assert text.mask is not None and text.pooled is None
+        return text.states, text.mask
 
     return encode
 

@@ -7,6 +7,7 @@ Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text 
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opensora.data.batch import LatentBatch
 from opensora.denoiser import predict
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
-from opensora.models.text.conditioner import TextStates
+from opensora.models.text.conditioner import TextStates, TextTokens
 from opensora.settings import to_dict
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.data import LatentData
@@ -59,7 +60,6 @@ class DiffusionTask(TrainingTask):
             )
         noise = torch.randn(clips.latents.shape, generator=key.generator("noise"))
         drop_text = torch.rand(size, generator=key.generator("drop")) < settings.drop_text
-        text, text_mask = self.text(clips)
         return DiffusionBatch(
             clips,
             noise=noise.to(device),
@@ -70,25 +70,24 @@ class DiffusionTask(TrainingTask):
                 num_frames=int(clips.conditions.num_frames),
                 generator=key.generator("t"),
             ).to(device),
-            text=text,
-            text_mask=text_mask,
+            text=self.text(clips),
             drop_text=drop_text.to(device),
             frame_mask=frame_mask,
         )
 
-    def text(self, clips: LatentBatch) -> tuple[Tensor, Tensor]:
-        """Text states, or tokens where the encoder is trained along, and their mask, on the device."""
+    def text(self, clips: LatentBatch) -> TextStates | TextTokens:
+        """Of the captions, on the device; tokens where the encoder is trained along."""
         if isinstance(self.settings.text, CachedText):
-            if clips.text_states is None or clips.text_mask is None:
+            if clips.text is None:
                 raise OpenSoraError(
                     "these latents came without text states; compute them beforehand, or choose another objective.text"
                 )
-            return clips.text_states.to(self.device), clips.text_mask.to(self.device)
-        tokens, mask = (tensor.to(self.device) for tensor in self.networks.captions.tokens(clips.captions))
+            return clips.text.to(self.device)
+        tokens = self.networks.captions.tokens(clips.captions).to(self.device)
         if self.networks.captions.trained:
-            return tokens, mask
+            return tokens
         with torch.no_grad():
-            return self.networks.captions.encode(tokens, mask), mask
+            return self.networks.captions.encode(tokens)
 
     def loss(self, batch: DiffusionBatch, key: BatchKey) -> dict[str, Tensor]:
         noisy = self.networks.noise_process.corrupt(batch.clips.latents, batch.noise, batch.t, batch.frame_mask)
@@ -111,9 +110,8 @@ class DiffusionTask(TrainingTask):
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: DiffusionBatch) -> Tensor:
         """The transformer's float32 output for noisy latents; (B, C or 2C, T, h, w)."""
-        captions = self.networks.captions
-        states = captions.encode(batch.text, batch.text_mask) if captions.trained else batch.text
-        text = TextStates(states, batch.text_mask, dropped=batch.drop_text)
+        text = batch.text if isinstance(batch.text, TextStates) else self.networks.captions.encode(batch.text)
+        text = replace(text, dropped=batch.drop_text)
         return predict(self.networks.transformer, noisy, timestep, text, batch.clips.conditions, batch.frame_mask)
 
     def weights(self, batch: DiffusionBatch) -> Tensor | None:

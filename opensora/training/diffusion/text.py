@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from opensora.checkpoints.components import build_model
@@ -20,8 +19,8 @@ from opensora.checkpoints.weights import fingerprint
 from opensora.data.cache import Cache
 from opensora.errors import OpenSoraError
 from opensora.models.families import network_class
-from opensora.models.text.captions import tokenize_captions
-from opensora.models.text.encoders import check_words
+from opensora.models.text.cleaning import clean_text
+from opensora.models.text.conditioner import TextConditioner, TextStates, TextTokens
 from opensora.toybox.captions import build_tokenizer
 from opensora.training.parts import META, Origin, Untrained, build_part, find_tokenizer
 
@@ -76,7 +75,7 @@ class Captions:
     Args:
         config: where the encoder comes from.
         init_from: the model that training starts from, for `TrainedText` without options.
-        max_tokens: of the transformer.
+        network: the transformer that reads the text.
         clean: spell captions as the published models' were, see `models.text.cleaning`.
         device: where the encoder goes; on "meta" there is no tokenizer.
         dtype: of a frozen encoder.
@@ -91,12 +90,12 @@ class Captions:
         self,
         config: TextConfig,
         init_from: Origin | None,
-        max_tokens: int,
+        network: Any,
         clean: bool,
         device: str,
         dtype: torch.dtype,
     ) -> None:
-        self.config, self.max_tokens, self.clean = config, max_tokens, clean
+        self.config, self.network, self.clean = config, network, clean
         self.device, self.dtype = device, dtype
         self.trained = isinstance(config, TrainedText)
         self.num_cut = 0
@@ -130,22 +129,33 @@ class Captions:
             found = fingerprint(build_part(origin, "text_encoder", "cpu", self.dtype).state_dict())
         cache.check_text(found, self.max_tokens, self.clean)
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that the transformer reads."""
+        return self.network.max_text_tokens
+
+    @property
+    def conditioner(self) -> TextConditioner:
+        """What turns captions into what the transformer reads."""
+        components = {"text_encoder": self.encoder, "tokenizer": self.tokenizer}
+        return self.network.text_conditioner(components, self.network)
+
     def check_words(self, captions: Iterable[str]) -> None:
         """Refuses captions with words that the tokenizer does not know, and would take for one another."""
         if isinstance(self.config, CachedText):
             return
-        check_words(self.tokenizer, [caption for caption in captions if caption.strip()])
+        self.conditioner.check_words([caption for caption in captions if caption.strip()])
 
-    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (B, L) each, L as the longest caption has; what is too long is cut, and counted."""
-        tokens = tokenize_captions(self.tokenizer, captions, self.max_tokens, clean=self.clean)
+    def tokens(self, captions: list[str]) -> TextTokens:
+        """Tokens, as many as the longest caption has; what is too long is cut, and counted."""
+        spelled = [clean_text(caption) for caption in captions] if self.clean else captions
+        tokens = self.conditioner.tokenize(spelled, cut=True, padding="longest")
         self.num_cut += tokens.num_cut
-        return tokens.ids, tokens.mask
+        return tokens
 
-    def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Text states (B, L, D) of tokens."""
-        assert self.encoder is not None
-        return self.encoder(tokens, attention_mask=mask).last_hidden_state
+    def encode(self, tokens: TextTokens) -> TextStates:
+        """What the transformer reads of tokens."""
+        return self.conditioner.encode_tokens(tokens)
 
 
 def _trained(config: TrainedText, init_from: Origin | None, words: int, device: str) -> Any:

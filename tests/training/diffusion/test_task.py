@@ -22,6 +22,7 @@ from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.media.read import read_video
 from opensora.models.text.cleaning import clean_text
+from opensora.models.text.conditioner import TextStates
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.noise import Flow
 from opensora.training.diffusion.previews import Prompts
@@ -96,7 +97,8 @@ def test_frozen_networks_stay_out_of_training(version: str, manifest: Path, tmp_
         assert not network.training
         assert not any(parameter.requires_grad or id(parameter) in inside for parameter in network.parameters())
     batch = task.prepare(BatchKey(0, 0))
-    assert not batch.clips.latents.requires_grad and not batch.text.requires_grad
+    assert isinstance(batch.text, TextStates)
+    assert not batch.clips.latents.requires_grad and not batch.text.states.requires_grad
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------
@@ -129,11 +131,11 @@ def test_networks_are_told_the_size_before_encoding(manifest: Path, tmp_path: Pa
 def test_captions_are_spelled_as_the_model_was_trained(manifest: Path, tmp_path: Path) -> None:
     task = opened("1.2", manifest, tmp_path)
     caption = "A  Red Ball, https://example.org/ROLLS &amp; stops"
-    tokens, _ = task.networks.captions.tokens([caption])
+    tokens = task.networks.captions.tokens([caption]).ids["text_encoder"]
     assert clean_text(caption) in task.networks.captions.tokenizer.decode(tokens[0], skip_special_tokens=True)
     defaults = {**task.settings.defaults, "clean_prompts": False}
     plain = opened("1.2", manifest, tmp_path, defaults=defaults).networks.captions
-    assert caption in plain.tokenizer.decode(plain.tokens([caption])[0][0], skip_special_tokens=True)
+    assert caption in plain.tokenizer.decode(plain.tokens([caption]).ids["text_encoder"][0], skip_special_tokens=True)
 
 
 def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path) -> None:
@@ -155,7 +157,8 @@ def test_captions_end_in_the_scores_of_the_table(manifest: Path, tmp_path: Path)
 
 def test_long_captions_are_cut_to_what_the_model_reads(manifest: Path, tmp_path: Path) -> None:
     captions = opened("1.0", manifest, tmp_path).networks.captions
-    tokens, mask = captions.tokens(["a ball " * 100, "a cube"])
+    text = captions.tokens(["a ball " * 100, "a cube"])
+    tokens, mask = text.ids["text_encoder"], text.masks["text_encoder"]
     assert tokens.shape == mask.shape == (2, 120)
     assert mask.sum(dim=1).tolist() == [120, len(b"a cube") + 1]
 
@@ -169,7 +172,8 @@ def test_a_dropped_caption_is_the_null_text(manifest: Path, tmp_path: Path) -> N
                 parameter.add_(0.05 * torch.randn_like(parameter))
             batch = video_batch(task)
             first = task.loss(batch, BatchKey(0, 0))["velocity"]
-            batch = replace(batch, text=batch.text.flip(1) + 1)
+            assert isinstance(batch.text, TextStates)
+            batch = replace(batch, text=replace(batch.text, states=batch.text.states.flip(1) + 1))
             assert torch.allclose(first, task.loss(batch, BatchKey(0, 0))["velocity"]) == same
 
 
@@ -181,7 +185,8 @@ def test_text_of_a_pipelines_folder(manifest: Path, tmp_path: Path) -> None:
     text = FrozenText((tmp_path / "model").as_posix())
     task = opened("1.2", manifest, tmp_path, text=text, transformer=transformer)
     batch = task.prepare(BatchKey(0, 0))
-    assert batch.text.shape[2] == 16 and torch.isfinite(batch.text).all()
+    assert isinstance(batch.text, TextStates)
+    assert batch.text.states.shape[2] == 16 and torch.isfinite(batch.text.states).all()
     assert "text_encoder" in task.networks.frozen
     assert torch.isfinite(task.loss(batch, BatchKey(0, 0))["velocity"]).all()
 
@@ -284,7 +289,7 @@ def test_training_goes_on_from_released_parts(name: str, manifest: Path, tmp_pat
             if not key.startswith("pos_embed"):  # derived anew
                 torch.testing.assert_close(weight, networks[part].state_dict()[key], msg=f"{part} {key}")
     batch = task.prepare(BatchKey(0, 0))
-    assert batch.text_mask.shape[1] <= 40
+    assert isinstance(batch.text, TextStates) and batch.text.states.shape[1] <= 40
     assert all(torch.isfinite(term).all() for term in task.loss(batch, BatchKey(0, 0)).values())
 
 

@@ -1,5 +1,7 @@
 """Prompts, encoded text and the null text."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -8,11 +10,16 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from opensora.errors import OpenSoraError
 from opensora.models.text.conditioner import T5Conditioner, TextStates
-from opensora.models.text.encoders import check_words, encode_prompts
 from opensora.models.text.prompts import as_prompt_list, as_prompt_lists
+from opensora.models.text.tokens import check_words
 from opensora.toybox.captions import build_tokenizer
 
 LENGTH = 24
+
+
+def encode(tokenizer, text_encoder, prompts: list[str]) -> TextStates:
+    network = SimpleNamespace(max_text_tokens=LENGTH)
+    return T5Conditioner({"tokenizer": tokenizer, "text_encoder": text_encoder}, network).encode(prompts)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,8 @@ def text_encoder(tokenizer):
 
 @torch.no_grad()
 def test_states_have_the_last_hidden_state_where_the_mask_says_text(tokenizer, text_encoder):
-    states, mask = encode_prompts(tokenizer, text_encoder, ["a red ball", "a small blue square spins"], LENGTH)
+    text = encode(tokenizer, text_encoder, ["a red ball", "a small blue square spins"])
+    states, mask = text.states, text.mask
     assert states.shape == (2, LENGTH, 16)
     assert mask.dtype == torch.bool
     assert mask.sum(dim=1).tolist() == [4, 6]  # words and the end token
@@ -40,21 +48,21 @@ def test_states_have_the_last_hidden_state_where_the_mask_says_text(tokenizer, t
 
 @torch.no_grad()
 def test_a_prompt_is_encoded_alike_in_any_company(tokenizer, text_encoder):
-    together, _ = encode_prompts(tokenizer, text_encoder, ["a red ball", "a small blue square spins"], LENGTH)
-    alone, _ = encode_prompts(tokenizer, text_encoder, ["a small blue square spins"], LENGTH)
-    torch.testing.assert_close(together[1:], alone, rtol=1e-5, atol=1e-6)
+    together = encode(tokenizer, text_encoder, ["a red ball", "a small blue square spins"])
+    alone = encode(tokenizer, text_encoder, ["a small blue square spins"])
+    torch.testing.assert_close(together.states[1:], alone.states, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_dtype_is_that_asked_for(tokenizer, text_encoder):
-    states, mask = encode_prompts(tokenizer, text_encoder, ["a ball"], LENGTH, device="cpu", dtype=torch.bfloat16)
-    assert states.dtype == torch.bfloat16
-    assert mask.dtype == torch.bool
+    text = encode(tokenizer, text_encoder, ["a ball"]).to("cpu", torch.bfloat16)
+    assert text.states.dtype == torch.bfloat16
+    assert text.mask is not None and text.mask.dtype == torch.bool
 
 
 def test_a_prompt_that_is_too_long_is_refused(tokenizer, text_encoder):
     with pytest.raises(OpenSoraError, match=r"has 31 tokens, but this model reads 24"):
-        encode_prompts(tokenizer, text_encoder, ["a ball", " ".join(["ball"] * 30)], LENGTH)
+        encode(tokenizer, text_encoder, ["a ball", " ".join(["ball"] * 30)])
 
 
 @pytest.mark.parametrize(
@@ -69,14 +77,14 @@ def test_a_prompt_that_is_too_long_is_refused(tokenizer, text_encoder):
 )
 def test_words_that_no_token_stands_for_are_named(tokenizer, text_encoder, prompts, message):
     with pytest.raises(OpenSoraError, match=message):
-        encode_prompts(tokenizer, text_encoder, prompts, LENGTH)
+        encode(tokenizer, text_encoder, prompts)
 
 
 @torch.no_grad()
 def test_punctuation_and_capitals_are_no_words(tokenizer, text_encoder):
-    odd, _ = encode_prompts(tokenizer, text_encoder, ["A  red, BALL!"], LENGTH)
-    plain, _ = encode_prompts(tokenizer, text_encoder, ["a red ball"], LENGTH)
-    assert torch.equal(odd, plain)
+    odd = encode(tokenizer, text_encoder, ["A  red, BALL!"])
+    plain = encode(tokenizer, text_encoder, ["a red ball"])
+    assert torch.equal(odd.states, plain.states)
 
 
 def test_a_tokenizer_of_pieces_reads_any_word():
