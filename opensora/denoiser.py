@@ -33,7 +33,7 @@ def predict(
         timestep: (B,), 0 (clean) to 1000 (noise).
         text: `TextStates`, or what the network's own `encode_text` made of them.
         clip: what it is told of the clips.
-        frame_mask: (B, T) bool, False for frames that are given clean; None where all are generated.
+        frame_mask: (B, T) bool, False for conditioning frames, which are clean; None where all are generated.
     """
     read = text.inputs() if isinstance(text, TextStates) else {"text_context": text}
     return network(latents, timestep, **read, clip_conditions=clip, frame_mask=frame_mask).sample.float()

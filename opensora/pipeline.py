@@ -214,7 +214,7 @@ class OpenSoraPipeline(
         last_image: Any = None,
         video: Any = None,
         strength: float | None = None,
-        given: FrameConditioning | None = None,
+        conditioning: FrameConditioning | None = None,
         num_inference_steps: int | str | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -253,10 +253,10 @@ class OpenSoraPipeline(
             image: the picture that the video begins with, resized and cropped to its size: a PIL image, an array
                 (H, W, 3), a tensor (3, H, W), numbers in [0, 1] or uint8; a list or one axis more for one per prompt.
             last_image: the picture that it ends with, likewise.
-            video: a clip that is made anew: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W); a list
+            video: a clip to denoise again: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W); a list
                 of these or one axis more for one per prompt.
-            strength: how much of `video` is made anew, from 0 (nothing) to 1 (all).
-            given: frames that are there already in any other way, see `conditioning.frames.condition`.
+            strength: denoising strength of `video`, from 0 (kept) to 1 (generated from noise).
+            conditioning: frames that are conditioned on in any other way, see `conditioning.frames.condition`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
             timesteps: of the steps, in place of a number of them; see the scheduler's `set_timesteps`.
             sigmas: noise levels of the steps, likewise.
@@ -312,9 +312,9 @@ class OpenSoraPipeline(
             generators = generators_per_video(generator, len(text))
             pictures = {"image": image, "last_image": last_image, "video": video, "strength": strength}
             num_prompts = len(text) // num_videos_per_prompt
-            given = self._frame_conditioning(given, size, num_prompts, num_videos_per_prompt, **pictures)
+            conditioning = self._frame_conditioning(conditioning, size, num_prompts, num_videos_per_prompt, **pictures)
             noise = self._initial_latents(latents, len(text), size, scheduler, generators, device)
-            sample, frame_strength = begin_with(given, noise)
+            sample, frame_strength = begin_with(conditioning, noise)
             if self.ranks is not None:
                 sample = self.ranks.follow_first(sample, generators)
             run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators)
@@ -449,15 +449,17 @@ class OpenSoraPipeline(
         return scheduler
 
     def _frame_conditioning(
-        self, given: FrameConditioning | None, size: VideoSize, num_prompts: int, copies: int, **pictures: Any
+        self, conditioning: FrameConditioning | None, size: VideoSize, num_prompts: int, copies: int, **pictures: Any
     ) -> FrameConditioning | None:
-        """Frames that are given, in whatever way they were."""
+        """The frames to condition on, in whatever way they were handed over."""
         with self.on_device("autoencoder"):
             shown = condition_on_pictures(self.autoencoder, size, num_prompts, **pictures)
         if shown is None:
-            return given
-        if given is not None:
-            raise OpenSoraError("frames are given in two ways: by image, last_image or video, and by given; use one")
+            return conditioning
+        if conditioning is not None:
+            raise OpenSoraError(
+                "frames are given in two ways: by image, last_image or video, and by conditioning; use one"
+            )
         return repeat_each(shown, copies)
 
     def _initial_latents(

@@ -129,8 +129,8 @@ def test_an_offloaded_pipeline_makes_the_same_clip(folder):
     for pipe in (whole, offloaded):
         pipe.set_progress_bar_config(disable=True)
         with pipe.on_device("autoencoder"):
-            given = condition(pipe.autoencoder, VideoSize(18, 16, 24), image=torch.zeros(3, 1, 16, 24))
-        clips.append(pipe(PROMPT, generator=seeded(0), given=given, output_type="pt").frames)
+            conditioning = condition(pipe.autoencoder, VideoSize(18, 16, 24), image=torch.zeros(3, 1, 16, 24))
+        clips.append(pipe(PROMPT, generator=seeded(0), conditioning=conditioning, output_type="pt").frames)
     torch.testing.assert_close(clips[0], clips[1])
     assert all(is_away(getattr(offloaded, name)) for name in ("text_encoder", "transformer", "autoencoder"))
     assert offloaded.device == CPU

@@ -46,6 +46,6 @@ def inputs(batch: int = 2, size: tuple[int, int, int] = (3, 4, 6)) -> dict[str, 
     }
 
 
-def some_frames_given() -> Tensor:
+def some_frames_kept() -> Tensor:
     """(2, 3), True = generated."""
     return torch.tensor([[True, False, True], [True, True, True]])

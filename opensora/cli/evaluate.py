@@ -120,12 +120,12 @@ class EvaluateToyboxVae:
 
 @dataclass(frozen=True)
 class EvaluateGivenFrames:
-    """Give a toy model frames of held-out clips: do they survive, and does the rest show what the prompt says?"""
+    """Condition a toy model on frames of held-out clips: do they survive, does the rest show what the prompt says?"""
 
     model: str = "toybox"
     """Name or folder of the model."""
     num_clips: int = 100
-    """Held-out clips for each way of giving frames."""
+    """Held-out clips for each way of conditioning on frames."""
     seed: int = 0
     """Chooses clips and noise."""
     device: str | None = None
@@ -134,7 +134,7 @@ class EvaluateGivenFrames:
     def run(self) -> None:
         import opensora
         from opensora.checkpoints.loading import choose_device
-        from opensora.evaluation.given_frames import survivals
+        from opensora.evaluation.conditioning_frames import survivals
         from opensora.evaluation.judge import load_judge
 
         check_count("--num-clips", self.num_clips)
@@ -145,8 +145,8 @@ class EvaluateGivenFrames:
         with Progress("generating") as progress:
             found = survivals(pipeline, judge, self.num_clips, self.seed, progress.update)
         rows = [(one.way, one.decibels, *(f"{100 * share:.1f}" for share in one.read.values())) for one in found]
-        print_table(("given", "dB", *(f"{name}, %" for name in found[0].read)), rows, width=120)
-        print(f"{self.num_clips} clips each; dB: the worst given frame against what the autoencoder makes of it")
+        print_table(("conditioned on", "dB", *(f"{name}, %" for name in found[0].read)), rows, width=120)
+        print(f"{self.num_clips} clips each; dB: the worst conditioning frame against what the autoencoder makes of it")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ class Generate:
     size: OmitArgPrefixes[Annotated[SizeOptions, arg(name="size")]] = field(default_factory=SizeOptions)
     sampling: OmitArgPrefixes[Annotated[SamplingOptions, arg(name="sampling")]] = field(default_factory=SamplingOptions)
     scores: OmitArgPrefixes[Annotated[ScoreOptions, arg(name="score")]] = field(default_factory=ScoreOptions)
-    frames: OmitArgPrefixes[Annotated[FrameOptions, arg(name="given frame")]] = field(default_factory=FrameOptions)
+    frames: OmitArgPrefixes[Annotated[FrameOptions, arg(name="frame conditioning")]] = field(
+        default_factory=FrameOptions
+    )
     loops: OmitArgPrefixes[Annotated[LoopOptions, arg(name="long video")]] = field(default_factory=LoopOptions)
     references: OmitArgPrefixes[Annotated[ReferenceOptions, arg(name="reference")]] = field(
         default_factory=ReferenceOptions

@@ -138,9 +138,9 @@ class FrameOptions:
     backwards: Annotated[bool, FLAG] = False
     """With --extend: the clip ends where the video begins."""
     edit: Annotated[Path | None, option("FILE")] = None
-    """This video is made anew after the prompt; needs --strength."""
+    """This video is denoised again after the prompt; needs --strength."""
     strength: Annotated[float | None, option("S")] = None
-    """How much of the edited video is made anew: 0 nothing, 1 everything."""
+    """Denoising strength of the edited video: 0 keeps it, 1 generates from noise."""
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,17 @@ class LoopOptions:
     condition_frame_length: Annotated[int | None, option("K")] = None
     """Latent frames carried over from loop to loop, or taken over from --extend."""
     condition_frame_edit: Annotated[float | None, option("E", "0")] = None
-    """How much of the frames carried over is made anew, 0 to 1."""
+    """Denoising strength of the frames carried over, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """Given frames as Open-Sora's scripts name them; a prompt may also end in a JSON object with these two."""
+    """Frame conditioning as Open-Sora's scripts name it; a prompt may also end in a JSON object with these two."""
 
     reference_path: Annotated[str | None, option("A;B")] = None
     """Pictures and videos, separated by semicolons."""
     mask_strategy: Annotated[str | None, option("L,R,S,T,N,E;...")] = None
-    """Each entry: in loop L put N latent frames of reference R, from its frame S on, at frame T; E of them anew."""
+    """Each entry: N latent frames of reference R, from frame S on, at frame T of loop L, with denoising strength E."""
     align: Annotated[int | None, option("N")] = None
     """Starts move to the nearest multiple of so many latent frames."""
 

@@ -1,9 +1,9 @@
-"""What a clip is made from besides text: frames that are given.
+"""Frame conditioning: what a clip is made from besides text.
 
-`FrameConditioning` holds latents, and a strength for each frame: 1 is generated from noise, 0 stays as given, 0.4 is
-given and denoised for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to it:
+`FrameConditioning` holds latents, and a strength for each frame: 1 is generated from noise, 0 is kept, 0.4 is
+noised and denoised for the last 0.4 of the way. The schedulers' `activate_frames` takes both. There are two ways to it:
 
-- `condition` says it in words: begin with this image, end with that one, go on where this clip ends, make it anew.
+- `condition` says it in words: begin with this image, end with that one, go on where this clip ends, edit it.
 - `place_references` is the reference's way: a list of `FramePlacement` (see `models.text.prompts`) says which latent
   frames of which reference go where.
 
@@ -24,12 +24,12 @@ from opensora.models.text.prompts import FramePlacement
 
 @dataclass(frozen=True)
 class FrameConditioning:
-    """Frames that a model is given instead of making them up.
+    """Frames that a model is conditioned on instead of making them up.
 
     Attributes:
         latents: normalised, (B, C, T, h, w), B = 1 for the same frames in every clip; what frames of strength 1 hold
             does not matter.
-        strength: (B, T) in [0, 1], how much of a frame is made anew.
+        strength: (B, T) in [0, 1], the denoising strength of each frame.
 
     Raises:
         OpenSoraError: shapes that do not belong together, or a strength out of range.
@@ -42,20 +42,20 @@ class FrameConditioning:
         expected = (self.latents.shape[0], self.latents.shape[2]) if self.latents.ndim == 5 else None
         if self.strength.shape != expected:
             raise OpenSoraError(
-                f"given frames have latents of shape {tuple(self.latents.shape)} and strengths of "
+                f"conditioning frames have latents of shape {tuple(self.latents.shape)} and strengths of "
                 f"{tuple(self.strength.shape)}; expected (B, C, T, h, w) and (B, T)"
             )
         if not ((self.strength >= 0) & (self.strength <= 1)).all():
-            raise OpenSoraError("the strength of a given frame is outside of 0 (kept) to 1 (made anew)")
+            raise OpenSoraError("the denoising strength of a frame is outside of 0 (kept) to 1 (generated)")
 
     @classmethod
     def none(cls, autoencoder: VideoCodec, size: VideoSize) -> "FrameConditioning":
-        """Nothing given yet for a clip of this size."""
+        """No frame conditioned on yet, for a clip of this size."""
         latent_size = autoencoder.latent_size((size.num_frames, size.height, size.width))
         return cls(torch.zeros(1, autoencoder.latent_channels, *latent_size), torch.ones(1, latent_size[0]))
 
     def put(self, latents: torch.Tensor, start: int, strength: float = 0.0) -> "FrameConditioning":
-        """The same with latents (B, C, n, h, w) at `start`, in place of what was given there."""
+        """The same with latents (B, C, n, h, w) at `start`, in place of what was there."""
         batch, end = max(len(latents), len(self.latents)), start + latents.shape[2]
         held, strengths = (
             tensor.repeat(batch // len(tensor), *[1] * (tensor.ndim - 1)) for tensor in vars(self).values()
@@ -77,7 +77,7 @@ def condition(
     edit: torch.Tensor | None = None,
     strength: float | None = None,
 ) -> FrameConditioning:
-    """Given frames, said in words; all videos are (3, T, H, W) in [-1, 1] of the clip's height and width.
+    """Frame conditioning, said in words; all videos are (3, T, H, W) in [-1, 1] of the clip's height and width.
 
     Args:
         autoencoder: encodes them.
@@ -89,22 +89,24 @@ def condition(
         backwards: it ends with the first frames of `extend` instead.
         condition_frames: latent frames taken over from `extend`; None for 2, or for the last chunk when going
             backwards in a clip of several.
-        edit: a clip that is made anew; what is there of it shapes the result.
-        strength: how much of it is made anew, 0 to 1.
+        edit: a clip to denoise again; what is left of it shapes the result.
+        strength: its denoising strength, 0 to 1.
 
     Raises:
         OpenSoraError: contradictions, a video of another height and width, too few frames in it, or nothing left to
             make.
     """
-    given = FrameConditioning.none(autoencoder, size)
-    total = given.latents.shape[2]
+    conditioning = FrameConditioning.none(autoencoder, size)
+    total = conditioning.latents.shape[2]
     if edit is not None:
         if any(other is not None for other in (image, last_image, extend)):
             raise OpenSoraError("a clip to edit gives all frames; leave out image, last_image and extend")
         if strength is None:
-            raise OpenSoraError("how much of the clip is to be made anew? give strength, from 0 (nothing) to 1 (all)")
+            raise OpenSoraError(
+                "a clip to edit needs a denoising strength; give strength, from 0 (kept) to 1 (generated)"
+            )
         _check_video("edit", edit, size, size.num_frames)
-        return given.put(encode_in_place(autoencoder, edit, size.num_frames, 0, total), 0, strength)
+        return conditioning.put(encode_in_place(autoencoder, edit, size.num_frames, 0, total), 0, strength)
     if strength is not None:
         raise OpenSoraError("strength says how much of a clip is edited; give the clip as edit")
     if extend is not None:
@@ -115,21 +117,24 @@ def condition(
         if length is None:
             length = default_condition_frames(autoencoder, size.num_frames, backwards=backwards)
         if not 0 < length < total:
-            raise OpenSoraError(f"{length} of {total} latent frames to be given; expected 1 to {total - 1}")
+            raise OpenSoraError(f"{length} of {total} latent frames to be taken over; expected 1 to {total - 1}")
         start = total - length if backwards else 0
         first, end = (autoencoder.frames_before(frame, size.num_frames) for frame in (start, start + length))
         _check_video("extend", extend, size, end - first)
         frames = extend[:, : end - first] if backwards else extend[:, extend.shape[1] - (end - first) :]
-        given = given.put(encode_in_place(autoencoder, frames, size.num_frames, start, length), start)
+        conditioning = conditioning.put(encode_in_place(autoencoder, frames, size.num_frames, start, length), start)
     for name, picture, start in (("image", image, 0), ("last_image", last_image, total - 1)):
         if picture is not None:
             _check_video(name, picture, size, 1)
-            given = given.put(encode_in_place(autoencoder, picture[:, :1], size.num_frames, start, 1), start)
-    if not given.strength.any():
+            conditioning = conditioning.put(
+                encode_in_place(autoencoder, picture[:, :1], size.num_frames, start, 1), start
+            )
+    if not conditioning.strength.any():
         raise OpenSoraError(
-            f"all of {size.num_frames} frames are given, so nothing is left to make; give less, or ask for more frames"
+            f"all of {size.num_frames} frames are conditioned on, so nothing is left to make; "
+            "give less, or ask for more frames"
         )
-    return given
+    return conditioning
 
 
 def default_condition_frames(autoencoder: VideoCodec, num_frames: int, *, backwards: bool) -> int:
@@ -253,7 +258,7 @@ def placement_of_previous_loop(loop: int, reference: int, num_frames: int, edit_
         loop: number of this loop, 1 or more.
         reference: under which number the previous clip was added to the references.
         num_frames: latent frames that are carried over.
-        edit_ratio: how much of them is made anew, 0 to 1.
+        edit_ratio: their denoising strength, 0 to 1.
     """
     return FramePlacement(loop, reference, -num_frames, 0, num_frames, edit_ratio)
 

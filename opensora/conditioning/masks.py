@@ -1,4 +1,4 @@
-"""Which frames of a training clip are given instead of generated: what teaches a model to continue, connect and fill.
+"""Which frames a training clip is conditioned on: what teaches a model to continue, connect and fill.
 
 A *strategy* says how a clip's mask is drawn; `ratios` say how often each is chosen. The names are Open-Sora 1.2's,
 whose draws are repeated number by number. Of 1.1's names (`mask_quarter_head`, ...) the prefix is dropped.

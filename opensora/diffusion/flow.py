@@ -28,7 +28,7 @@ def interpolate(clean: Tensor, noise: Tensor, t: Tensor | float, frame_mask: Ten
         clean: x, (B, C, T, H, W).
         noise: e, same shape.
         t: in [0, 1], a number or (B,).
-        frame_mask: (B, T) bool; frames where it is False are given, that is, returned clean.
+        frame_mask: (B, T) bool; frames where it is False are conditioned on, that is, returned clean.
 
     Returns:
         Shape and dtype of ``clean``.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opensora.errors import OpenSoraError
-from opensora.generation.record import GivenFile, NamedFrames, PlacedReferences, Record, Sampling
+from opensora.generation.record import InputFile, NamedFrames, PlacedReferences, Record, Sampling
 from opensora.generation.request import ClipRequest
 from opensora.media.read import read_video
 from opensora.models.text.prompts import parse_mask_strategy
@@ -51,10 +51,10 @@ class InputFiles:
     """The files of a run, each read once."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, GivenFile] = {}
-        self._clips: dict[GivenFile, InputClip] = {}
+        self._files: dict[Path, InputFile] = {}
+        self._clips: dict[InputFile, InputClip] = {}
 
-    def __getitem__(self, file: GivenFile) -> InputClip:
+    def __getitem__(self, file: InputFile) -> InputClip:
         return self._clips[file]
 
     def read(self, request: ClipRequest) -> Inputs:
@@ -84,18 +84,18 @@ class InputFiles:
         if output.resolve() in {path.resolve() for path in self._files}:
             raise OpenSoraError(f"{output} is a file that the clip is made from; choose another `output`")
 
-    def _read(self, field: str, path: Path) -> GivenFile:
+    def _read(self, field: str, path: Path) -> InputFile:
         path = path.expanduser()
         if path not in self._files:
             try:
                 clip = InputClip(*read_video(path))
             except OpenSoraError as error:
                 raise OpenSoraError(f"`{field}`: {error}") from error
-            file = GivenFile(path.name, file_hash(path))
+            file = InputFile(path.name, file_hash(path))
             self._files[path], self._clips[file] = file, clip
         return self._files[path]
 
-    def _picture(self, field: str, path: Path | None) -> GivenFile | None:
+    def _picture(self, field: str, path: Path | None) -> InputFile | None:
         if path is None:
             return None
         file = self._read(field, path)
@@ -106,7 +106,7 @@ class InputFiles:
             )
         return file
 
-    def _video(self, field: str, path: Path | None) -> GivenFile | None:
+    def _video(self, field: str, path: Path | None) -> InputFile | None:
         if path is None:
             return None
         file = self._read(field, path)
@@ -115,7 +115,7 @@ class InputFiles:
         return file
 
 
-def find_files(record: Record, given: Sequence[Path], clip: Path) -> dict[GivenFile, Path]:
+def find_files(record: Record, given: Sequence[Path], clip: Path) -> dict[InputFile, Path]:
     """The files that a clip was made from, wherever they are now.
 
     Args:
@@ -130,7 +130,7 @@ def find_files(record: Record, given: Sequence[Path], clip: Path) -> dict[GivenF
     for path in given:
         if _hash_if_there(path) not in {file.sha256 for file in wanted}:
             raise OpenSoraError(f"{path} is not among the files that {clip.name} was made with, or has changed")
-    found: dict[GivenFile, Path] = {}
+    found: dict[InputFile, Path] = {}
     for file in wanted:
         places = [*given, clip.parent / file.name, Path(file.name)]
         place = next((path for path in places if _hash_if_there(path) == file.sha256), None)
@@ -148,7 +148,7 @@ def find_files(record: Record, given: Sequence[Path], clip: Path) -> dict[GivenF
 def frames_of_loops(
     pipe: "OpenSoraPipeline", inputs: Inputs, files: InputFiles, sampling: Sampling
 ) -> "list[FrameConditioning | None]":
-    """What is given in each loop of a clip.
+    """The frame conditioning of each loop of a clip.
 
     Raises:
         OpenSoraError: too few frames, or frames that have no place in the clip.
@@ -176,7 +176,7 @@ def notes_on_files(inputs: Inputs, files: InputFiles, sampling: Sampling) -> Ite
 
 
 def _named(
-    pipe: "OpenSoraPipeline", given: NamedFrames, files: InputFiles, sampling: Sampling
+    pipe: "OpenSoraPipeline", named: NamedFrames, files: InputFiles, sampling: Sampling
 ) -> "Iterator[FrameConditioning | None]":
     from opensora.conditioning.frames import condition
 
@@ -187,10 +187,10 @@ def _named(
         return None if file is None else files[file].fill(size.height, size.width, chosen)
 
     for loop in range(sampling.num_loops):
-        extended = given.extend if loop == (last if given.backwards else 0) else None
-        image = video(given.image) if loop == 0 else None
-        last_image = video(given.last_image) if loop == last else None
-        if extended is image is last_image is given.edit is None:
+        extended = named.extend if loop == (last if named.backwards else 0) else None
+        image = video(named.image) if loop == 0 else None
+        last_image = video(named.last_image) if loop == last else None
+        if extended is image is last_image is named.edit is None:
             yield None
             continue
         yield condition(
@@ -198,32 +198,32 @@ def _named(
             size,
             image=image,
             last_image=last_image,
-            extend=video(extended, first_frames if given.backwards else last_frames),
-            backwards=given.backwards,
+            extend=video(extended, first_frames if named.backwards else last_frames),
+            backwards=named.backwards,
             condition_frames=sampling.condition_frames,
-            edit=video(given.edit),
-            strength=given.strength,
+            edit=video(named.edit),
+            strength=named.strength,
         )
 
 
 def _placed(
-    pipe: "OpenSoraPipeline", given: PlacedReferences, files: InputFiles, sampling: Sampling
+    pipe: "OpenSoraPipeline", placed: PlacedReferences, files: InputFiles, sampling: Sampling
 ) -> "Iterator[FrameConditioning | None]":
     import torch
 
     from opensora.conditioning.frames import FrameConditioning, place_references
 
     autoencoder, size = pipe.autoencoder, sampling.size
-    placements = parse_mask_strategy(given.mask_strategy)
+    placements = parse_mask_strategy(placed.mask_strategy)
     with torch.no_grad():
-        videos = (files[file].fill(size.height, size.width) for file in given.files)
+        videos = (files[file].fill(size.height, size.width) for file in placed.files)
         references = [autoencoder.encode_video(video[None].to(autoencoder.device))[0] for video in videos]
     empty = FrameConditioning.none(autoencoder, size).latents[0]
     for loop in range(sampling.num_loops):
         if not any(placement.loop == loop for placement in placements):
             yield None
             continue
-        latents, strength = place_references(empty, references, placements, loop=loop, alignment=given.alignment)
+        latents, strength = place_references(empty, references, placements, loop=loop, alignment=placed.alignment)
         yield FrameConditioning(latents[None], strength[None])
 
 

@@ -1,8 +1,8 @@
 """Videos longer than a model makes at once: clip after clip, each beginning with the end of the one before.
 
-Every loop is one call of the pipeline. It is given the last frames of the previous clip, and may have a text of its own
-(`|0|a cat|2|a dog`, see `models.text.prompts.split_loops`) and references of its own (mask strategies name a loop). The
-frames carried over are shown once.
+Every loop is one call of the pipeline. It is conditioned on the last frames of the previous clip, and may have a text
+of its own (`|0|a cat|2|a dog`, see `models.text.prompts.split_loops`) and references of its own (mask strategies name a
+loop). The frames carried over are shown once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +44,9 @@ def generate_loops(
         num_loops: clips, 1 or more.
         size: of each clip.
         condition_frames: latent frames carried over from clip to clip; None for the model's default.
-        condition_strength: how much of them is made anew, 0 to 1.
+        condition_strength: their denoising strength, 0 to 1.
         scores: as the pipeline's.
-        conditioning: loop -> frames that are given besides; where they overlap with those carried over, those stay.
+        conditioning: loop -> frames to condition on besides; where they overlap with those carried over, those stay.
         generator: as the pipeline's; the noise of a later loop is drawn where that of the one before ended.
         on_loop: called with the number of each loop before it begins.
         **options: the pipeline's other arguments, but for `latents`, `num_videos_per_prompt`, `output_type` and
@@ -100,7 +100,7 @@ def generate_loops(
             height=size.height,
             width=size.width,
             num_frames=size.num_frames,
-            given=frames,
+            conditioning=frames,
             generator=generators,
             output_type="pt",
             **options,

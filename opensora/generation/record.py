@@ -42,7 +42,7 @@ class Sampling:
         num_loops: clips that the video was made of.
         condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended; None for
             the defaults of either.
-        condition_strength: how much of the frames carried over was made anew.
+        condition_strength: denoising strength of the frames carried over.
     """
 
     num_frames: int
@@ -73,7 +73,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class GivenFile:
+class InputFile:
     """A picture or video that frames were taken from: its name, and its content's SHA-256."""
 
     name: str
@@ -82,26 +82,26 @@ class GivenFile:
 
 @dataclass(frozen=True)
 class NamedFrames:
-    """Frames given in words, see `conditioning.condition`."""
+    """Frame conditioning said in words, see `conditioning.condition`."""
 
-    image: GivenFile | None = None
-    last_image: GivenFile | None = None
-    extend: GivenFile | None = None
+    image: InputFile | None = None
+    last_image: InputFile | None = None
+    extend: InputFile | None = None
     backwards: bool = False
-    edit: GivenFile | None = None
+    edit: InputFile | None = None
     strength: float | None = None
 
     @property
-    def files(self) -> tuple[GivenFile, ...]:
+    def files(self) -> tuple[InputFile, ...]:
         """All that frames were taken from."""
         return tuple(file for file in (self.image, self.last_image, self.extend, self.edit) if file)
 
 
 @dataclass(frozen=True)
 class PlacedReferences:
-    """Frames given by a mask strategy, see `conditioning.place_references`."""
+    """Frame conditioning by a mask strategy, see `conditioning.place_references`."""
 
-    files: tuple[GivenFile, ...]
+    files: tuple[InputFile, ...]
     mask_strategy: str
     alignment: int | None = None
 
@@ -131,7 +131,7 @@ class Record:
         pipeline: what the pipeline says of itself: scheduler, guider, latent space.
         versions: of this package, Python, the libraries and the operating system.
         refined_prompt: what a language model made of the prompt; then the clip shows this.
-        given: frames that were given.
+        given: the frame conditioning (saved under this name).
         components: parts that took the place of the model's own, by the name of their file or folder.
         adapters: adapters that were merged into the transformer.
     """
@@ -182,7 +182,7 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def request_of(record: Record, files: Mapping[GivenFile, Path]) -> ClipRequest:
+def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
     """The request that makes a clip again.
 
     What the record holds by content alone, the request names: adapters and replaced components are left for the caller
@@ -196,7 +196,7 @@ def request_of(record: Record, files: Mapping[GivenFile, Path]) -> ClipRequest:
     named = given if isinstance(given, NamedFrames) else NamedFrames()
     placed = given if isinstance(given, PlacedReferences) else None
 
-    def place(file: GivenFile | None) -> Path | None:
+    def place(file: InputFile | None) -> Path | None:
         return None if file is None else files[file]
 
     return ClipRequest(

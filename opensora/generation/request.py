@@ -75,7 +75,7 @@ class ClipRequest:
         last_image: it ends with this one.
         extend: it goes on where this video ends,
         backwards: or ends where it begins.
-        edit: this video is denoised anew after the prompt,
+        edit: this video is denoised again after the prompt,
         strength: from 0 (kept) to 1 (everything).
         reference_path: pictures and videos that `mask_strategy` places.
         mask_strategy: "L,R,S,T,N,E;...", see `models.text.prompts.FramePlacement`.
@@ -297,7 +297,9 @@ def _check_conditioning(request: ClipRequest) -> None:
     if request.edit is not None and (request.image or request.last_image or request.extend):
         raise OpenSoraError("`edit` gives all frames; leave out `image`, `last_image` and `extend`")
     if request.edit is not None and request.strength is None:
-        raise OpenSoraError("`edit` needs `strength`: how much is made anew, from 0 (nothing) to 1 (everything)")
+        raise OpenSoraError(
+            "`edit` needs `strength`, its denoising strength, from 0 (kept) to 1 (generated from noise)"
+        )
     if request.edit is None and request.strength is not None:
         raise OpenSoraError("`strength` says how much of a clip is edited; give the clip as `edit`")
     _check_share("strength", request.strength)

@@ -1,4 +1,4 @@
-"""Frames that a call is given, in whatever way: pictures and videos in memory, or conditioning made before."""
+"""Frame conditioning of a call, in whatever way: pictures and videos in memory, or conditioning made before."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ def condition_on_pictures(
         num_prompts: of the call.
         image: the first frame, one for all prompts or one each, see `media.transforms.clips_of`.
         last_image: the last frame, likewise.
-        video: a clip that is made anew, likewise.
-        strength: how much of it.
+        video: a clip to denoise again, likewise.
+        strength: its denoising strength.
 
     Returns:
         One row for all prompts, or one each.
@@ -41,7 +41,9 @@ def condition_on_pictures(
             or contradictions.
     """
     if strength is not None and video is None:
-        raise OpenSoraError(f"got strength={strength} and no video; strength says how much of a video is made anew")
+        raise OpenSoraError(
+            f"got strength={strength} and no video; strength is the denoising strength of a video; give it as video"
+        )
     given = {"image": image, "last_image": last_image, "video": video}
     clips: dict[str, list[Tensor]] = {}
     for name, frames in given.items():
@@ -67,29 +69,29 @@ def condition_on_pictures(
     return FrameConditioning(torch.cat([row.latents for row in rows]), torch.cat([row.strength for row in rows]))
 
 
-def repeat_each(given: FrameConditioning, times: int) -> FrameConditioning:
+def repeat_each(conditioning: FrameConditioning, times: int) -> FrameConditioning:
     """Every row so often, its copies one after the other; a single row is for all clips."""
-    if len(given.latents) == 1:
-        return given
+    if len(conditioning.latents) == 1:
+        return conditioning
     return FrameConditioning(
-        given.latents.repeat_interleave(times, dim=0), given.strength.repeat_interleave(times, dim=0)
+        conditioning.latents.repeat_interleave(times, dim=0), conditioning.strength.repeat_interleave(times, dim=0)
     )
 
 
-def begin_with(given: FrameConditioning | None, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Latents to start from, (B, C, T', H', W'), and how much of each frame is made anew, (B, T'); None for all.
+def begin_with(conditioning: FrameConditioning | None, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents to start from, (B, C, T', H', W'), and the denoising strength of each frame, (B, T'); None for 1.
 
     Raises:
         OpenSoraError: frames of another size, or of another number of clips.
     """
-    if given is None:
+    if conditioning is None:
         return noise, None
-    if given.latents.shape[0] not in (1, len(noise)) or given.latents.shape[1:] != noise.shape[1:]:
+    if conditioning.latents.shape[0] not in (1, len(noise)) or conditioning.latents.shape[1:] != noise.shape[1:]:
         raise OpenSoraError(
-            f"given frames have latents of shape {tuple(given.latents.shape)}, this run has {tuple(noise.shape)}; "
-            "give frames for this size, and for every clip or for all at once"
+            f"conditioning frames have latents of shape {tuple(conditioning.latents.shape)}, this run has "
+            f"{tuple(noise.shape)}; encode frames for this size, and for every clip or for all at once"
         )
-    strength = given.strength.to(noise.device, torch.float32).expand(len(noise), -1)
-    # A frame of strength 1 is all noise: nothing is left of what was given.
-    held = given.latents.to(noise).expand_as(noise)
+    strength = conditioning.strength.to(noise.device, torch.float32).expand(len(noise), -1)
+    # A frame of strength 1 is all noise: nothing is left of what was conditioning.
+    held = conditioning.latents.to(noise).expand_as(noise)
     return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength

@@ -35,7 +35,7 @@ class Run:
         clip: what the network is told of the clips.
         text, negative: one row per clip; None for the unconditional text.
         latents: (B, C, T', H', W'), where the run is.
-        frame_strength: (B, T'), how much of each frame is made anew; None for all.
+        frame_strength: (B, T'), the denoising strength of each frame; None for 1.
         generators: one per clip.
         denoiser: the network and the branches of guidance.
         timestep: of the present step.

@@ -132,33 +132,33 @@ def latents_of(pipe: OpenSoraPipeline, **options: Any) -> torch.Tensor:
     return pipe(PROMPT, generator=seeded(1), output_type="latent", **options).frames
 
 
-def test_given_frames_come_out_as_they_went_in(pipe):
-    given = condition(pipe.autoencoder, SIZE, image=clip(1), last_image=clip(1, seed=1))
-    result = latents_of(pipe, given=given)
+def test_conditioning_frames_come_out_as_they_went_in(pipe):
+    conditioning = condition(pipe.autoencoder, SIZE, image=clip(1), last_image=clip(1, seed=1))
+    result = latents_of(pipe, conditioning=conditioning)
     # Ancestral sampling and DDIM let given frames take part in the very last step, as Open-Sora does.
     tolerance = 0.05 if pipe.scheduler.config.get("sampler") else 0.0
     for frame in (0, -1):
-        torch.testing.assert_close(result[:, :, frame], given.latents[:, :, frame], rtol=0, atol=tolerance)
+        torch.testing.assert_close(result[:, :, frame], conditioning.latents[:, :, frame], rtol=0, atol=tolerance)
     assert (result[:, :, 1:-1] - latents_of(pipe)[:, :, 1:-1]).abs().mean() > 1e-3
 
 
-def test_networks_that_predict_clean_latents_keep_given_frames_too():
+def test_networks_that_predict_clean_latents_keep_conditioning_frames_too():
     """What such a network says of given frames would take their place in the last step."""
     pipe = make_pipeline("iddpm", num_frames=18)
     pipe.scheduler = IDDPMScheduler(prediction_type="sample", sampler="ddim")
-    given = condition(pipe.autoencoder, SIZE, image=clip(1))
-    torch.testing.assert_close(latents_of(pipe, given=given)[:, :, 0], given.latents[:, :, 0])
+    conditioning = condition(pipe.autoencoder, SIZE, image=clip(1))
+    torch.testing.assert_close(latents_of(pipe, conditioning=conditioning)[:, :, 0], conditioning.latents[:, :, 0])
     masks: list[torch.Tensor] = []
     pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["frame_mask"][0]), with_kwargs=True
     )
-    latents_of(pipe, given=condition(pipe.autoencoder, SIZE, edit=clip(), strength=0.5), num_inference_steps=4)
+    latents_of(pipe, conditioning=condition(pipe.autoencoder, SIZE, edit=clip(), strength=0.5), num_inference_steps=4)
     assert [bool(mask.all()) for mask in masks] == [False, True, True, True]  # told in the very step they begin
 
 
 def test_strength_goes_from_the_clip_to_pure_noise(pipe):
     edited = [condition(pipe.autoencoder, SIZE, edit=clip(), strength=strength) for strength in (0.0, 0.5, 1.0)]
-    results = [latents_of(pipe, given=given, num_inference_steps=8) for given in edited]
+    results = [latents_of(pipe, conditioning=conditioning, num_inference_steps=8) for conditioning in edited]
     away = [float((result - edited[0].latents).abs().mean()) for result in results]
     assert away[0] < 0.05 < away[1] < away[2]
     if pipe.scheduler.config.get("sampler") != "ancestral":  # whose noise would be drawn in another order
@@ -168,27 +168,27 @@ def test_strength_goes_from_the_clip_to_pure_noise(pipe):
 def test_nothing_given_is_the_same_as_a_mask_of_ones():
     """Noise is drawn for masks at every step, so the samples differ where sampling draws noise of its own."""
     pipe = make_pipeline("flow", num_frames=18)
-    close(latents_of(pipe, given=FrameConditioning.none(pipe.autoencoder, SIZE)), latents_of(pipe))
+    close(latents_of(pipe, conditioning=FrameConditioning.none(pipe.autoencoder, SIZE)), latents_of(pipe))
 
 
-def test_guided_channels_and_guiders_work_with_given_frames(pipe):
-    given = condition(pipe.autoencoder, SIZE, image=clip(1))
-    plain = latents_of(pipe, given=given, guidance_scale=1.0, num_inference_steps=1)
-    some = latents_of(pipe, given=given, guidance_scale=5.0, cfg_channels=[0], num_inference_steps=1)
+def test_guided_channels_and_guiders_work_with_conditioning_frames(pipe):
+    conditioning = condition(pipe.autoencoder, SIZE, image=clip(1))
+    plain = latents_of(pipe, conditioning=conditioning, guidance_scale=1.0, num_inference_steps=1)
+    some = latents_of(pipe, conditioning=conditioning, guidance_scale=5.0, cfg_channels=[0], num_inference_steps=1)
     close(some[:, 1:], plain[:, 1:])
     assert (some[:, 0, 1:] - plain[:, 0, 1:]).abs().mean() > 1e-4
-    assert torch.isfinite(latents_of(pipe, given=given, guider=AdaptiveProjectedGuidance(4.0))).all()
+    assert torch.isfinite(latents_of(pipe, conditioning=conditioning, guider=AdaptiveProjectedGuidance(4.0))).all()
 
 
 def test_a_clip_is_the_one_it_is_alone(pipe):
-    given = condition(pipe.autoencoder, SIZE, image=clip(1))
-    two = pipe([PROMPT, "a big square"], generator=seeded(1, 2), output_type="latent", given=given).frames
-    close(two[:1], latents_of(pipe, given=given))
+    conditioning = condition(pipe.autoencoder, SIZE, image=clip(1))
+    two = pipe([PROMPT, "a big square"], generator=seeded(1, 2), output_type="latent", conditioning=conditioning).frames
+    close(two[:1], latents_of(pipe, conditioning=conditioning))
 
 
-def test_given_frames_of_another_size_are_refused(pipe):
-    with pytest.raises(OpenSoraError, match="give frames for this size"):
-        latents_of(pipe, given=FrameConditioning.none(pipe.autoencoder, VideoSize(17, 16, 24)))
+def test_conditioning_frames_of_another_size_are_refused(pipe):
+    with pytest.raises(OpenSoraError, match="encode frames for this size"):
+        latents_of(pipe, conditioning=FrameConditioning.none(pipe.autoencoder, VideoSize(17, 16, 24)))
 
 
 # --- what the network is told -----------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def forms(array: np.ndarray) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["image", "last_image"])
 def test_a_picture_in_every_form(pipe, name):
     picture = pixels(1, 32, 48)
-    given = condition(pipe.autoencoder, size_of(pipe), **{name: as_video(picture[None])})
-    expected = sample(pipe, given=given)
+    conditioning = condition(pipe.autoencoder, size_of(pipe), **{name: as_video(picture[None])})
+    expected = sample(pipe, conditioning=conditioning)
     assert not torch.allclose(sample(pipe), expected, atol=1e-2)
     for form in forms(picture).values():
         near(sample(pipe, **{name: form}), expected)
@@ -82,8 +82,8 @@ def test_a_picture_in_every_form(pipe, name):
 
 def test_a_video_in_every_form(pipe):
     clip = pixels(2, pipe.config.num_frames, 32, 48)
-    given = condition(pipe.autoencoder, size_of(pipe), edit=as_video(clip), strength=0.6)
-    expected = sample(pipe, given=given)
+    conditioning = condition(pipe.autoencoder, size_of(pipe), edit=as_video(clip), strength=0.6)
+    expected = sample(pipe, conditioning=conditioning)
     for form in forms(clip).values():
         near(sample(pipe, video=form, strength=0.6), expected)
         near(sample(pipe, video=[form], strength=0.6), expected)
@@ -92,7 +92,7 @@ def test_a_video_in_every_form(pipe):
 def test_both_ends(pipe):
     first, last = pixels(1, 32, 48), pixels(2, 32, 48)
     ends = {"image": as_video(first[None]), "last_image": as_video(last[None])}
-    expected = sample(pipe, given=condition(pipe.autoencoder, size_of(pipe), **ends))
+    expected = sample(pipe, conditioning=condition(pipe.autoencoder, size_of(pipe), **ends))
     near(sample(pipe, image=Image.fromarray(first), last_image=last), expected)
 
 
@@ -171,4 +171,4 @@ def test_anything_else_is_refused_in_one_line(pipe, why):
 
 def test_two_ways_at_once_are_refused(pipe):
     with pytest.raises(OpenSoraError, match="given in two ways"):
-        sample(pipe, image=PICTURE, given=FrameConditioning.none(pipe.autoencoder, size_of(pipe)))
+        sample(pipe, image=PICTURE, conditioning=FrameConditioning.none(pipe.autoencoder, size_of(pipe)))

@@ -19,9 +19,14 @@ NETWORKS = ("text_encoder", "transformer", "autoencoder")
 def generate(pipeline: OpenSoraPipeline, **changes: Any) -> Tensor:
     """A guided video, of which the first frame is given."""
     image = 2 * torch.rand(3, 1, 16, 24, generator=torch.Generator().manual_seed(5)) - 1
-    given = condition(pipeline.autoencoder, VideoSize(5, 16, 24), image=image)
+    conditioning = condition(pipeline.autoencoder, VideoSize(5, 16, 24), image=image)
     return pipeline(
-        "a red ball moves left", num_inference_steps=2, generator=seeded(0), given=given, output_type="pt", **changes
+        "a red ball moves left",
+        num_inference_steps=2,
+        generator=seeded(0),
+        conditioning=conditioning,
+        output_type="pt",
+        **changes,
     ).frames
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks.hooks import HookRegistry
-from tiny_transformers import MODELS, SIZES, build, inputs, some_frames_given
+from tiny_transformers import MODELS, SIZES, build, inputs, some_frames_kept
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -95,7 +95,7 @@ def test_a_tuple_holds_what_the_output_object_does(variant):
 def test_a_batch_is_its_samples_one_by_one(variant):
     arguments, mask = inputs(), {}
     if variant.patch_size[0] == 1:
-        mask = {"frame_mask": some_frames_given()}
+        mask = {"frame_mask": some_frames_kept()}
     both = variant(**arguments, **SIZES, **mask).sample
     for i in range(2):
         one = {name: value[i : i + 1] for name, value in {**arguments, **mask}.items()}

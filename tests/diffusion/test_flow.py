@@ -37,7 +37,7 @@ def test_velocity_is_the_negative_slope_of_the_path():
     torch.testing.assert_close(flow.velocity_target(clean, noise), -slope)
 
 
-def test_given_frames_stay_clean():
+def test_conditioning_frames_stay_clean():
     clean, noise = latents()
     frame_mask = torch.tensor([[True, False, True], [False, False, True]])
     noisy = flow.interpolate(clean, noise, torch.tensor([0.5, 0.7]), frame_mask)

@@ -108,7 +108,7 @@ def test_perfect_prediction_costs_nothing(prediction_type: gaussian.PredictionTy
     assert torch.all(result.loss == 0)
 
 
-def test_given_frames_do_not_count() -> None:
+def test_conditioning_frames_do_not_count() -> None:
     mask = torch.tensor([[True, True, False, False], [False, True, False, True], [True] * 4])
     prediction = learned()
     changed = torch.where(mask[:, None, :, None, None], prediction, prediction + 7)

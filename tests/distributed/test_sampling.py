@@ -33,7 +33,7 @@ class Case:
     sampler: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     guider: Any = None
-    given: bool = False
+    conditioned: bool = False
 
     def pipeline(self) -> OpenSoraPipeline:
         pipeline = make_pipeline(self.kind)
@@ -49,10 +49,10 @@ class Case:
         options = dict(self.options)
         if self.guider is not None:
             options["guider"] = self.guider()
-        if self.given:
-            given = FrameConditioning.none(pipeline.autoencoder, SIZE)
-            first = torch.randn(given.latents[:, :, :1].shape, generator=torch.Generator().manual_seed(1))
-            options["given"] = given.put(first, 0).put(first, 2, strength=0.6)
+        if self.conditioned:
+            none = FrameConditioning.none(pipeline.autoencoder, SIZE)
+            first = torch.randn(none.latents[:, :, :1].shape, generator=torch.Generator().manual_seed(1))
+            options["conditioning"] = none.put(first, 0).put(first, 2, strength=0.6)
         size = {"height": SIZE.height, "width": SIZE.width, "num_frames": SIZE.num_frames}
         prompts = ["a red ball moves left", "a blue square"]
         return pipeline(prompts, **size, generator=seeded(seed, seed + 1), output_type="pt", **options).frames
@@ -61,14 +61,14 @@ class Case:
 CASES = [
     Case("flow"),
     Case("flow, two channels guided", options={"cfg_channels": [0, 2]}),
-    Case("flow, frames given", given=True),
+    Case("flow, frames conditioned on", conditioned=True),
     Case("flow, negative prompt", options={"negative_prompt": "a red ball"}),
     Case("flow, guided in some steps", guider=lambda: ClassifierFreeGuidance(3.0, start=0.3, stop=0.8)),
     Case("flow, a guider that remembers", guider=lambda: AdaptiveProjectedGuidance(4.0, -0.5)),
     Case("flow, not guided", options={"guidance_scale": 1.0}),
     Case("ancestral", "iddpm"),
     Case("ancestral, all channels guided", "iddpm", options={"cfg_channels": "all"}),
-    Case("ancestral, frames given", "iddpm", given=True),
+    Case("ancestral, frames conditioned on", "iddpm", conditioned=True),
     Case("ddim", "iddpm", sampler="ddim"),
     Case("dpm-solver++", "iddpm", sampler="dpm-solver++"),
     Case("STDiT", "iddpm", STDiT),

@@ -48,15 +48,15 @@ def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
 
         def __call__(self, **options: Any) -> Any:
             output = pipe(**options)
-            calls.append((options["given"], output.frames, options["prompt_embeds"]))
+            calls.append((options["conditioning"], output.frames, options["prompt_embeds"]))
             return output
 
     loops(Recording(), prompt="|0|a red ball|2|a blue square", condition_frames=2)
     assert calls[0][0] is None
-    for (_, before, _), (given, _, _) in itertools.pairwise(calls):
-        assert given.strength.tolist() == [[0, 0, 1, 1, 1]]
+    for (_, before, _), (conditioning, _, _) in itertools.pairwise(calls):
+        assert conditioning.strength.tolist() == [[0, 0, 1, 1, 1]]
         end = before[:, -5:].transpose(1, 2) * 2 - 1
-        torch.testing.assert_close(given.latents[:, :, :2], encode_in_place(pipe.autoencoder, end, 17, 0, 2))
+        torch.testing.assert_close(conditioning.latents[:, :, :2], encode_in_place(pipe.autoencoder, end, 17, 0, 2))
     assert encoded == [["a red ball"], ["a blue square"]]
     first, second, third = (text for _, _, text in calls)
     assert first is second and third is not first

@@ -103,9 +103,9 @@ def test_frames_are_given_where_they_stand(codec):
     assert torch.equal(start, codec.encode_video(torch.cat([video[:, :, :5], clip(12)], dim=2))[:, :, :2])
     middle = encode_in_place(codec, video[0, :, :4], 33, 3, 1)
     assert torch.allclose(middle, F.avg_pool3d(video[:, :, :4], (4, 2, 2)) * 2)
-    given = condition(codec, size, image=video[0, :, :1], last_image=video[0, :, -1:])
-    assert given.strength[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
-    assert given.latents.shape == FrameConditioning.none(codec, size).latents.shape
+    conditioning = condition(codec, size, image=video[0, :, :1], last_image=video[0, :, -1:])
+    assert conditioning.strength[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert conditioning.latents.shape == FrameConditioning.none(codec, size).latents.shape
 
 
 def test_what_an_object_covers(codec):

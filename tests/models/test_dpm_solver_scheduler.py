@@ -326,7 +326,7 @@ def test_add_noise_refuses_times_outside(timesteps: Any) -> None:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def test_given_frames_stay_bit_for_bit() -> None:
+def test_conditioning_frames_stay_bit_for_bit() -> None:
     scheduler = DPMSolverScheduler()
     scheduler.set_timesteps(12)
     mask = torch.tensor([[True, False, True], [False, False, True]])
@@ -428,12 +428,12 @@ def test_every_guider_works(pipe, guider: BaseGuidance) -> None:
     assert not torch.allclose(guided, latents_of(pipe, guidance_scale=5.0))
 
 
-def test_given_frames_of_a_pipeline_come_back_as_they_were(pipe) -> None:
+def test_conditioning_frames_of_a_pipeline_come_back_as_they_were(pipe) -> None:
     size = VideoSize(5, 16, 24)
     none = FrameConditioning.none(pipe.autoencoder, size)
     first = normal(9, tuple(none.latents[:, :, :1].shape))
-    made = latents_of(pipe, num_inference_steps=6, given=none.put(first, 0))
+    made = latents_of(pipe, num_inference_steps=6, conditioning=none.put(first, 0))
     assert torch.equal(made[:, :, :1], first)
     assert not torch.allclose(made[:, :, 1:], latents_of(pipe, num_inference_steps=6)[:, :, 1:])
-    in_part = latents_of(pipe, num_inference_steps=6, given=none.put(first, 0, strength=0.5))
+    in_part = latents_of(pipe, num_inference_steps=6, conditioning=none.put(first, 0, strength=0.5))
     assert torch.isfinite(in_part).all() and not torch.allclose(in_part[:, :, :1], first)

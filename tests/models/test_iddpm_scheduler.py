@@ -235,7 +235,7 @@ def test_add_noise_refuses_impossible_steps(timesteps: Tensor) -> None:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def test_given_frames_stay_bit_for_bit() -> None:
+def test_conditioning_frames_stay_bit_for_bit() -> None:
     scheduler = IDDPMScheduler()
     scheduler.set_timesteps(6)
     mask = torch.tensor([[True, False, True], [False, False, True]])

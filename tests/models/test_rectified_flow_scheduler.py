@@ -125,7 +125,7 @@ def test_batch_of_two_is_two_of_one():
 # --- given frames -----------------------------------------------------------------------------------------------------
 
 
-def test_given_frames_come_back_bit_for_bit():
+def test_conditioning_frames_come_back_bit_for_bit():
     clean, noise = latents()
     frame_mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
     start = torch.where(frame_mask[:, None, :, None, None], noise, clean)

@@ -57,7 +57,7 @@ def test_order_of_frames_matters(shared):
     assert not torch.allclose(shared(**arguments).sample.flip(2), plain)
 
 
-def test_given_frames_keep_the_time_gate_of_the_timestep(shared):
+def test_conditioning_frames_keep_the_time_gate_of_the_timestep(shared):
     """With every frame given, attention along time alone still tells timesteps apart."""
     seen = []
     handle = shared.blocks[0].register_forward_hook(lambda _m, args, out: seen.append((args[2], args[3], out)))

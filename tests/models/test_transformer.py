@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from tiny_pipeline import make_pipeline, seeded
-from tiny_transformers import CLIP, MODELS, SIZES, TINY, build, inputs, some_frames_given
+from tiny_transformers import CLIP, MODELS, SIZES, TINY, build, inputs, some_frames_kept
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -108,7 +108,7 @@ def test_frame_mask_of_ones_is_no_mask(shared):
 
 
 @pytest.mark.parametrize("cls", [STDiT2, STDiT3])
-def test_given_frames_ignore_the_timestep(cls):
+def test_conditioning_frames_ignore_the_timestep(cls):
     """With every frame given, the blocks never see the timestep; the last layer alone still does."""
     model, seen = build(cls).requires_grad_(False), []
     model.blocks[-1].register_forward_hook(lambda _module, _args, out: seen.append(out))
@@ -175,7 +175,7 @@ def gradients(model: Any) -> dict[str, Any]:
     model.train().zero_grad()
     text = inputs()["encoder_hidden_states"].requires_grad_()
     arguments = {**inputs(), "encoder_hidden_states": text, "drop_text": torch.tensor([True, False])}
-    model(**arguments, **SIZES, frame_mask=some_frames_given()).sample.square().mean().backward()
+    model(**arguments, **SIZES, frame_mask=some_frames_kept()).sample.square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"text": text.grad}
 
 
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_by_a_function_of_ones_own(model):
 @pytest.mark.parametrize("mode", ["autocast", "whole"])
 def test_bf16(model, mode):
     """bf16 stays near float32, and the tokens stay bf16 from block to block."""
-    arguments, dtypes = {**inputs(), **SIZES, "frame_mask": some_frames_given()}, set()
+    arguments, dtypes = {**inputs(), **SIZES, "frame_mask": some_frames_kept()}, set()
     expected = model(**arguments).sample
     for block in model.blocks:
         block.register_forward_hook(lambda _module, _args, out: dtypes.add(out.dtype))

@@ -121,12 +121,12 @@ def check_placed(text, loop, alignment, mask, frames, lengths) -> None:
     assert placed.flatten().tolist() == frames
 
 
-def test_given_frames(golden_json):
+def test_conditioning_frames(golden_json):
     for row in golden_json("inference_utils_v1_2")["apply_mask_strategy"]:
         check_placed(*row, lengths=(8, 3))
 
 
-def test_given_frames_1_1(golden_json):
+def test_conditioning_frames_1_1(golden_json):
     for text, loop, mask, frames in golden_json("inference_long_v1_1")["apply_mask_strategy"]:
         check_placed(text, loop, None, mask, frames, lengths=(8, 1))
 

@@ -45,10 +45,11 @@ def drawing(seed: int, clip: Tensor) -> Callable[[], Tensor]:
 def run(pipeline: OpenSoraPipeline, prompt: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Latents after the last step (B, C, T, H, W), and frames (B, T, 3, H, W) unless only latents are asked for."""
     seen: list[Tensor] = []
+    options = {"output_type": "pt", **options}
     output = pipeline(
         prompt, callback_on_step_end=lambda _pipe, _i, _t, state: seen.append(state["latents"]), **options
     )
-    return seen[-1], None if options.get("output_type") == "latent" else output.frames
+    return seen[-1], None if options["output_type"] == "latent" else output.frames
 
 
 def pixels(video: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def sized(size: tuple[int, int], num_frames: int) -> dict[str, int]:
     return {"height": size[0], "width": size[1], "num_frames": num_frames}
 
 
-def given_frames(
+def frame_conditioning(
     pipeline: OpenSoraPipeline, clip: Tensor, videos: list[Tensor], strategy: str, alignment: int | None = None
 ) -> FrameConditioning:
     """References placed as a user of the package places them."""
@@ -206,7 +207,7 @@ def test_1_1(version_1_1, frame_autoencoder_files):
     assert_near(frames[0], pixels(plain_autoencoder.decode_frames(frame_autoencoder_files[1], expected)))
 
 
-def test_1_1_with_given_frames(version_1_1, frame_autoencoder_files):
+def test_1_1_with_conditioning_frames(version_1_1, frame_autoencoder_files):
     """The end of one clip, made anew for 0.3 of the way, begins this one; a picture, kept, ends it."""
     strategy = "0,0,-2,0,2,0.3;0,1,0,-1,1"
     pipeline, expected_latents = version_1_1
@@ -219,7 +220,7 @@ def test_1_1_with_given_frames(version_1_1, frame_autoencoder_files):
         nominal_size=NOMINAL_SIZE,
         num_inference_steps=10,
         latents=noise,
-        given=given_frames(pipeline, noise[0], videos, strategy),
+        conditioning=frame_conditioning(pipeline, noise[0], videos, strategy),
         generator=torch.Generator().manual_seed(10),
     )
     assert frames is not None
@@ -330,7 +331,7 @@ def test_1_2(version_1_2, num_frames, latent_frames, scores, spelled):
     assert_near(frames[0], pixels(autoencoder.decode(expected, num_frames)))
 
 
-def test_1_2_with_given_frames(version_1_2):
+def test_1_2_with_conditioning_frames(version_1_2):
     """A chunk kept at the beginning, and one made anew for 0.4 of the way that moves to where a chunk begins."""
     strategy = "0,0,0,0,5,0;0,1,4,8,5,0.4"
     pipeline, (expected_latents, autoencoder) = version_1_2
@@ -343,7 +344,9 @@ def test_1_2_with_given_frames(version_1_2):
         nominal_size=NOMINAL_SIZE,
         num_inference_steps=5,
         latents=noise,
-        given=given_frames(pipeline, noise[0], videos, strategy, alignment=pipeline.config.frame_alignment),
+        conditioning=frame_conditioning(
+            pipeline, noise[0], videos, strategy, alignment=pipeline.config.frame_alignment
+        ),
         generator=torch.Generator().manual_seed(16),
     )
     assert frames is not None

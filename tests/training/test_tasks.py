@@ -215,7 +215,7 @@ NO_TIME = {"spatial": {"block_out_channels": [8, 8], "layers_per_block": 1, "nor
 
 
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
-def test_given_frames_are_clean_and_not_learnt(kind, tmp_path):
+def test_conditioning_frames_are_clean_and_not_learnt(kind, tmp_path):
     """What the network says of a given frame costs nothing, and it sees such a frame clean."""
     task = opened(diffusion_config(kind, tmp_path, frame_masks={"head": 1.0}), tmp_path).task
     key = BatchKey(0, 0)

@@ -84,7 +84,7 @@ def make_latents(case: LatentsCase) -> Tensor:
         pipeline.use_sampler(case.sampler)
     options = dict(case.options)
     if case.image:
-        options |= given_image(pipeline, options)
+        options |= image_conditioning(pipeline, options)
     generators = [torch.Generator().manual_seed(seed) for seed in case.seeds]
     return pipeline(list(case.prompts), generator=generators, output_type="latent", **options).frames
 
@@ -99,14 +99,14 @@ def picture(height: int, width: int) -> Tensor:
 # The two below name what is called; should that change, they change, and the witnesses stay.
 
 
-def given_image(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+def image_conditioning(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Keywords of a call that begins with `picture`."""
     from opensora.conditioning.frames import condition
     from opensora.geometry import VideoSize
 
     told = [options.get(name, pipeline.config[name]) for name in ("num_frames", "height", "width")]
     size = VideoSize(*told)
-    return {"given": condition(pipeline.autoencoder, size, image=picture(size.height, size.width))}
+    return {"conditioning": condition(pipeline.autoencoder, size, image=picture(size.height, size.width))}
 
 
 def make_loops(model: str, prompt: str) -> Tensor:

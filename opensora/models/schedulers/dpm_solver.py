@@ -1,7 +1,7 @@
 """DPM-Solver++ for the networks of Open-Sora 1.0 and 1.1: the quality of a hundred IDDPM steps in about twenty.
 
 A thin class over diffusers' ``DPMSolverMultistepScheduler``, whose formulas it uses as they are. Its own are the grid,
-which lies between the steps the network was trained on, and frames that are given. The diffusion is that of
+which lies between the steps the network was trained on, and frame conditioning. The diffusion is that of
 :class:`~opensora.models.schedulers.iddpm.IDDPMScheduler`, so a model's sampler can be swapped::
 
     pipeline.use_sampler("dpm-solver++")
@@ -10,8 +10,8 @@ Time runs over the *training steps*, 0 (almost clean) to N - 1, fractions includ
 Sampling visits (1 - i/n) of the way for i = 0..n-1, and the last step goes to training step 0, not to the clean
 latents: the noise left there is that of the first training step (1 % in the linear schedule).
 
-Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
-to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until that fraction of the way is left, is
+Frames may be conditioned on, in whole or in part. A *frame strength* in [0, 1] is the denoising strength of a frame:
+1 generates it, 0 keeps it, and in between it stays clean until that fraction of the way is left, is
 noised to it once, and is generated from there::
 
     for timestep in scheduler.timesteps:
@@ -177,7 +177,7 @@ class DPMSolverScheduler(Scheduler):
         """Before the network is called: say which frames are generated at this step, and noise those that just began.
 
         Args:
-            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            sample: latents, (B, C, T, H, W); conditioning frames are clean, frames of strength 1 are noise.
             timestep: an entry of ``timesteps``.
             frame_strength: (B, T) in [0, 1], the same throughout a run; see the module text. A bool mask is the special
                 case of frames that are generated entirely or not at all.

@@ -1,4 +1,4 @@
-"""What every scheduler of this package does alike: frames that are given, noise, and timesteps it does not know.
+"""What every scheduler of this package does alike: conditioning frames, noise, and timesteps it does not know.
 
 Letters: B batch, C latent channels, T latent frames.
 """

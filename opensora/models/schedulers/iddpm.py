@@ -3,8 +3,8 @@
 A thin class over :mod:`opensora.diffusion.gaussian`. Sampling walks a respaced schedule from noise to data;
 ``timesteps`` holds the steps of the original schedule, which the network sees.
 
-Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
-to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until that fraction of the steps is left, is
+Frames may be conditioned on, in whole or in part. A *frame strength* in [0, 1] is the denoising strength of a frame:
+1 generates it, 0 keeps it, and in between it stays clean until that fraction of the steps is left, is
 noised to it once, and is generated from there::
 
     for timestep in scheduler.timesteps:
@@ -177,11 +177,11 @@ class IDDPMScheduler(Scheduler):
 
         A frame of strength s begins with floor(s n) steps to go after this one. As in Open-Sora 1.1, a frame of
         strength 0 thus begins at the very last step and comes out almost, not exactly, as it was given; and in the
-        step in which a frame begins the network still takes it for a given one, though :meth:`step` moves it. Networks
+        step in which a frame begins the network still takes it for conditioning, though :meth:`step` moves it. Networks
         that predict clean latents, which the reference has none of, are spared both.
 
         Args:
-            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            sample: latents, (B, C, T, H, W); conditioning frames are clean, frames of strength 1 are noise.
             timestep: an entry of ``timesteps``.
             frame_strength: (B, T) in [0, 1], the same throughout a run. To keep frames exactly, do without this
                 method and give a bool mask to the network and to :meth:`step`.
@@ -207,7 +207,7 @@ class IDDPMScheduler(Scheduler):
             late = generated & (begin < len(self.tables))
             begun, generated = begun | late, generated & ~late
         if self.prediction_type == "sample":
-            # What a network says of frames that it takes for given is learnt by nobody. As noise, which is all but gone
+            # What a network says of frames that it takes for clean is learnt by nobody. As noise, which is all but gone
             # in the last step, it does no harm; as clean latents it would take their place.
             begun = begun & (frame_strength.to(begun.device) > 0)
             generated = generated | begun

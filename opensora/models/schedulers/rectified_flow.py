@@ -4,8 +4,8 @@ A thin class over :mod:`opensora.diffusion.flow`. There, time runs over [0, 1]; 
 were trained on, 0..``num_train_timesteps``, with ``num_train_timesteps`` = pure noise. Sampling visits (1 - i/n) of the
 way for i = 0..n-1, time-shifted if the model was trained so, and the last step goes to 0.
 
-Frames may be given instead of generated, in whole or in part. A *frame strength* in [0, 1] says how much of a frame is
-to be made anew: 1 generates it, 0 keeps it, and in between it stays clean until time falls to that fraction, is noised
+Frames may be conditioned on, in whole or in part. A *frame strength* in [0, 1] is the denoising strength of a frame:
+1 generates it, 0 keeps it, and in between it stays clean until time falls to that fraction, is noised
 to it once, and is generated from there::
 
     for timestep in scheduler.timesteps:
@@ -183,7 +183,7 @@ class RectifiedFlowScheduler(Scheduler):
         """Before the network is called: say which frames are generated at this step, and noise those that just began.
 
         Args:
-            sample: latents, (B, C, T, H, W); given frames are clean, frames of strength 1 are noise.
+            sample: latents, (B, C, T, H, W); conditioning frames are clean, frames of strength 1 are noise.
             timestep: an entry of ``timesteps``.
             frame_strength: (B, T) in [0, 1], the same throughout a run; see the module text. A bool mask is the special
                 case of frames that are generated entirely or not at all.

@@ -224,7 +224,7 @@ class FramePlacement:
         reference_start: its first latent frame that is taken; negative counts from its end.
         target_start: the latent frame of the clip it is placed at; negative counts from its end.
         length: how many latent frames, as far as reference and clip reach.
-        edit_ratio: how much of them is made anew, 0 (they stay) to 1 (nothing is left of them).
+        edit_ratio: their denoising strength, 0 (they stay) to 1 (nothing is left of them).
     """
 
     loop: int = 0
@@ -240,7 +240,7 @@ class FramePlacement:
         if self.length < 1:
             raise OpenSoraError(f"a mask strategy takes {self.length} frames; expected 1 or more")
         if not 0 <= self.edit_ratio <= 1:
-            raise OpenSoraError(f"a mask strategy has edit ratio {self.edit_ratio}; expected 0 (kept) to 1 (made anew)")
+            raise OpenSoraError(f"a mask strategy has edit ratio {self.edit_ratio}; expected 0 (kept) to 1 (generated)")
 
     def __str__(self) -> str:
         """Open-Sora's spelling, all six fields."""

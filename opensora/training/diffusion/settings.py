@@ -34,7 +34,7 @@ class DiffusionSettings:
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
             otherwise take its mean. The toybox's latents are means.
-        frame_masks: strategy -> share of the clips that have frames given so, see `conditioning.masks`.
+        frame_masks: strategy -> share of the clips conditioned on frames so, see `conditioning.masks`.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
         frozen_dtype: precision of networks that are used and not trained.

@@ -1,7 +1,7 @@
 """Training a diffusion transformer of the family: any generation, any noise process, from any source of latents.
 
-`prepare` draws everything random: which clips, their latents, how they are worded, which frames are given, noise, time,
-which captions are dropped. `loss` corrupts the latents, asks the transformer, and compares.
+`prepare` draws everything random: which clips, their latents, how they are worded, which frames are conditioning,
+noise, time, which captions are dropped. `loss` corrupts the latents, asks the transformer, and compares.
 
 Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens, D width of the text.
 """

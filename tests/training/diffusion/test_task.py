@@ -209,7 +209,9 @@ def seen_by(task: DiffusionTask, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("version", "clean"), [("1.1", False), ("1.2", True)])
-def test_given_frames_are_shown_as_each_version_does(version: str, clean: bool, manifest: Path, tmp_path: Path) -> None:
+def test_conditioning_frames_are_shown_as_each_version_does(
+    version: str, clean: bool, manifest: Path, tmp_path: Path
+) -> None:
     """1.1 noises them to its first step, which is almost clean; 1.2 shows them clean."""
     task = opened(version, manifest, tmp_path, frame_masks={"head": 1.0})
     batch = video_batch(task)

@@ -1,9 +1,9 @@
-"""Whether frames that are given survive, and whether the rest of a clip still shows what the prompt says.
+"""Whether conditioning frames survive, and whether the rest of a clip still shows what the prompt says.
 
-Held-out clips of the toybox are rendered; a model is given some of their frames and told their captions. Two things are
-read off what it makes: how far the given frames are from what the autoencoder alone makes of them (PSNR), and what the
-judge sees in the clip. Editing is read otherwise: the caption names another colour than the clip's, and the judge tells
-which one it sees, and whether everything else stayed.
+Held-out clips of the toybox are rendered; a model is conditioned on some of their frames and their captions. Two things
+are read off what it makes: how far the conditioning frames are from what the autoencoder alone makes of them (PSNR),
+and what the judge sees in the clip. Editing is read otherwise: the caption names another colour than the clip's, and
+the judge tells which one it sees, and whether everything else stayed.
 """
 
 import math
@@ -32,7 +32,7 @@ class Way:
     Attributes:
         name: what it is called in a table.
         num_frames: of the clip that is made.
-        kept: the first and one past the last of the frames that are given, for each run of them.
+        kept: the first and one past the last of the conditioning frames, for each run of them.
         give: (autoencoder, clip (3, T, H, W), size) -> the frames it gives.
     """
 
@@ -72,8 +72,8 @@ class Survival:
 
     Attributes:
         way: its name.
-        worst_psnr: dB, of the clip whose given frames came out farthest from the autoencoder's reconstruction of them;
-            None where frames are edited.
+        worst_psnr: dB, of the clip whose conditioning frames came out farthest from the autoencoder's reconstruction of
+            them; None where frames are edited.
         read: attribute -> share of the clips in which the judge reads what the prompt says.
     """
 
@@ -88,20 +88,20 @@ class Survival:
 
 
 @torch.no_grad()
-def given_frames_survive(
+def conditioning_frames_survive(
     pipeline: OpenSoraPipeline, judge: Judge, way: Way, num_clips: int, seed: int = 0, batch_size: int = 20
 ) -> Survival:
-    """Generates `num_clips` held-out clips with frames given `way`, and reads them."""
+    """Generates `num_clips` held-out clips conditioned on frames in this `way`, and reads them."""
     specs = sample_specs(num_clips, seed, EASY_WORLD, "held_out")
     size = VideoSize(way.num_frames, pipeline.config["height"], pipeline.config["width"])
     psnr, read = [], []
     for start in range(0, num_clips, batch_size):
         batch = specs[start : start + batch_size]
         clips, _ = render(batch, way.num_frames, size.height, size.width, pipeline.device)
-        given = _join([way.give(pipeline.autoencoder, clip, size) for clip in clips])
-        video = _generate(pipeline, batch, size, given, seed, start)
+        conditioning = _join([way.give(pipeline.autoencoder, clip, size) for clip in clips])
+        video = _generate(pipeline, batch, size, conditioning, seed, start)
         for first, end in way.kept:
-            psnr.append(_psnr(video[:, :, first:end], _reconstructed(pipeline, given, size, first, end)))
+            psnr.append(_psnr(video[:, :, first:end], _reconstructed(pipeline, conditioning, size, first, end)))
         read += judge.read(video.to(judge.device))
     return Survival(way.name, float(torch.cat(psnr).min()), share_right([label_words(spec) for spec in specs], read))
 
@@ -117,8 +117,8 @@ def edits_follow(
     read = []
     for start in range(0, num_clips, batch_size):
         clips, _ = render(specs[start : start + batch_size], 17, size.height, size.width, pipeline.device)
-        given = _join([condition(pipeline.autoencoder, size, edit=clip, strength=strength) for clip in clips])
-        video = _generate(pipeline, wanted[start : start + batch_size], size, given, seed, start)
+        conditioning = _join([condition(pipeline.autoencoder, size, edit=clip, strength=strength) for clip in clips])
+        video = _generate(pipeline, wanted[start : start + batch_size], size, conditioning, seed, start)
         read += judge.read(video.to(judge.device))
     return share_right([label_words(spec) for spec in wanted], read)
 
@@ -135,7 +135,7 @@ def survivals(
     tell = progress or (lambda done, total: None)
     for way in WAYS:
         tell(len(found), total)
-        found.append(given_frames_survive(pipeline, judge, way, num_clips, seed))
+        found.append(conditioning_frames_survive(pipeline, judge, way, num_clips, seed))
     for strength in EDIT_STRENGTHS:
         tell(len(found), total)
         read = edits_follow(pipeline, judge, strength, num_clips, seed)
@@ -144,7 +144,12 @@ def survivals(
 
 
 def _generate(
-    pipeline: OpenSoraPipeline, specs: list[ClipSpec], size: VideoSize, given: FrameConditioning, seed: int, start: int
+    pipeline: OpenSoraPipeline,
+    specs: list[ClipSpec],
+    size: VideoSize,
+    conditioning: FrameConditioning,
+    seed: int,
+    start: int,
 ) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1], each from its own noise."""
     noise = [generator("evaluate given frames", seed, start + i) for i in range(len(specs))]
@@ -153,7 +158,7 @@ def _generate(
         height=size.height,
         width=size.width,
         num_frames=size.num_frames,
-        given=given,
+        conditioning=conditioning,
         generator=noise,
         output_type="pt",
     )
@@ -161,10 +166,10 @@ def _generate(
 
 
 def _reconstructed(
-    pipeline: OpenSoraPipeline, given: FrameConditioning, size: VideoSize, first: int, end: int
+    pipeline: OpenSoraPipeline, conditioning: FrameConditioning, size: VideoSize, first: int, end: int
 ) -> Tensor:
-    """Frames first .. end as the autoencoder alone decodes them: from the given latents, and nothing after them."""
-    latents, autoencoder = given.latents, pipeline.autoencoder
+    """Frames first .. end as the autoencoder alone decodes them: from their latents, and nothing after them."""
+    latents, autoencoder = conditioning.latents, pipeline.autoencoder
     frames = [autoencoder.frames_before(k, size.num_frames) for k in range(latents.shape[2] + 1)]
     begin = autoencoder.chunk_start(first, size.num_frames)
     decoded = autoencoder.decode_latents(latents[:, :, frames.index(begin) : frames.index(end)], end - begin)
@@ -177,8 +182,10 @@ def _psnr(video: Tensor, expected: Tensor) -> Tensor:
     return (10 * torch.log10(4 / error.clamp_min(4 * 10 ** (-100 / 10)))).clamp_max(100.0)
 
 
-def _join(given: list[FrameConditioning]) -> FrameConditioning:
-    return FrameConditioning(torch.cat([one.latents for one in given]), torch.cat([one.strength for one in given]))
+def _join(conditioning: list[FrameConditioning]) -> FrameConditioning:
+    return FrameConditioning(
+        torch.cat([one.latents for one in conditioning]), torch.cat([one.strength for one in conditioning])
+    )
 
 
 def _recoloured(spec: ClipSpec) -> ClipSpec:

@@ -7,7 +7,7 @@ import pytest
 from tiny_pipeline import make_pipeline
 
 from opensora.cli.main import main
-from opensora.evaluation.given_frames import WAYS, edits_follow, given_frames_survive
+from opensora.evaluation.conditioning_frames import WAYS, conditioning_frames_survive, edits_follow
 from opensora.evaluation.judge import load_judge
 from opensora.toybox.world import ATTRIBUTES
 
@@ -19,7 +19,7 @@ class Forgetful:
         self.pipeline = pipeline
         self.config, self.autoencoder, self.device = pipeline.config, pipeline.autoencoder, pipeline.device
 
-    def __call__(self, *args: Any, given: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, conditioning: Any, **options: Any) -> Any:
         return self.pipeline(*args, **options)
 
 
@@ -29,11 +29,11 @@ def pipe():
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_it_sees_whether_given_frames_survive(pipe, way):
-    survived = given_frames_survive(pipe, load_judge(), way, num_clips=2)
+def test_it_sees_whether_conditioning_frames_survive(pipe, way):
+    survived = conditioning_frames_survive(pipe, load_judge(), way, num_clips=2)
     forgotten: Any = Forgetful(pipe)
     assert survived.way == way.name and survived.worst_psnr > 60
-    assert given_frames_survive(forgotten, load_judge(), way, num_clips=2).worst_psnr < 40
+    assert conditioning_frames_survive(forgotten, load_judge(), way, num_clips=2).worst_psnr < 40
     assert survived.read.keys() == {*ATTRIBUTES, "all"}
 
 

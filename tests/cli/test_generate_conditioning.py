@@ -196,7 +196,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_clip_with_given_frames_is_made_again(run, way):
+def test_a_clip_with_conditioning_frames_is_made_again(run, way):
     first = run(*way)
     assert np.array_equal(first, run("--from", "out.png", output="again.png"))
     assert read_metadata("again.png")["given"] == read_metadata("out.png")["given"]
@@ -223,7 +223,7 @@ def test_files_are_found_by_what_they_hold(run, tmp_path, capsys):
     assert np.array_equal(run(*again, output="again.png"), frames)
 
 
-def test_a_clip_without_given_frames_takes_none(run, capsys):
+def test_a_clip_without_conditioning_frames_takes_none(run, capsys):
     run()
     assert run("--from", "out.png", "--image", "first.png", output="again.png") is None
     assert "first.png is not among the files" in capsys.readouterr().err
