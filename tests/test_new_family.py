@@ -3,8 +3,7 @@
 Its text is states and one pooled vector, its guidance has three branches, its autoencoder knows 1, 4, 7, ... frames
 only. An installed package declares it under `opensora.families`; here a folder on the search path stands for that.
 Nothing of `opensora/` is touched, and everything works: generating, inspecting, planning, converting, training,
-resuming, adapters, evaluation. `docs/extending.md` walks through it.
-"""
+resuming, adapters, evaluation; see `docs/extending.md`."""
 
 import json
 import shutil
