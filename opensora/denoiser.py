@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora.distributed.sampling import SamplingRanks
+from opensora.errors import OpenSoraError
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text.conditioner import TextStates
 
@@ -84,7 +85,13 @@ class Denoiser:
 
         Returns:
             Name -> float32 prediction; on several ranks each has computed its share and has all of them.
+
+        Raises:
+            OpenSoraError: no branch, one twice, or one that there is not.
         """
+        if not names or len(set(names)) < len(names) or not set(names) <= set(self._branches):
+            known = ", ".join(self._branches)
+            raise OpenSoraError(f"guidance asks for the branches {list(names)}; expected one or more of {known}")
         shared = self._ranks is not None and len(names) > 1
         mine = self._ranks.own(names) if shared and self._ranks is not None else tuple(names)
         predictions: dict[str, Tensor] = {}

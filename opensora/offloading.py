@@ -45,6 +45,10 @@ class Offloader:
         for name in self._networks:
             self._send_away(name)
 
+    def reads_again(self, name: str) -> bool:
+        """Whether a network's weights come from its files whenever it is needed, and nothing beside them is kept."""
+        return name in self._loaders
+
     @contextmanager
     def on_device(self, name: str) -> Iterator[None]:
         """A network is on the device within, and away afterwards, also after an error.

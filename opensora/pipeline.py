@@ -452,14 +452,14 @@ class OpenSoraPipeline(
         self, conditioning: FrameConditioning | None, size: VideoSize, num_prompts: int, copies: int, **pictures: Any
     ) -> FrameConditioning | None:
         """The frames to condition on, in whatever way they were handed over."""
-        with self.on_device("autoencoder"):
-            shown = condition_on_pictures(self.autoencoder, size, num_prompts, **pictures)
-        if shown is None:
+        if all(given is None for given in pictures.values()):
             return conditioning
         if conditioning is not None:
             raise OpenSoraError(
                 "frames are given in two ways: by image, last_image or video, and by conditioning; use one"
             )
+        with self.on_device("autoencoder"):
+            shown = condition_on_pictures(self.autoencoder, size, num_prompts, **pictures)
         return repeat_each(shown, copies)
 
     def _initial_latents(

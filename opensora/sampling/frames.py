@@ -21,8 +21,8 @@ def condition_on_pictures(
     last_image: Any = None,
     video: Any = None,
     strength: float | None = None,
-) -> FrameConditioning | None:
-    """What `conditioning.frames.condition` makes of pictures in memory; None if none are given.
+) -> FrameConditioning:
+    """What `conditioning.frames.condition` makes of pictures in memory, of which there is one at least.
 
     Args:
         autoencoder: encodes them.
@@ -58,8 +58,6 @@ def condition_on_pictures(
     for clip in clips.get("video", ()):
         if clip.shape[1] < size.num_frames:
             raise OpenSoraError(f"video: got {clip.shape[1]} frames for a clip of {size.num_frames}; give as many")
-    if not clips:
-        return None
     rows = []
     for k in range(max(map(len, clips.values()))):
         chosen: dict[str, Any] = {

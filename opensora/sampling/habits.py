@@ -14,6 +14,7 @@ class HabitsMixin:
 
     autoencoder: Any
     config: Any
+    offloader: Any
     to: Any
 
     @property
@@ -27,6 +28,19 @@ class HabitsMixin:
             if isinstance(part, nn.Module):
                 merge_tied_layers(part)
         super().enable_group_offload(*args, **kwargs)  # type: ignore[misc] # of DiffusionPipeline
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            OpenSoraError: the transformer's weights are not kept between calls, so that an adapter would be lost.
+        """
+        if self.offloader is not None and self.offloader.reads_again("transformer"):
+            raise OpenSoraError(
+                "the transformer is read from its files whenever it is needed, without what was loaded beside it; "
+                "give the adapter to load_pipeline(adapters=...)"
+            )
+        super().load_lora_weights(*args, **kwargs)  # type: ignore[misc] # of diffusers' loader
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode frames in overlapping tiles, in less memory; see the autoencoder's `enable_tiling`."""

@@ -91,8 +91,8 @@ def test_a_video_in_every_form(pipe):
 
 def test_both_ends(pipe):
     first, last = pixels(1, 32, 48), pixels(2, 32, 48)
-    ends = {"image": as_video(first[None]), "last_image": as_video(last[None])}
-    expected = sample(pipe, conditioning=condition(pipe.autoencoder, size_of(pipe), **ends))
+    image, last_image = as_video(first[None]), as_video(last[None])
+    expected = sample(pipe, conditioning=condition(pipe.autoencoder, size_of(pipe), image=image, last_image=last_image))
     near(sample(pipe, image=Image.fromarray(first), last_image=last), expected)
 
 

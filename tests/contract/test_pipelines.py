@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.utils import dynamic_modules_utils, export_to_video, export_utils
 from tiny_pipeline import seeded
@@ -62,7 +63,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def sample(pipe: OpenSoraPipeline, prompt: Any = PROMPT, seed: int = 1, **options: Any) -> Tensor:
+def sample(pipe: OpenSoraPipeline, prompt: Any = PROMPT, seed: int = 1, **options: Any) -> Any:
     return pipe(prompt, **{"generator": seeded(seed), "output_type": "latent"} | options).frames
 
 
@@ -275,6 +276,19 @@ def test_callbacks_get_the_tensors_that_they_ask_for(kept):
         seen.clear()
         sample(kept, num_inference_steps=1, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=[name])
         assert set(seen[0]) == {"step", "timestep", name}
+
+
+def test_callback_objects_say_what_they_ask_for(kept):
+    class Halve(PipelineCallback):
+        tensor_inputs = ("latents", "noise_pred")
+
+        def callback_fn(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            assert set(tensors) == {"latents", "noise_pred"}
+            return {"latents": tensors["latents"] / 2} if step == 1 else tensors
+
+    plain = sample(kept, num_inference_steps=2)
+    for callback in (Halve(cutoff_step_ratio=None, cutoff_step_index=0), MultiPipelineCallbacks([Halve(1.0, None)])):
+        equal(sample(kept, num_inference_steps=2, callback_on_step_end=callback), plain / 2)
 
 
 def test_unknown_tensors_are_refused(kept):
