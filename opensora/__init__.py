@@ -1,25 +1,31 @@
 """Open-Sora in Python: text to video with the Open-Sora family of diffusion transformers."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:
     from opensora.checkpoints.loading import load_pipeline
+    from opensora.generation.clip import Clip
+    from opensora.generation.engine import Engine
+    from opensora.generation.request import ClipRequest
     from opensora.pipeline import OpenSoraPipeline
 
 __version__ = "0.1.0"
-__all__ = ["OpenSoraError", "OpenSoraPipeline", "__version__", "load_pipeline"]
+__all__ = ["Clip", "ClipRequest", "Engine", "OpenSoraError", "OpenSoraPipeline", "__version__", "load_pipeline"]
+
+# Some need torch and diffusers, which `import opensora` and `opensora --help` should not wait for.
+_HOMES = {
+    "Clip": "opensora.generation.clip",
+    "ClipRequest": "opensora.generation.request",
+    "Engine": "opensora.generation.engine",
+    "OpenSoraPipeline": "opensora.pipeline",
+    "load_pipeline": "opensora.checkpoints.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Both need torch and diffusers, which `import opensora` and `opensora --help` should not wait for.
-    if name == "load_pipeline":
-        from opensora.checkpoints.loading import load_pipeline
-
-        return load_pipeline
-    if name == "OpenSoraPipeline":
-        from opensora.pipeline import OpenSoraPipeline
-
-        return OpenSoraPipeline
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'opensora' has no attribute {name!r}")

@@ -536,7 +536,7 @@ class OpenSoraPipeline(
 
         `latent_space` tells under `replaces` what the weights declared, where a user's override took its place.
         """
-        names = ("num_frames", "height", "width", "fps", "num_inference_steps")
+        names = ("num_frames", "height", "width", "fps", "frame_interval", "num_inference_steps")
         rule = self._guidance_rule(None, None, self.default_cfg_channels)
         return {
             **{name: self.config[name] for name in names},

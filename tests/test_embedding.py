@@ -140,13 +140,16 @@ def test_a_saved_clip_holds_its_colours_and_how_to_make_it_again(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["clip.png"]
 
 
-@pytest.mark.parametrize("output_type", ["pt", "np"])
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
 def test_what_a_pipeline_returns_is_saved_with_its_colours(output_type, tmp_path):
     pipe = make_pipeline("flow")
     generator = torch.Generator().manual_seed(0)
     output = pipe(PROMPT, generator=generator, num_inference_steps=1, output_type=output_type)
-    path = Clip.of(output, fps=8).save(tmp_path / "clip.png")
-    expected = np.asarray(output.frames[0])
+    clip = Clip.of(output)
+    path = clip.save(tmp_path / "clip.png")
+    assert clip.fps == output.settings["fps"]
+    expected = np.stack([np.asarray(frame) for frame in output.frames[0]])
+    expected = expected / 255 if output_type == "pil" else expected
     expected = expected.transpose(0, 2, 3, 1) if output_type == "pt" else expected
     assert np.abs(read_video(path)[0] / 255 - expected).max() <= 0.5 / 255 + 1e-6
 

@@ -33,18 +33,26 @@ class Clip:
     record: Record | None = None
 
     @classmethod
-    def of(cls, output: "OpenSoraPipelineOutput", fps: float, number: int = 0) -> "Clip":
-        """A video that a pipeline returned with `output_type` "pt" (the default) or "np".
+    def of(cls, output: "OpenSoraPipelineOutput", fps: float | None = None, number: int = 0) -> "Clip":
+        """A video that a pipeline returned, of whatever `output_type` but "latent".
 
         Args:
             output: of a call.
-            fps: frames per second it plays at.
+            fps: frames per second it plays at; None for the model's own.
             number: of the video, of several.
+
+        Raises:
+            OpenSoraError: latents, which are no pictures.
         """
+        rate: float = output.settings["fps"] / output.settings["frame_interval"] if fps is None else fps
         frames = output.frames[number]
+        if isinstance(frames, list):  # PIL images
+            return cls(np.stack([np.asarray(frame) for frame in frames]), rate)
         if isinstance(frames, np.ndarray):
-            return cls(np.clip(frames * 255, 0, 255).round().astype(np.uint8), fps)
-        return cls(to_uint8(frames), fps)
+            return cls(np.clip(frames * 255, 0, 255).round().astype(np.uint8), rate)
+        if frames.shape[1] != 3:
+            raise OpenSoraError(f"got latents of shape {tuple(frames.shape)}; a clip is made of pictures (T, 3, H, W)")
+        return cls(to_uint8(frames), rate)
 
     def save(self, path: str | Path, *, format: str | None = None, metadata: bool = True) -> Path:
         """Writes the clip, with its record inside the file and beside it (`clip.mp4.json`), and returns its path.
