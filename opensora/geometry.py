@@ -6,8 +6,8 @@ correcting one silently. The resolution tables are those the published 1.1 and 1
 a subset of the names): a name such as `240p` or `512` fixes the number of pixels, an aspect ratio picks one (height,
 width) of its table.
 
-Aspect ratios are written the way screens are sold, width:height: `16:9` lies, `9:16` stands. The tables' own keys are
-height / width, and users of the 1.1 and 1.2 models write ratios in that order too (`AspectOrder`).
+Aspect ratios are written the way screens are sold, width:height: `16:9` is landscape, `9:16` portrait. The tables' own
+keys are height / width, and users of the 1.1 and 1.2 models write ratios in that order too (`AspectOrder`).
 """
 
 import functools

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from tiny_objectives import diffusion_config
 from tiny_pipeline import make_autoencoder, make_pipeline, make_transformer, seeded
+from tiny_tasks import diffusion_config
 
 import opensora
 from opensora.models.clip_conditions import ClipConditions

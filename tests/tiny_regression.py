@@ -1,4 +1,4 @@
-"""An objective that trains in milliseconds: a small residual network learns a fixed linear map."""
+"""A training task of milliseconds: a small residual network learns a fixed linear map."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class KeysSeen(TrainingData):
 class Regression(TrainingTask):
     def __init__(self, config: "RegressionConfig") -> None:
         self.network = Network(config.dropout)
-        self.module = nn.ModuleDict({"network": self.network})  # never called itself, as those of real objectives
+        self.module = nn.ModuleDict({"network": self.network})  # never called itself, as those of real tasks
         self.config = config
         self.prepared: list[BatchKey] = []
         self.critic = None

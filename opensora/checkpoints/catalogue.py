@@ -154,7 +154,7 @@ def _text(tokens: int, defaults: Mapping[str, Any]) -> str:
         text += ", cleaned as the captions it was trained on"
     scores = defaults.get("scores") or {}
     if scores:
-        told = [f"{name} {value}" for name, value in scores.items() if value is not None]
+        known = [f"{name} {value}" for name, value in scores.items() if value is not None]
         others = [name for name, value in scores.items() if value is None]
-        text += f"; told the scores {', '.join(told)}" + (f"; knows {', '.join(others)}" if others else "")
+        text += f"; conditioned on the scores {', '.join(known)}" + (f"; knows {', '.join(others)}" if others else "")
     return text

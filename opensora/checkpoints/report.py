@@ -221,14 +221,14 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     own = network.state_dict(keep_vars=True)
     filled = {id(own[name]) for name in weights if name in own}  # tied weights are stored once
     # An autoencoder's statistics stand in its configuration as well, and published 2D ones have them nowhere else.
-    told = set(network.declared_tensors) if isinstance(network, VideoCodec) else set()
-    stored = told.union(weights)
+    declared = set(network.declared_tensors) if isinstance(network, VideoCodec) else set()
+    stored = declared.union(weights)
     missing = [name for name in own if name not in stored and id(own[name]) not in filled]
     unexpected = [name for name in weights if name not in own]
     shapes = [
         f"{name} is {tuple(tensor.shape)} but the model has {tuple(own[name].shape)}"
         for name, tensor in weights.items()
-        if name in own and tensor.shape != own[name].shape and not (name in told and tensor.ndim == 0)
+        if name in own and tensor.shape != own[name].shape and not (name in declared and tensor.ndim == 0)
     ]
     found = {"missing tensors": missing, "unexpected tensors": unexpected, "mis-shaped tensors": shapes}
     what = ", ".join(f"{len(names)} {kind} ({_listed(names)})" for kind, names in found.items() if names)

@@ -105,8 +105,8 @@ class Part:
 
     def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         """The network with its weights, see `load_component`."""
-        told = self.keywords() if self.config is not None else None
-        return load_component(self.path, self.cls, dtype, config=told, **options)
+        keywords = self.keywords() if self.config is not None else None
+        return load_component(self.path, self.cls, dtype, config=keywords, **options)
 
     def load_settings(self) -> Any:
         """The scheduler or tokenizer."""
@@ -212,8 +212,8 @@ class ModelSource:
         hashes = {name: hub.content_hash(file) or file_hash(file) for name, file in files.items()}
         if self.folder is None:  # what the table says decides as well
             known = [part for part in self.parts.values() if not part.replaced]
-            told = {part.name: [".".join(part.class_name or ()), dict(part.config or {})] for part in known}
-            hashes["table"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            rows = {part.name: [".".join(part.class_name or ()), dict(part.config or {})] for part in known}
+            hashes["table"] = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         total = hashlib.sha256()
         for name, digest in sorted(hashes.items()):
             total.update(f"{name}\0{digest}\n".encode())
@@ -361,8 +361,8 @@ def _find_in_folder(name: str, folder: Path, components: Mapping[str, str | Path
         if part in given:
             described = own / "config.json"
             config = read_object(described) if described.is_file() else {}
-            told = {key: value for key, value in config.items() if not key.startswith("_")} or None
-            parts[part] = Part(part, given[part], named[part], told, replaced=True)
+            options = {key: value for key, value in config.items() if not key.startswith("_")} or None
+            parts[part] = Part(part, given[part], named[part], options, replaced=True)
     defaults = {key: value for key, value in index.items() if key not in named and value != [None, None]}
     return ModelSource(name, parts, defaults, folder)
 

@@ -19,7 +19,7 @@ class DataManifest:
     """Make a manifest of a folder of clips and images: look into each, find its caption, leave out what is broken.
 
     Each file is read as what it is, whatever it is called. Captions are files of the same name that end in .txt, or
-    the rows of a table. What is left out is listed with the reason. An interrupted scan goes on where it was.
+    the rows of a table. What is left out is listed with the reason. An interrupted scan is resumed.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]

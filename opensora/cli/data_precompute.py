@@ -19,8 +19,8 @@ class DataPrecompute:
     """Encode the clips of a manifest, and their captions, once, for a recipe that would encode them at every step.
 
     Autoencoder, text encoder, sizes and frame interval are the recipe's; settings of it are changed by KEY=VALUE after
-    its name, as in training. Under torchrun the processes share the work. A run that was stopped goes on with what is
-    missing. Clips that cannot be read are left out and named.
+    its name, as in training. Under torchrun the processes share the work. A run that was stopped is resumed with what
+    is missing. Clips that cannot be read are left out and named.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
@@ -60,15 +60,15 @@ class DataPrecompute:
         from opensora.training.diffusion.precompute import (
             CacheOptions,
             make_cache,
-            objective_on_clips,
             silent,
             summary,
+            task_on_clips,
         )
 
         options = CacheOptions(**{field.name: getattr(self, field.name) for field in fields(CacheOptions)})
         check_writable(self.output / "cache.json")
         config = apply_overrides(find_recipe(self.recipe), self.overrides).objective
-        config, clips = objective_on_clips(self.recipe, config, self.manifest)
+        config, clips = task_on_clips(self.recipe, config, self.manifest)
         with launched() as launch, speaking_once(launch):
             device = str(choose_device(self.device))
             index = make_cache(

@@ -69,11 +69,11 @@ class DryRunOptions:
             print("\n".join(assignments(recipe)))
             return
         plan = TrainingPlan(recipe, find_device(device or "cpu"), self.world_size or 1, self.mfu or _MFU)
-        told = describe_plan(plan, recipe, folder, self.price_per_hour)
+        report = describe_plan(plan, recipe, folder, self.price_per_hour)
         if self.json:
-            print(with_flags(json.dumps(told, indent=2), self))
+            print(with_flags(json.dumps(report, indent=2), self))
         else:
-            print("\n".join(line.rstrip() for line in plan_lines(told)))
-        if not told["fits"]:
-            needs, has = gigabytes(told["memory"]["total"]), gigabytes(plan.device.memory_bytes)
-            raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {advice(told)}")
+            print("\n".join(line.rstrip() for line in plan_lines(report)))
+        if not report["fits"]:
+            needs, has = gigabytes(report["memory"]["total"]), gigabytes(plan.device.memory_bytes)
+            raise OpenSoraError(f"{recipe.name} does not fit into {has}: a rank needs {needs}; {advice(report)}")

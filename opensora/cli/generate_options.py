@@ -56,7 +56,7 @@ class SizeOptions:
     resolution: Annotated[str | None, option("NAME")] = None
     """Named number of pixels: 144p, 240p, 256, 360p, 480p, 512, 720p, ..."""
     aspect_ratio: Annotated[str | None, option("A:B")] = None
-    """Width to height, so that 16:9 lies; for 1.1 and 1.2 height to width as in their tables, so that 9:16 lies."""
+    """Width to height, 16:9 is landscape; for 1.1 and 1.2 height to width as in their tables: 9:16 is landscape."""
     height: Annotated[int | None, option("PX")] = None
     """Height in pixels."""
     width: Annotated[int | None, option("PX")] = None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model by a recipe; a run that was interrupted goes on where its last checkpoint was.
+    """Train a model by a recipe; a run that was interrupted is resumed from its last checkpoint.
 
     `torchrun --nproc-per-node 8 -m opensora.cli.main train RECIPE` trains on eight devices, and likewise on many nodes.
     Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--settings` lists them all.
@@ -94,8 +94,8 @@ class Progress(Bar):
         self.first_step, self.started = 0, time.monotonic()
 
     def start(self, trainer: "Trainer", folder: Path) -> None:
-        told = [f"resuming {folder} at step {trainer.step}"] if trainer.step else []
-        for line in (*told, *trainer.notes):  # as it is: paths may look like markup
+        lines = [f"resuming {folder} at step {trainer.step}"] if trainer.step else []
+        for line in (*lines, *trainer.notes):  # as it is: paths may look like markup
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.show(trainer.step, trainer.loop.steps)
         self.first_step, self.started = trainer.step, time.monotonic()

@@ -169,7 +169,7 @@ class Buckets:
         for rule in self.rules:
             ratios = len(_sizes(rule.resolution))
             if num_batches is None:
-                weight, (height, width) = rule.chance, _lying(rule.resolution)
+                weight, (height, width) = rule.chance, _landscape(rule.resolution)
             else:
                 here = num_batches[rule.first : rule.first + ratios]
                 common = self.buckets[rule.first + int(here.argmax())]
@@ -291,7 +291,7 @@ def _pixels(resolution: str) -> int:
     return num_pixels(resolution) if size is None else size[0] * size[1]
 
 
-def _lying(resolution: str) -> tuple[int, int]:
+def _landscape(resolution: str) -> tuple[int, int]:
     """The size nearest to 16:9."""
     return _single_size(resolution) or closest_size(resolution, 9, 16)
 

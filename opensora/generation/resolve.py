@@ -148,8 +148,8 @@ def total_frames(pipe: "OpenSoraPipeline", sampling: Sampling) -> int:
 
 
 def describe_size(size: VideoSize, nominal_size: tuple[int, int] | None) -> str:
-    """`51 frames of 240x424 (height x width), lying; the network is told 240x426`."""
+    """`51 frames of 240x424 (height x width), landscape; the network is told 240x426`."""
     made = (size.height, size.width)
-    shape = "square" if size.height == size.width else "lying" if size.width > size.height else "standing"
-    told = "" if nominal_size in (None, made) else "; the network is told {}x{}".format(*nominal_size)
-    return f"{size}, {shape}{told}"
+    shape = "square" if size.height == size.width else "landscape" if size.width > size.height else "portrait"
+    nominal = "" if nominal_size in (None, made) else "; the network is told {}x{}".format(*nominal_size)
+    return f"{size}, {shape}{nominal}"

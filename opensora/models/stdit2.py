@@ -219,8 +219,8 @@ class STDiT2(SpaceTimeTransformer):
         tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
         tokens, shards = self._split(tokens)
 
-        told_ratio = clip_conditions.aspect_ratio
-        ratio = rows / columns if told_ratio is None else values(told_ratio)
+        aspect_ratio = clip_conditions.aspect_ratio
+        ratio = rows / columns if aspect_ratio is None else values(aspect_ratio)
         size = self.csize_embedder(torch.stack([rows, columns], dim=-1).flatten(), dtype).view(len(rows), -1)
         size = torch.cat([size.expand(batch, -1), self.ar_embedder(ratio, dtype).expand(batch, -1)], dim=-1)
         frames = self.fl_embedder(values(clip_conditions.num_frames), dtype)

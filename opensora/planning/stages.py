@@ -94,10 +94,10 @@ def _text(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
 
 def _denoise(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
     conditioner, latents, size = pipeline.text_conditioner, _latents(pipeline, clip), clip.size
-    told = ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames)
+    clip_conditions = ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames)
     text = conditioner.blank_states(clip.num_videos, latents.device, choices.dtype)
     branches = conditioner.branches(text, None)
-    denoiser = Denoiser(pipeline.transformer, branches, told, sequential=choices.sequential_guidance)
+    denoiser = Denoiser(pipeline.transformer, branches, clip_conditions, sequential=choices.sequential_guidance)
     names = tuple(branches) if clip.guided else tuple(branches)[:1]
     denoiser(names, latents, torch.full((clip.num_videos,), 500.0), step=0, num_steps=1)
 

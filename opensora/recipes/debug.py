@@ -34,7 +34,7 @@ _SPATIAL = {"block_out_channels": [8, 8, 8, 16], "layers_per_block": 1, "norm_nu
 _TEMPORAL = {"filters": 8, "num_groups": 4, "num_res_blocks": 1, "channel_multipliers": [1, 1, 1, 2]}
 
 
-def debug_objective(
+def debug_task(
     model: str, diffusion: Flow | IDDPM, transformer: dict[str, Any] | None = None, **options: Any
 ) -> DiffusionTaskConfig:
     """A published model's training with tiny networks of its classes.

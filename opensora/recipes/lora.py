@@ -6,7 +6,7 @@ exported is the adapter, which `opensora generate --adapter` takes.
 
 from opensora.data.clips import ManifestClips
 from opensora.models.stdit3 import FORMAT
-from opensora.recipes.published import published_objective
+from opensora.recipes.published import published_task
 from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.config import DiffusionTaskConfig
@@ -37,7 +37,7 @@ def toybox_lora() -> Recipe:
 
 def v1_2_lora() -> Recipe:
     """An adapter of Open-Sora 1.2, on clips of about 2 s at 240p and 360p."""
-    objective = published_objective(
+    objective = published_task(
         _MODEL,
         ManifestClips({"240p": {"51": (1.0, 2)}, "360p": {"51": (1.0, 1)}}),
         DIFFUSION,

@@ -7,7 +7,7 @@ learn eight clips will not learn more. `docs/training.py` runs it from beginning
 from dataclasses import replace
 
 from opensora.data.clips import ManifestClips
-from opensora.recipes.debug import debug_objective
+from opensora.recipes.debug import debug_task
 from opensora.recipes.toybox_vae import RUNS
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.noise import Flow
@@ -22,7 +22,7 @@ def overfit() -> Recipe:
 
     The cache is made by `opensora data precompute overfit --manifest FILE`, from clips that are a frame longer or more.
     """
-    debug = debug_objective(
+    debug = debug_task(
         "opensora-1.2",
         Flow(times="logit-normal", time_shift=True),
         {"hidden_size": 192, "depth": 4, "num_heads": 4},

@@ -17,7 +17,7 @@ def model_of(run: str) -> str:
     return str(RUNS / run / "model")
 
 
-def published_objective(
+def published_task(
     model: str,
     data: ManifestClips,
     diffusion: Flow | IDDPM,

@@ -47,7 +47,7 @@ FRAME_MASKS = {"image_head": 0.12, "head": 0.2, "tail": 0.12, "image_tail": 0.04
 CLEAN_LATENTS = IDDPM(prediction_type="sample", velocity_weights=True, sampler="ddim")
 
 
-def _objective(**options: Any) -> DiffusionTaskConfig:
+def _task(**options: Any) -> DiffusionTaskConfig:
     """What the runs have in common; `init_from` is the folder of the run before."""
     common: dict[str, Any] = {
         "data": ToyboxLatents(),
@@ -65,23 +65,21 @@ def _model(run: str) -> str:
 
 def toybox_base() -> Recipe:
     """Text to video with rectified flow, from scratch: colours, places, shapes, then sizes and motions."""
-    objective = _objective(
-        diffusion=Flow(), text=TrainedText(TEXT_ENCODER), transformer=TRANSFORMER, defaults=FLOW_DEFAULTS
-    )
+    objective = _task(diffusion=Flow(), text=TrainedText(TEXT_ENCODER), transformer=TRANSFORMER, defaults=FLOW_DEFAULTS)
     optimizer = OptimizerConfig(muon_lr=0.02, lr=1e-3, warmup_steps=100, decay=0.4)
     return Recipe("toybox_base", objective, LoopConfig(steps=4200, optimizer=optimizer, preview_every=500))
 
 
 def toybox() -> Recipe:
     """`toybox_base` trained on at noisier times, where the direction of a motion is decided."""
-    objective = _objective(diffusion=Flow(loc=1.0), init_from=_model("toybox_base"), defaults=FLOW_DEFAULTS)
+    objective = _task(diffusion=Flow(loc=1.0), init_from=_model("toybox_base"), defaults=FLOW_DEFAULTS)
     optimizer = OptimizerConfig(muon_lr=0.01, lr=5e-4, warmup_steps=50, decay=0.7)
     return Recipe("toybox", objective, LoopConfig(steps=1200, optimizer=optimizer, preview_every=300))
 
 
 def toybox_given() -> Recipe:
     """`toybox` trained on with frames that are given, and with images and longer clips: the model that is shipped."""
-    objective = _objective(
+    objective = _task(
         data=ToyboxLatents(other_lengths=OTHER_LENGTHS),
         diffusion=Flow(loc=0.7),
         init_from=_model("toybox"),
@@ -94,7 +92,7 @@ def toybox_given() -> Recipe:
 
 def toybox_iddpm() -> Recipe:
     """Text to video with learned-variance IDDPM, fine-tuned from the rectified-flow model."""
-    objective = _objective(
+    objective = _task(
         diffusion=CLEAN_LATENTS, init_from=_model("toybox"), new_parts=("last_layer",), defaults=IDDPM_DEFAULTS
     )
     optimizer = OptimizerConfig(muon_lr=0.01, lr=1e-3, warmup_steps=50, decay=0.6)
@@ -103,7 +101,7 @@ def toybox_iddpm() -> Recipe:
 
 def toybox_iddpm_given() -> Recipe:
     """`toybox_iddpm` trained on likewise: the model that is shipped."""
-    objective = _objective(
+    objective = _task(
         data=ToyboxLatents(other_lengths=OTHER_LENGTHS),
         diffusion=CLEAN_LATENTS,
         init_from=_model("toybox_iddpm"),

@@ -7,8 +7,8 @@ the file's own frame rate. Clips are named by `objective.data.manifest=FILE`.
 
 from opensora.data.buckets import BucketConfig
 from opensora.data.clips import ManifestClips
-from opensora.recipes.debug import debug_objective, debug_recipe
-from opensora.recipes.published import model_of, published_loop, published_objective
+from opensora.recipes.debug import debug_recipe, debug_task
+from opensora.recipes.published import model_of, published_loop, published_task
 from opensora.training.config import Recipe
 from opensora.training.diffusion.noise import IDDPM
 
@@ -42,7 +42,7 @@ def v1_1_image() -> Recipe:
         "1024": {"1": (1.0, 20)},
         "1080p": {"1": (1.0, 8)},
     }
-    objective = published_objective(
+    objective = published_task(
         _STAGE2,
         _clips(buckets),
         IDDPM(steps="speed", float32_tables=True),
@@ -63,7 +63,7 @@ def v1_1_stage1() -> Recipe:
         "512": {"1": (0.4, 12)},
         "1024": {"1": (0.3, 3)},
     }
-    objective = published_objective(
+    objective = published_task(
         _STAGE2,
         _clips(buckets),
         DIFFUSION,
@@ -87,7 +87,7 @@ def v1_1_stage2() -> Recipe:
         "1024": {"1": (0.3, 20)},
         "1080p": {"1": (0.4, 8)},
     }
-    objective = published_objective(
+    objective = published_task(
         _STAGE2, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage1"), frame_masks=GIVEN
     )
     loop = published_loop(22_000, lr=2e-5, ema_decay=0.0, recompute=True, checkpoint_every=500)
@@ -106,7 +106,7 @@ def v1_1_stage3() -> Recipe:
         "720p": {"1": (0.4, 40), "16": (0.6, 3), "32": (0.6, 1), "96": (0.0, None)},
         "1024": {"1": (0.3, 40)},
     }
-    objective = published_objective(
+    objective = published_task(
         _STAGE3, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage2"), frame_masks=GIVEN
     )
     loop = published_loop(4_000, lr=2e-5, ema_decay=0.0, recompute=True, checkpoint_every=500)
@@ -115,4 +115,4 @@ def v1_1_stage3() -> Recipe:
 
 def v1_1_debug() -> Recipe:
     """All of 1.1 in seconds on a CPU: tiny networks of its classes, drawn clips, given frames."""
-    return debug_recipe("v1_1_debug", debug_objective(_STAGE3, DIFFUSION, frame_masks=GIVEN))
+    return debug_recipe("v1_1_debug", debug_task(_STAGE3, DIFFUSION, frame_masks=GIVEN))

@@ -11,8 +11,8 @@ at once; `objective.new_parts`, `objective.diffusion` and `objective.train` make
 
 from opensora.data.buckets import BucketConfig
 from opensora.data.clips import ManifestClips
-from opensora.recipes.debug import debug_objective, debug_recipe
-from opensora.recipes.published import model_of, published_loop, published_objective
+from opensora.recipes.debug import debug_recipe, debug_task
+from opensora.recipes.published import model_of, published_loop, published_task
 from opensora.training.config import Recipe
 from opensora.training.diffusion.noise import Flow
 
@@ -98,7 +98,7 @@ STAGE1: BucketConfig = {
 
 def v1_2_adapt_flow() -> Recipe:
     """An image model learns rectified flow in the latents of the new autoencoder; blocks over time stay as they are."""
-    objective = published_objective(
+    objective = published_task(
         _MODEL,
         ManifestClips(IMAGES),
         DIFFUSION,
@@ -112,14 +112,14 @@ def v1_2_adapt_flow() -> Recipe:
 
 def v1_2_adapt_images() -> Recipe:
     """Blocks over time join, still on images."""
-    objective = published_objective(_MODEL, ManifestClips(IMAGES), DIFFUSION, init_from=model_of("v1_2_adapt_flow"))
+    objective = published_task(_MODEL, ManifestClips(IMAGES), DIFFUSION, init_from=model_of("v1_2_adapt_flow"))
     loop = published_loop(3_000, lr=1e-4, ema_decay=0.99, recompute=False, checkpoint_every=500, eps=1e-15)
     return Recipe("v1_2_adapt_images", objective, loop)
 
 
 def v1_2_adapt_temporal() -> Recipe:
     """Blocks over time alone, on videos with given frames; sizes are those of the first stage."""
-    objective = published_objective(
+    objective = published_task(
         _MODEL,
         ManifestClips(STAGE1),
         DIFFUSION,
@@ -141,7 +141,7 @@ def _stage(
     warmup_steps: int,
     scores: bool = False,
 ) -> Recipe:
-    objective = published_objective(
+    objective = published_task(
         _MODEL,
         ManifestClips(buckets, scores=scores),
         DIFFUSION,
@@ -216,4 +216,4 @@ def v1_2_stage3() -> Recipe:
 
 def v1_2_debug() -> Recipe:
     """All of 1.2 in seconds on a CPU: tiny networks of its classes, drawn clips, given frames."""
-    return debug_recipe("v1_2_debug", debug_objective(_MODEL, DIFFUSION, frame_masks=GIVEN))
+    return debug_recipe("v1_2_debug", debug_task(_MODEL, DIFFUSION, frame_masks=GIVEN))

@@ -67,30 +67,30 @@ def describe_plan(plan: TrainingPlan, recipe: Recipe, folder: Path, price: float
     }
 
 
-def plan_lines(told: dict[str, Any]) -> list[str]:
+def plan_lines(report: dict[str, Any]) -> list[str]:
     """What `describe_plan` tells, on one screen."""
     return [
-        *_head(told),
+        *_head(report),
         "",
-        *_parameters(told["parameters"]),
+        *_parameters(report["parameters"]),
         "",
-        *_memory(told),
+        *_memory(report),
         "",
-        *_batches(told),
+        *_batches(report),
         "",
-        *_time(told),
+        *_time(report),
     ]
 
 
-def _head(told: dict[str, Any]) -> list[str]:
-    ranks, device = told["world_size"], told["device"]["name"]
+def _head(report: dict[str, Any]) -> list[str]:
+    ranks, device = report["world_size"], report["device"]["name"]
     where = f"{ranks} x {device}" if ranks > 1 else ("this machine's CPU" if device == "cpu" else f"one {device}")
-    how = [told["precision"]]
-    how += ["weights sharded over all ranks"] if told["sharded"] else []
-    how += [f"clips shared by {told['sequence_parallel']} ranks"] if told["sequence_parallel"] > 1 else []
-    how += [f"{told['microbatches']} microbatches"] if told["microbatches"] > 1 else []
-    how += [f"activation checkpointing {told['activation_checkpointing']}"]
-    return [f"{told['recipe']} on {where}", f"{', '.join(how)}; GB are 1024^3 bytes"]
+    how = [report["precision"]]
+    how += ["weights sharded over all ranks"] if report["sharded"] else []
+    how += [f"clips shared by {report['sequence_parallel']} ranks"] if report["sequence_parallel"] > 1 else []
+    how += [f"{report['microbatches']} microbatches"] if report["microbatches"] > 1 else []
+    how += [f"activation checkpointing {report['activation_checkpointing']}"]
+    return [f"{report['recipe']} on {where}", f"{', '.join(how)}; GB are 1024^3 bytes"]
 
 
 def _parameters(networks: list[dict[str, Any]]) -> list[str]:
@@ -100,9 +100,9 @@ def _parameters(networks: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _memory(told: dict[str, Any]) -> list[str]:
-    memory, has = told["memory"], told["device"]["memory_bytes"]
-    share = f" 1/{told['world_size']}" if told["sharded"] else ""
+def _memory(report: dict[str, Any]) -> list[str]:
+    memory, has = report["memory"], report["device"]["memory_bytes"]
+    share = f" 1/{report['world_size']}" if report["sharded"] else ""
     parts = {
         "weights": f"weights{share}",
         "gradients": f"gradients{share}",
@@ -118,36 +118,36 @@ def _memory(told: dict[str, Any]) -> list[str]:
     }
     lines = [f"{'memory of a rank':<36}"]
     lines += [f"{name:<36}{gigabytes(memory[part]):>9}" for part, name in parts.items() if memory[part]]
-    verdict = "fits" if told["fits"] else "does not fit"
+    verdict = "fits" if report["fits"] else "does not fit"
     lines.append(f"{'at the worst moment':<36}{gigabytes(memory['total']):>9} of {gigabytes(has)}: {verdict}")
     return lines
 
 
-def _batches(told: dict[str, Any]) -> list[str]:
-    step, timed = told["step"], told["step"]["seconds"] is not None
+def _batches(report: dict[str, Any]) -> list[str]:
+    step, timed = report["step"], report["step"]["seconds"] is not None
     head = ("a step of each rank", "share", "clips", "tokens", "TFLOP", "recomputed", "frozen", "seconds" * timed)
     lines = ["{:<24}{:>7}{:>7}{:>10}{:>10}{:>12}{:>9}{:>9}".format(*head).rstrip()]
 
     def weight(batch: dict[str, Any]) -> float:
         return batch["share"] * (batch["flops"] + batch["recomputed_flops"] + batch["frozen_flops"])
 
-    shown = sorted(told["batches"], key=weight, reverse=True)[:_ROWS]
+    shown = sorted(report["batches"], key=weight, reverse=True)[:_ROWS]
     for batch in shown:
         lines.append(
-            f"{batch['label']:<24}{batch['share']:>7.1%}{batch['batch_size'] * told['microbatches']:>7}"
+            f"{batch['label']:<24}{batch['share']:>7.1%}{batch['batch_size'] * report['microbatches']:>7}"
             f"{'-' if batch['tokens'] is None else format(batch['tokens'], ','):>10}{_work(batch)}"
             f"{_seconds(batch['seconds']):>9}"
         )
-    left = len(told["batches"]) - len(shown)
+    left = len(report["batches"]) - len(shown)
     if left:
         lines.append(f"and {left} sizes that take less")
-    data_ranks = told["world_size"] // told["sequence_parallel"]
+    data_ranks = report["world_size"] // report["sequence_parallel"]
     clips, tokens = step["clips"] / data_ranks, step["tokens"] / data_ranks
     lines.append(
         f"{'mean':<31}{clips:>7.0f}{format(round(tokens), ',') if tokens else '-':>10}{_work(step)}"
         f"{_seconds(step['seconds']):>9}"
     )
-    if told["world_size"] > 1:
+    if report["world_size"] > 1:
         lines.append(_sent(step))
     return lines
 
@@ -163,12 +163,12 @@ def _sent(step: dict[str, Any]) -> str:
     return f"sent by each rank: {parts}" + (f", {step['sending_s']:.2g} s" if step["sending_s"] else "")
 
 
-def _time(told: dict[str, Any]) -> list[str]:
-    step, run, device = told["step"], told["run"], told["device"]
-    start = f"resumes from {told['resumes_from']}" if told["resumes_from"] else "starts at step 0"
-    first = f"{run['steps']:,} steps in {told['folder']}, {start}"
+def _time(report: dict[str, Any]) -> list[str]:
+    step, run, device = report["step"], report["run"], report["device"]
+    start = f"resumes from {report['resumes_from']}" if report["resumes_from"] else "starts at step 0"
+    first = f"{run['steps']:,} steps in {report['folder']}, {start}"
     if step["seconds"] is None:
-        return [first, "no time is told: nobody measured this CPU; set loop.peak_tflops to what it can do"]
+        return [first, "no time is known: nobody measured this CPU; set loop.peak_tflops to what it can do"]
     peak = f"{device['peak_tflops']:g} TFLOP/s" if device["peak_tflops"] else "loop.peak_tflops"
     cost = "" if run["cost"] is None else f", which cost {run['cost']:,.2f}"
     return [
@@ -179,10 +179,10 @@ def _time(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def advice(told: dict[str, Any]) -> str:
+def advice(report: dict[str, Any]) -> str:
     """What makes a run fit that does not."""
-    ways = [f"{' '.join(way['options'])} ({gigabytes(way['total'])})" for way in told["ways_to_fit"]]
-    smaller = {label: size for label, size in told["smaller_batches"].items() if size}
+    ways = [f"{' '.join(way['options'])} ({gigabytes(way['total'])})" for way in report["ways_to_fit"]]
+    smaller = {label: size for label, size in report["smaller_batches"].items() if size}
     if smaller:
         sizes = ", ".join(f"{size} of {label}" for label, size in smaller.items())
         ways.append(f"smaller batches ({sizes})")

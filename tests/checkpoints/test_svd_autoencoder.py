@@ -106,7 +106,7 @@ def test_a_release_makes_frames_with_it(folder, tmp_path):
             assert autoencoder.latent_space.differences(own.autoencoder.latent_space) == {}
     pipe = load_pipeline(NAME, components={"autoencoder": folder})
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a small red ball rolls left", generator=seeded(3)).frames.shape == (1, 4, 3, 32, 48)
+    assert pipe("a small red ball rolls left", generator=seeded(3), output_type="pt").frames.shape == (1, 4, 3, 32, 48)
 
 
 @pytest.mark.usefixtures("released")

@@ -37,7 +37,7 @@ class NoisePipeline:
         self.rule = SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
         self.device = torch.device("cpu")
         self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
-        self.tokenizer = None
+        self.text_conditioner = SimpleNamespace(check_words=lambda texts: None)
         self.num_timesteps = 3
         self.calls = []
         self.fail_at_step = None

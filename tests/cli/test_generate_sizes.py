@@ -22,7 +22,7 @@ def test_what_was_made_and_what_was_told_are_said(tables_model, capsys):
     options = ["--resolution", "144p", "--aspect-ratio", "1.78:1", "--num-frames", "1", "--output", "a.png"]
     assert main(["generate", PROMPT, *options]) == 0
     err = capsys.readouterr().err
-    assert err.startswith("making 1 frame of 256x144 (height x width), standing\n")
+    assert err.startswith("making 1 frame of 256x144 (height x width), portrait\n")
     assert main(["generate", PROMPT, "--output", "b.png"]) == 0
     err = capsys.readouterr().err
     assert err.startswith("5 frames of 16x16 (height x width), square; the network is told 16x18; 8 fps, 3 steps: ")

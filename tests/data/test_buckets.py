@@ -95,7 +95,7 @@ def test_configurations_that_mean_nothing(config, message):
 
 
 def test_shapes_without_clips():
-    """By chance, lying; what is never kept is no shape."""
+    """By chance, landscape; what is never kept is no shape."""
     config = {"240p": {"1": (0.5, 8), "51": ((1.0, 0.25), 2), "102": (0.0, None)}, "64x32": {"9": (0.25, 3)}}
     shapes = Buckets(config).shapes()
     assert [(s.label, s.batch_size, s.num_frames, s.height, s.width, s.share) for s in shapes] == [

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_objectives import CLIPS, FAMILY, diffusion_config, family_config, vae_config, write_clips
 from tiny_pipeline import make_autoencoder
+from tiny_tasks import CLIPS, FAMILY, diffusion_config, family_config, vae_config, write_clips
 from torch import Tensor
 
 import opensora

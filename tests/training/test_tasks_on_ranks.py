@@ -1,4 +1,4 @@
-"""The real objectives, tiny, on two ranks: what they export is what one rank exports."""
+"""The real training tasks, tiny, on two ranks: what they export is what one rank exports."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_objectives import diffusion_config, family_config, vae_config, write_clips
+from tiny_tasks import diffusion_config, family_config, vae_config, write_clips
 
 from opensora.training.config import LoopConfig, Recipe, TaskConfig
 from opensora.training.diffusion.lora import LoRAConfig

@@ -94,9 +94,9 @@ def start_from(
     missing = {name: family.part_of(name) for name in own if name not in adapted}
     unnamed = Counter(part for part in missing.values() if part is not None and part not in new_parts)
     if unnamed:
-        told = ", ".join(f"{count} tensors of {part}" for part, count in unnamed.items())
+        parts = ", ".join(f"{count} tensors of {part}" for part, count in unnamed.items())
         raise OpenSoraError(
-            f"{source} lacks {told}; if they are to begin anew, name them in objective.new_parts: "
+            f"{source} lacks {parts}; if they are to be initialised, name them in objective.new_parts: "
             f"{','.join([*new_parts, *unnamed])}"
         )
     if "last_layer" in new_parts:

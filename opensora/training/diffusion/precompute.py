@@ -143,12 +143,12 @@ def make_cache(
     precompute.begin(folder, source.rows, made_from)
     share = {"rank": rank, "num_ranks": num_ranks}
     if captions is not None:
-        with progress("encoding captions") as told:
-            precompute.make_text(folder, plan, encode_with(captions), made_from, **share, progress=told)
+        with progress("encoding captions") as on_progress:
+            precompute.make_text(folder, plan, encode_with(captions), made_from, **share, progress=on_progress)
         if captions.num_cut:
             logger.warning("%d captions were longer than the model reads, and cut", captions.num_cut)
         del captions
-    with progress("encoding clips") as told:
+    with progress("encoding clips") as on_progress:
         precompute.make_latents(
             folder,
             plan,
@@ -157,7 +157,7 @@ def make_cache(
             made_from,
             **share,
             num_workers=options.workers,
-            progress=told,
+            progress=on_progress,
         )
     index = precompute.finish(folder, plan, made_from)
     if index is not None and index.num_latents == 0:
@@ -166,12 +166,12 @@ def make_cache(
     return index
 
 
-def objective_on_clips(name: str, objective: Any, manifest: Path | None) -> tuple[DiffusionTaskConfig, ManifestClips]:
-    """The objective of a recipe that trains a diffusion transformer on the clips of a manifest, and these clips.
+def task_on_clips(name: str, objective: Any, manifest: Path | None) -> tuple[DiffusionTaskConfig, ManifestClips]:
+    """The training task of a recipe that trains a diffusion transformer on the clips of a manifest, and these clips.
 
     Args:
         name: of the recipe.
-        objective: of the recipe.
+        objective: the task's settings, of the recipe.
         manifest: to take the place of the recipe's.
 
     Raises:

@@ -28,7 +28,7 @@ class DiffusionSettings:
         architecture: class of the transformer, where `transformer` describes it.
         transformer: its keywords; None for those of `init_from`.
         init_from: what to start from: a model's name, a pipeline's folder, or weights of a transformer.
-        new_parts: parts of the transformer that may be missing there and begin anew, see `adaptation.start_from`.
+        new_parts: parts of the transformer that may be missing there and are initialised, see `adaptation.start_from`.
         train: "all" of it, what attends along time alone ("temporal"), all the rest ("spatial"), or an adapter beside
             it, which alone is exported then.
         freeze_text_embedder: leave the layers that take in the text as they are.

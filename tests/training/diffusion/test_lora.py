@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_objectives import FAMILY, family_config, write_clips
 from tiny_pipeline import make_pipeline, seeded
+from tiny_tasks import FAMILY, family_config, write_clips
 from tiny_transformers import SIZES, build, inputs
 
 from opensora.checkpoints.adapters import ADAPTER_FILE, is_adapter, read_adapter

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny_objectives import write_clips
 from tiny_pipeline import make_pipeline
+from tiny_tasks import write_clips
 
 from opensora.data.batch import BatchKey, DataContext
 from opensora.data.clips import ClipSource, ManifestClips

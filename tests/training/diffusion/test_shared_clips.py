@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_objectives import diffusion_config
+from tiny_tasks import diffusion_config
 
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig

@@ -1,4 +1,4 @@
-"""The diffusion objective's own choices: latents, text, given frames, times, groups, frozen networks, export."""
+"""The task of training diffusion transformers: latents, text, conditioning, times, groups, frozen networks, export."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,8 @@ import pytest
 import tiny_published
 import torch
 from huggingface_hub import constants
-from tiny_objectives import FAMILY, family_config, write_clips
 from tiny_pipeline import make_pipeline
+from tiny_tasks import FAMILY, family_config, write_clips
 from torch import Tensor
 
 import opensora

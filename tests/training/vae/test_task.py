@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_objectives import AUTOENCODER, CLIPS, vae_config
+from tiny_tasks import AUTOENCODER, CLIPS, vae_config
 from torch import Tensor
 
 from opensora.data.batch import DataContext

@@ -18,7 +18,7 @@ from opensora.diffusion.process import GaussianProcess
 from opensora.distributed.seeding import BatchKey
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text.conditioner import TextStates
-from opensora.recipes.debug import debug_objective
+from opensora.recipes.debug import debug_task
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.task import DiffusionTask
@@ -42,7 +42,7 @@ class Toy:
 
 
 def task_of(fixture: Any, model: str, diffusion: Flow | IDDPM) -> tuple[DiffusionTask, Toy]:
-    task = debug_objective(model, diffusion).build("cpu").task
+    task = debug_task(model, diffusion).build("cpu").task
     assert isinstance(task, DiffusionTask)
     toy = Toy(fixture)
     task.networks.transformer = toy  # type: ignore[assignment]
@@ -119,7 +119,7 @@ def test_speed_draws_what_the_reference_draws(golden) -> None:
     fixture = golden("iddpm_v1_1_tables")
     if "out.speed.p" not in fixture:
         pytest.skip("the fixture holds no SpeeD tables")
-    task = debug_objective("opensora-1.1-stage2", IDDPM(steps="speed", float32_tables=True)).build("cpu").task
+    task = debug_task("opensora-1.1-stage2", IDDPM(steps="speed", float32_tables=True)).build("cpu").task
     assert isinstance(task, DiffusionTask)
     drawn = task.networks.noise_process.draw_times(4001, generator=torch.Generator().manual_seed(0))
     half, meaningful = 2001, int(fixture["out.speed.meaningful_steps"])

@@ -10,7 +10,7 @@ from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips, ToyboxLatents, ToyboxVideos
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
-from opensora.recipes.debug import debug_objective
+from opensora.recipes.debug import debug_task
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import render, sample_specs
 from opensora.training.diffusion.config import DiffusionTaskConfig
@@ -79,7 +79,7 @@ def family_config(version: str, manifest: Path | None, **changes: Any) -> Diffus
     buckets = {"64x64": {"5": (1.0, 2), "1": (1.0, 2)}}
     data = ManifestClips(buckets, manifest, batches_in_a_row=1, num_workers=0)
     transformer = {"input_size": [5, 8, 8]} if version == "1.0" else None
-    return dataclasses.replace(debug_objective(model, diffusion, transformer, data=data), **changes)
+    return dataclasses.replace(debug_task(model, diffusion, transformer, data=data), **changes)
 
 
 def vae_config(stage: str, **changes: Any) -> VAETaskConfig:
