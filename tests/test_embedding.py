@@ -177,3 +177,8 @@ def test_mistakes_name_fields_and_no_options(wishes, message):
     with pytest.raises(OpenSoraError, match=message) as caught:
         engine.generate(ClipRequest(PROMPT, **wishes))
     assert "--" not in str(caught.value)
+
+
+def test_an_engine_of_unknown_numbers_is_refused():
+    with pytest.raises(OpenSoraError, match="unknown dtype 'float8'"):
+        Engine.load(ClipRequest("", model="toybox", dtype="float8"))  # type: ignore[arg-type]

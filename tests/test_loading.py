@@ -318,6 +318,17 @@ def test_the_hash_covers_weights_in_folders_below(folder):
     assert ModelSource.find(folder).hash() != before
 
 
+def test_the_hash_covers_the_configuration_that_weights_without_one_are_read_by(folder, tmp_path):
+    """A lone file in place of a part has the keywords of the model's own, which decide the frames as well."""
+    lone = Path(shutil.copy(folder / "transformer" / WEIGHTS, tmp_path / "lone.safetensors"))
+    described = shutil.copytree(folder / "transformer", tmp_path / "described")
+    hashes = [ModelSource.find(folder, {"transformer": path}).hash() for path in (lone, described)]
+    change_json(folder / "transformer" / "config.json", input_sq_size=1024)
+    assert load_pipeline(folder, components={"transformer": lone}).transformer.config.input_sq_size == 1024
+    assert ModelSource.find(folder, {"transformer": lone}).hash() != hashes[0]
+    assert ModelSource.find(folder, {"transformer": described}).hash() == hashes[1]
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_the_hash_covers_the_weights_of_a_training_run(folder, average):
     """Which keeps them in a folder `model`, and their moving average beside it."""
@@ -347,6 +358,16 @@ def test_shards_outside_of_the_folder_are_refused(folder, outside):
     index.write_text(json.dumps({"weight_map": {"t_block.1.bias": shard}}))
     assert f"names {shard}, which is outside of its folder" in refusal(folder)
     with pytest.raises(OpenSoraError, match="outside of its folder"):
+        ModelSource.find(folder).hash()
+
+
+@pytest.mark.parametrize(
+    "named", [None, [], "a", {"t_block.1.bias": 1}, {"t_block.1.bias": ["a"]}, {"t_block.1.bias": ""}]
+)
+def test_an_index_that_names_no_files_is_refused(folder, named):
+    in_shards(folder, "first.safetensors")
+    (folder / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(OpenSoraError, match="names no files of weights"):
         ModelSource.find(folder).hash()
 
 

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,7 @@ class Part:
         class_name: module and class, where the model says so; None for what stands alone.
         config: keywords of the class that the model says, in place of what the path tells.
         replaced: the path was put in place of the model's own part, so `config` holds where the path tells nothing.
+        config_file: which `config` was read from, where the model has one.
         published: the entry of the table of published models that it is, if it is one.
     """
 
@@ -64,6 +65,7 @@ class Part:
     class_name: tuple[str, str] | None = None
     config: Mapping[str, Any] | None = None
     replaced: bool = False
+    config_file: Path | None = None
     published: PublishedPart | None = None
 
     @cached_property
@@ -105,8 +107,8 @@ class Part:
 
     def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         """The network with its weights, see `load_component`."""
-        keywords = self.keywords() if self.config is not None else None
-        return load_component(self.path, self.cls, dtype, config=keywords, **options)
+        config = None if self.config is None else self.keywords()
+        return load_component(self.path, self.cls, dtype, config=config, **options)
 
     def load_settings(self) -> Any:
         """The scheduler or tokenizer."""
@@ -120,10 +122,11 @@ class Part:
         """
         if self.published is not None:
             return {file.name: file for file in hub.look_up(self.published).files}
+        own = {} if self.config_file is None else {self.config_file.name: self.config_file}
         if not self.path.is_dir():
-            return {self.path.name: self.path} if self.path.is_file() else {}
+            return {**own, self.path.name: self.path} if self.path.is_file() else {}
         suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, ".txt")
-        found = {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
+        found = own | {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
         for file in weight_files(self.path) if self.is_network else ():  # which may lie in folders below
             if file not in found.values():
                 found[file.name if file.name not in found else file.relative_to(self.path).as_posix()] = file
@@ -214,10 +217,8 @@ class ModelSource:
             known = [part for part in self.parts.values() if not part.replaced]
             rows = {part.name: [".".join(part.class_name or ()), dict(part.config or {})] for part in known}
             hashes["table"] = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-        total = hashlib.sha256()
-        for name, digest in sorted(hashes.items()):
-            total.update(f"{name}\0{digest}\n".encode())
-        return total.hexdigest()
+        listed = "".join(f"{name}\0{digest}\n" for name, digest in sorted(hashes.items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def needed_parts() -> list[str]:
@@ -360,9 +361,11 @@ def _find_in_folder(name: str, folder: Path, components: Mapping[str, str | Path
         parts[part] = Part(part, own, named[part])
         if part in given:
             described = own / "config.json"
-            config = read_object(described) if described.is_file() else {}
-            options = {key: value for key, value in config.items() if not key.startswith("_")} or None
-            parts[part] = Part(part, given[part], named[part], options, replaced=True)
+            file = described if described.is_file() else None
+            options = (
+                {key: value for key, value in read_object(file).items() if not key.startswith("_")} if file else None
+            )
+            parts[part] = Part(part, given[part], named[part], options or None, replaced=True, config_file=file)
     defaults = {key: value for key, value in index.items() if key not in named and value != [None, None]}
     return ModelSource(name, parts, defaults, folder)
 
@@ -385,13 +388,12 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
-def _check_components(components: Mapping[str, str | Path], names: Iterable[str]) -> dict[str, Path]:
+def _check_components(components: Mapping[str, str | Path], names: Mapping[str, Any]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
-    known = list(names)
     for name, given in components.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
             raise OpenSoraError(f"unknown component {name!r}; {hint}")
         paths[name] = Path(given).expanduser()
         if not paths[name].exists():

@@ -71,9 +71,11 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(read_object(index).get("weight_map", {}).values()))
-    if not names:
+    found = read_object(index).get("weight_map")
+    named = list(found.values()) if isinstance(found, dict) else []
+    if not named or not all(isinstance(name, str) and name for name in named):
         raise OpenSoraError(f"{index} names no files of weights; it is damaged, get it again")
+    names = sorted(set(named))
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise OpenSoraError(

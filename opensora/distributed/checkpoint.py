@@ -26,9 +26,6 @@ from opensora.files import flush_folder
 
 BYTES_PER_FILE = 2**30  # a file is put together in memory before it is written
 
-# A single process without a process group is how most runs here are, and DCP warns of it every time.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
 
 class Checkpoints:
     """The checkpoints of a run; one at a time is written beside the training.
@@ -41,6 +38,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mesh: Mesh, keep: int) -> None:
         self.folder, self.mesh, self.keep = folder, mesh, keep
+        _expect_one_process()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         if mesh.is_first:
@@ -210,6 +208,7 @@ def read_tensors(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
             f"{path} belongs to another network: it differs in {others[0]!r} and {len(others) - 1} others; "
             "use the recipe it was made with, or another `output`"
         )
+    _expect_one_process()
     try:
         dcp.load(
             dict(tensors),
@@ -221,3 +220,8 @@ def read_tensors(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     except (CheckpointException, SafetensorError) as failure:
         advice = "delete it to go on from the one before"
         raise OpenSoraError(f"{path} cannot be read ({reason(failure)}); {advice}") from None
+
+
+def _expect_one_process() -> None:
+    """DCP warns every time of a process without a group, which is how most runs here are."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

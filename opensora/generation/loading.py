@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from opensora.errors import OpenSoraError
 from opensora.generation.record import Record, UsedAdapter, check_same_adapters, check_same_model
-from opensora.generation.request import Adapter, ClipRequest
+from opensora.generation.request import Adapter, ClipRequest, check_dtype
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -85,13 +85,14 @@ def load_model(
         record: of the clip that is made again.
 
     Raises:
-        OpenSoraError: damaged files, an absent device, or another model than the recorded one.
+        OpenSoraError: damaged files, an absent device, an unknown dtype, or another model than the recorded one.
     """
     import torch
 
     from opensora.checkpoints import loading
     from opensora.checkpoints.source import ModelSource
 
+    check_dtype(request.dtype)
     device = loading.choose_device(request.device)
     found = ModelSource.find(request.model_name, request.components).hash()
     if record is not None:

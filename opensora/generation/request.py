@@ -201,8 +201,7 @@ class ClipRequest:
         Raises:
             OpenSoraError: the first mistake.
         """
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise OpenSoraError(f"unknown dtype {self.dtype!r}{nearest_name(self.dtype, DTYPES)}")
+        check_dtype(self.dtype)
         if not 0 <= self.seed < 2**63:
             raise OpenSoraError(f"`seed` is {self.seed}, expected a number from 0 to 2^63 - 1")
         _check_size(self, file_format)
@@ -211,6 +210,12 @@ class ClipRequest:
         _check_loops(self)
         _check_references(self)
         self.texts()
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises `OpenSoraError` for numbers that networks do not compute in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise OpenSoraError(f"unknown dtype {dtype!r}{nearest_name(dtype, DTYPES)}")
 
 
 def split_paths(text: str) -> tuple[Path, ...]:

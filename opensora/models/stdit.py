@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -93,9 +92,6 @@ class STDiTBlock(SpaceTimeBlock):
         hidden_states = torch.addcmul(hidden_states, gate, self.attn_temp(in_time, TIME).to(dtype))
 
         return self.text_and_mlp(hidden_states, encoder_hidden_states, table[3:], text_bias, text_keys_values)
-
-
-TransformerBlockRegistry.register(STDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class STDiT(SpaceTimeTransformer):

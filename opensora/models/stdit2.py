@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -99,9 +98,6 @@ class STDiT2Block(SpaceTimeBlock):
         hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], SPACE, shards=shards)
         hidden_states = self.modulated_attention(self.attn_temp, hidden_states, time_table, TIME, rope)
         return self.text_and_mlp(hidden_states, encoder_hidden_states, table[3:], text_bias, text_keys_values)
-
-
-TransformerBlockRegistry.register(STDiT2Block, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class STDiT2(SpaceTimeTransformer):

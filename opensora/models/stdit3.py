@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside the class
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -93,9 +92,6 @@ class STDiT3Block(SpaceTimeBlock):
         table = (self.scale_shift_table + modulation).to(hidden_states.dtype).unsqueeze(3).unbind(2)
         hidden_states = self.modulated_attention(self.attn, hidden_states, table[:3], self.axis, rope, shards)
         return self.text_and_mlp(hidden_states, encoder_hidden_states, table[3:], text_bias, text_keys_values)
-
-
-TransformerBlockRegistry.register(STDiT3Block, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class STDiT3(SpaceTimeTransformer):

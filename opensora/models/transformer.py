@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -107,6 +108,8 @@ class SpaceTimeBlock(nn.Module):
         exact_gelu: bool = False,
     ) -> None:
         super().__init__()
+        # Caches of diffusers ask there where a block's hidden states are among its outputs.
+        TransformerBlockRegistry.register(type(self), TransformerBlockMetadata(return_hidden_states_index=0))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm=qk_norm, rotate_before_norm=rotate_before_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
