@@ -31,14 +31,14 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, relative: float) ->
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
 def test_a_pipeline_makes_the_same_clip(kind):
     pipeline = make_pipeline(kind)
-    expected = pipeline(PROMPT, generator=seeded(0)).frames
+    expected = pipeline(PROMPT, generator=seeded(0), output_type="pt").frames
     latents = pipeline(PROMPT, generator=seeded(0), output_type="latent").frames
     pipeline = pipeline.to(DEVICE)
     # Noise comes from the CPU generator, so a seed means the same clip on both.
     found = pipeline(PROMPT, generator=seeded(0), output_type="latent").frames
     assert found.device.type == DEVICE and found.dtype == torch.float32
     assert_near(found, latents, 1e-2)
-    frames = pipeline(PROMPT, generator=seeded(0)).frames
+    frames = pipeline(PROMPT, generator=seeded(0), output_type="pt").frames
     assert frames.device.type == "cpu"
     assert_near(frames, expected, 1e-2)
 
@@ -49,8 +49,8 @@ def test_a_saved_pipeline_is_loaded_in_bfloat16(tmp_path):
     pipeline = opensora.load_pipeline(tmp_path, device=DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.dtype == torch.bfloat16 and pipeline.device.type == DEVICE
-    found = pipeline(PROMPT, generator=seeded(0)).frames
-    assert_near(found, made(PROMPT, generator=seeded(0)).frames, 0.1)
+    found = pipeline(PROMPT, generator=seeded(0), output_type="pt").frames
+    assert_near(found, made(PROMPT, generator=seeded(0), output_type="pt").frames, 0.1)
 
 
 def test_the_transformer_in_bfloat16_is_near_float32():
