@@ -288,6 +288,7 @@ class OpenSoraPipeline(
             OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
                 or latents that are not finite.
         """
+        check_scheduler(self.scheduler)  # users put others in its place
         # Callbacks of `diffusers.callbacks` say themselves what they ask for.
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _check_choices(output_type, tensor_inputs)

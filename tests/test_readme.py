@@ -34,3 +34,11 @@ def test_every_link_leads_somewhere() -> None:
     for text in (ENGLISH, CHINESE):
         for target in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (ROOT / target).exists(), target
+
+
+def test_the_page_on_diffusers_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)`", page))
+    assert files
+    for file in files:
+        assert (ROOT / file if file.startswith("tests/") else ROOT / "tests" / "contract" / file).is_file(), file

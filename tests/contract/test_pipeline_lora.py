@@ -170,6 +170,16 @@ def test_an_adapter_of_something_else_is_refused(stored):
     assert untouched(pipe, stored)
 
 
+def test_diffusers_loads_adapters_of_other_weights(stored):
+    """Which `load_pipeline(adapters=...)` refuses."""
+    pipe = load_pipeline(stored / "base")
+    with torch.no_grad():
+        pipe.transformer.blocks[0].attn.proj.weight.add_(1)
+    plain = sample(pipe)
+    pipe.load_lora_weights(stored / "first")
+    assert differs(sample(pipe), plain)
+
+
 def test_where_weights_come_and_go_adapters_are_merged_and_not_loaded(stored):
     """`load_pipeline(offload=True)` on a CPU reads the weights anew, without what was loaded beside them."""
     pipe = load_pipeline(stored / "base", offload=True)

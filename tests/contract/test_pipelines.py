@@ -1,87 +1,32 @@
-"""Every pipeline in the shape of diffusers' pipeline tests: threads, embeddings, callbacks, schedules, copies, files.
+"""Calls of every pipeline in the shape of diffusers' pipeline tests: threads, embeddings, callbacks, schedules.
 
-Each test runs on all three generations of the family, with every scheduler there is. Offloading is tested in
-`test_pipeline_offload.py`, adapters in `test_pipeline_lora.py`, guidance in `test_pipeline_guidance.py`, frames that
-are given in `test_pipeline_frames.py`.
+Each test runs on all three generations of the family, with every scheduler there is. What comes out, copies and files
+are in `test_pipeline_files.py`, frames that are given in `test_pipeline_frames.py`, guidance in
+`test_pipeline_guidance.py`, adapters in `test_pipeline_lora.py`, offloading in `test_pipeline_offload.py`.
 """
 
 import itertools
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import FirstBlockCacheConfig
-from diffusers.utils import dynamic_modules_utils, export_to_video, export_utils
+from published_pipelines import NEGATIVE, OTHER, PROMPT, equal, near, refusal, sample
 from tiny_pipeline import seeded
 from tiny_published import pipeline_of
 from torch import Tensor
 
-from opensora.checkpoints.loading import load_pipeline
-from opensora.errors import OpenSoraError
+from opensora.models.schedulers.dpm_solver import DPMSolverScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.pipeline import OpenSoraPipeline
-
-PROMPT = "a red ball"
-OTHER = "rain in the hills"
-NEGATIVE = "a blue cube"
-PIPELINES: dict[str, tuple[str, str | None]] = {
-    "1.0, ancestral": ("opensora-1.0-hq-16x256x256", None),
-    "1.0, DPM-Solver++": ("opensora-1.0-hq-16x256x256", "dpm-solver++"),
-    "1.1, DDIM": ("opensora-1.1-stage3", "ddim"),
-    "1.1, DPM-Solver++": ("opensora-1.1-stage3", "dpm-solver++"),
-    "1.2, flow": ("opensora-1.2", None),
-}
-
-
-@pytest.fixture(scope="module", params=PIPELINES)
-def kept(request: pytest.FixtureRequest) -> OpenSoraPipeline:
-    """A tiny pipeline of each kind, not to be changed."""
-    return pipeline_of(*PIPELINES[request.param])
-
-
-@pytest.fixture(params=PIPELINES)
-def pipe(request: pytest.FixtureRequest) -> OpenSoraPipeline:
-    """A tiny pipeline of each kind, to be changed."""
-    return pipeline_of(*PIPELINES[request.param])
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums of several threads of one operator depend on how busy a machine is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def sample(pipe: OpenSoraPipeline, prompt: Any = PROMPT, seed: int = 1, **options: Any) -> Any:
-    return pipe(prompt, **{"generator": seeded(seed), "output_type": "latent"} | options).frames
-
-
-def equal(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def near(actual: Tensor, expected: Tensor) -> None:
-    """Up to rounding, which a sampler may enlarge where latents are large."""
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def refusal(pipe: OpenSoraPipeline, prompt: Any = PROMPT, **options: Any) -> str:
-    """Why a call is refused, which is said in one line."""
-    with pytest.raises(OpenSoraError) as error:
-        sample(pipe, prompt, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def count_calls(network: Any) -> list[int]:
@@ -291,6 +236,20 @@ def test_callback_objects_say_what_they_ask_for(kept):
         equal(sample(kept, num_inference_steps=2, callback_on_step_end=callback), plain / 2)
 
 
+def test_guidance_is_cut_off_by_a_guider_and_not_by_a_callback(kept):
+    with pytest.raises(TypeError, match="TextStates"):
+        sample(kept, num_inference_steps=4, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    asked: list[bool] = []
+
+    def ask(pipeline: OpenSoraPipeline, *_: Any) -> dict[str, Any]:
+        asked.append(pipeline.do_classifier_free_guidance)
+        return {}
+
+    guider = ClassifierFreeGuidance(3.0, stop=0.5)
+    sample(kept, num_inference_steps=4, guider=guider, callback_on_step_end=ask)
+    assert asked == [True, True, False, False]
+
+
 def test_unknown_tensors_are_refused(kept):
     assert "'image_latents'" in refusal(kept, callback_on_step_end_tensor_inputs=["image_latents"])
     assert "'latent'" in refusal(kept, callback_on_step_end=lambda *_: {"latent": torch.zeros(1)})
@@ -427,159 +386,31 @@ def test_noise_may_be_given(kept):
     assert "latents have the shape (2," in refusal(kept, latents=noise.repeat(2, 1, 1, 1, 1))
 
 
-# ---- what comes out -------------------------------------------------------------------------------------------------
+# ---- schedulers -----------------------------------------------------------------------------------------------------
 
 
-def test_output_types_hold_the_same_video(kept):
-    video, array, images, latents = (sample(kept, output_type=kind) for kind in ("pt", "np", "pil", "latent"))
-    assert video.shape == (1, 4, 3, 32, 48) and video.dtype == torch.float32
-    assert isinstance(array, np.ndarray)
-    equal(torch.tensor(array).movedim(-1, 2), video)
-    pixels = np.stack([np.asarray(image) for image in images[0]])
-    assert np.array_equal(pixels, (array[0] * 255).round().astype(np.uint8))
-    equal(kept._decode(latents, kept._size(None, None, None), "pt"), video)
-    as_tuple = sample_tuple(kept)
-    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
-    assert "output_type is 'mp4'" in refusal(kept, output_type="mp4")
+def test_the_scheduler_of_a_pipeline_is_a_template(kept):
+    """Each call has a copy, which its callback does not find on the pipeline."""
+    before = {name: str(value) for name, value in vars(kept.scheduler).items()}
+
+    def look(pipeline: OpenSoraPipeline, *_: Any) -> dict[str, Any]:
+        assert {name: str(value) for name, value in vars(pipeline.scheduler).items()} == before
+        return {}
+
+    sample(kept, num_inference_steps=3, callback_on_step_end=look)
 
 
-def sample_tuple(pipe: OpenSoraPipeline) -> Any:
-    return pipe(PROMPT, generator=seeded(1), return_dict=False)
+def test_a_scheduler_is_swapped_as_in_diffusers():
+    pipe, other = pipeline_of("opensora-1.1-stage3"), pipeline_of("opensora-1.1-stage3", "dpm-solver++")
+    pipe.scheduler = DPMSolverScheduler.from_config(pipe.scheduler.config)
+    equal(sample(pipe), sample(other))
 
 
-@pytest.mark.parametrize("output_type", [None, "np"])
-def test_export_to_video_is_given_the_pixels_of_the_video(kept, output_type, monkeypatch):
-    """Up to the codec, which is another program."""
-    written: list[np.ndarray] = []
-
-    class Writer:
-        def append_data(self, frame: np.ndarray) -> None:
-            written.append(np.asarray(frame))
-
-        def __enter__(self) -> "Writer":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    plugins = SimpleNamespace(ffmpeg=SimpleNamespace(get_exe=lambda: "ffmpeg"))
-    fake = SimpleNamespace(plugins=plugins, get_writer=lambda *_, **__: Writer())
-    monkeypatch.setitem(sys.modules, "imageio", fake)
-    monkeypatch.setattr(export_utils, "is_imageio_available", lambda: True)
-    kinds = {} if output_type is None else {"output_type": output_type}
-    frames = kept(PROMPT, generator=seeded(1), **kinds).frames[0]
-    export_to_video(frames, "clip.mp4", fps=8)
-    exact = sample(kept, output_type="np")[0] * 255
-    assert len(written) == len(exact) and all(frame.dtype == np.uint8 for frame in written)
-    # diffusers rounds arrays down.
-    assert np.abs(np.stack(written) - exact).max() <= (0.5 if output_type is None else 1) + 1e-4
+def test_a_foreign_scheduler_in_its_place_is_refused(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert "FlowMatchEulerDiscreteScheduler" in refusal(pipe)
 
 
-# ---- copies and files -----------------------------------------------------------------------------------------------
-
-
-def defaults_of(pipe: OpenSoraPipeline) -> dict[str, Any]:
-    return {name: value for name, value in dict(pipe.config).items() if not name.startswith("_")}
-
-
-CHANGED: dict[str, Any] = {"guidance_scale": 2.5, "cfg_channels": [0, 2], "height": 16, "num_frames": 3, "fps": 9}
-
-
-def with_own_defaults(kind: str) -> OpenSoraPipeline:
-    """A pipeline none of whose defaults are those of the class."""
-    name, sampler = PIPELINES[kind]
-    pipe = pipeline_of(name, sampler, **CHANGED)
-    space = pipe.autoencoder.latent_space.to_dict()
-    pipe.register_to_config(trained_on={"latent_space": space, "autoencoder": "a" * 64})
-    return pipe
-
-
-COPIES: dict[str, Callable[[OpenSoraPipeline], OpenSoraPipeline]] = {
-    "components": lambda pipe: OpenSoraPipeline(**pipe.components),
-    "from_pipe": OpenSoraPipeline.from_pipe,
-    "from_pipe and back": lambda pipe: OpenSoraPipeline.from_pipe(OpenSoraPipeline.from_pipe(pipe)),
-}
-
-
-@pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize("kind", PIPELINES)
-def test_copies_keep_the_models_defaults_and_share_its_networks(kind, copy):
-    pipe = with_own_defaults(kind)
-    made = COPIES[copy](pipe)
-    made.set_progress_bar_config(disable=True)
-    assert defaults_of(made) == defaults_of(pipe)
-    assert {name: dict(made.config)[name] for name in CHANGED} == CHANGED
-    assert all(made.networks[name] is part for name, part in pipe.networks.items())
-    equal(sample(made), sample(pipe))
-
-
-def test_a_copy_may_differ_and_leaves_the_first_as_it_was(kept):
-    before, expected = defaults_of(kept), sample(kept)
-    made = OpenSoraPipeline.from_pipe(kept, guidance_scale=1.0)
-    assert defaults_of(made) == before | {"guidance_scale": 1.0} and defaults_of(kept) == before
-    made.set_progress_bar_config(disable=True)
-    equal(sample(made), sample(kept, guidance_scale=1.0))
-    equal(sample(kept), expected)
-
-
-def test_a_copy_of_an_offloaded_pipeline_is_offloaded(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    away = load_pipeline(tmp_path, offload=True)
-    away.sequential_guidance = True
-    made = OpenSoraPipeline.from_pipe(away)
-    made.set_progress_bar_config(disable=True)
-    assert made.sequential_guidance
-    near(sample(made), sample(pipe))
-
-
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("way", ["from_pretrained", "DiffusionPipeline", "load_pipeline"])
-def test_saved_and_loaded(kind, way, tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    pipe = with_own_defaults(kind)
-    folder = tmp_path / "saved"
-    pipe.save_pretrained(folder)
-    ways: dict[str, Callable[..., Any]] = {
-        "from_pretrained": OpenSoraPipeline.from_pretrained,
-        "DiffusionPipeline": lambda path, **how: DiffusionPipeline.from_pretrained(path, trust_remote_code=True, **how),
-        "load_pipeline": lambda path, torch_dtype=None: load_pipeline(path, dtype=torch_dtype),
-    }
-    loaded = ways[way](folder)
-    loaded.set_progress_bar_config(disable=True)
-    assert type(loaded) is OpenSoraPipeline and type(loaded.scheduler) is type(pipe.scheduler)
-    assert defaults_of(loaded) == defaults_of(pipe)
-    near(sample(loaded), sample(pipe))
-    half = ways[way](folder, torch_dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    dtypes = {name: getattr(half, name).dtype for name in ("transformer", "autoencoder", "text_encoder")}
-    assert dtypes == dict.fromkeys(dtypes, torch.bfloat16) and half.dtype == torch.bfloat16
-    latents = sample(half)
-    assert latents.dtype == torch.float32 and torch.isfinite(latents).all()
-
-
-def test_cast_as_a_whole(pipe):
-    expected = sample(pipe)
-    latents = sample(pipe.to(torch.bfloat16))
-    assert pipe.dtype == torch.bfloat16 and latents.dtype == torch.float32
-    assert 0 < (latents - expected).abs().max() < expected.abs().max()
-
-
-# ---- the autoencoder ------------------------------------------------------------------------------------------------
-
-
-def test_the_autoencoder_is_also_the_vae(pipe):
-    assert pipe.vae is pipe.autoencoder
-    prompts, seeds = [PROMPT, OTHER], (1, 2)
-    whole = sample(pipe, prompts, output_type="pt", generator=seeded(*seeds))
-    pipe.enable_vae_slicing()
-    assert pipe.vae.use_slicing
-    near(sample(pipe, prompts, output_type="pt", generator=seeded(*seeds)), whole)
-    pipe.disable_vae_slicing()
-    pipe.enable_vae_tiling()
-    assert pipe.vae.use_tiling
-    tiles = sample(pipe, prompts, output_type="pt", generator=seeded(*seeds))
-    assert tiles.shape == whole.shape and torch.isfinite(tiles).all()
-    pipe.disable_vae_tiling()
-    assert not pipe.vae.use_tiling and not pipe.vae.use_slicing
-    equal(sample(pipe, prompts, output_type="pt", generator=seeded(*seeds)), whole)
+def test_context_parallelism_of_diffusers_has_no_plan(kept):
+    """So that `enable_parallelism` refuses to guess one; `parallelize` takes its place."""
+    assert kept.transformer._cp_plan is None
