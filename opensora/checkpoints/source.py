@@ -362,10 +362,9 @@ def _find_in_folder(name: str, folder: Path, components: Mapping[str, str | Path
         if part in given:
             described = own / "config.json"
             file = described if described.is_file() else None
-            options = (
-                {key: value for key, value in read_object(file).items() if not key.startswith("_")} if file else None
-            )
-            parts[part] = Part(part, given[part], named[part], options or None, replaced=True, config_file=file)
+            stored = {} if file is None else read_object(file)
+            options = {key: value for key, value in stored.items() if not key.startswith("_")} or None
+            parts[part] = Part(part, given[part], named[part], options, replaced=True, config_file=file)
     defaults = {key: value for key, value in index.items() if key not in named and value != [None, None]}
     return ModelSource(name, parts, defaults, folder)
 

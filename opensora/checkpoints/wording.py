@@ -129,7 +129,7 @@ def describe_latent_space(space: dict[str, Any]) -> str:
 
 
 def describe_config(config: dict[str, Any]) -> str:
-    """Keywords that hold plain values, as `name=value`; what is nested is left to --json."""
+    """Keywords that hold plain values, as `name=value`; what is nested is left to JSON."""
     named = {name: value.get("type") if isinstance(value, dict) else value for name, value in config.items()}
     hidden = {name for name, value in config.items() if isinstance(value, dict) and "type" not in value}
     return ", ".join(f"{name}={_short(value)}" for name, value in named.items() if name not in hidden)

@@ -241,7 +241,7 @@ def with_text(pipeline: "OpenSoraPipeline", batch: LatentBatch) -> tuple[LatentB
     device, dtype, conditioner = pipeline.device, pipeline.transformer.dtype, pipeline.text_conditioner
     if batch.text is not None:
         return replace(batch, text=batch.text.to(device, dtype)), 0
-    conditioner.check_words(batch.captions)
+    conditioner.check_words([caption for caption in batch.captions if caption.strip()])  # training reads empty ones
     captions = [clean_text(caption) if pipeline.config.clean_prompts else caption for caption in batch.captions]
     tokens = conditioner.tokenize(captions, cut=True)
     return replace(batch, text=conditioner.encode_tokens(tokens).to(device, dtype)), tokens.num_cut

@@ -277,9 +277,9 @@ def _check_size(request: ClipRequest, file_format: str) -> None:
     if request.frame_interval is not None and request.frame_interval < 1:
         raise OpenSoraError(f"`frame_interval` is {request.frame_interval}, expected 1 or more")
     if request.fps is not None and not 0 < request.fps < math.inf:
-        check_fps(request.fps, file_format)
+        check_fps(request.fps, file_format, "`fps`")
     if request.save_fps is not None:
-        check_fps(request.save_fps, file_format)
+        check_fps(request.save_fps, file_format, "`save_fps`")
 
 
 def _check_sampling(request: ClipRequest) -> None:

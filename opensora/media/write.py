@@ -58,11 +58,11 @@ def format_of(path: str | Path, format: str | None = None) -> str:
     return format or suffix
 
 
-def check_fps(fps: float, format: str) -> None:
-    """Raises `OpenSoraError` for a number of frames per second that a file of that format cannot hold."""
+def check_fps(fps: float, format: str, name: str = "fps") -> None:
+    """Raises `OpenSoraError`, which calls it so, for frames per second that a file of that format cannot hold."""
     highest = 100 if format == "gif" else 1000  # a gif counts hundredths of a second
     if not 0.01 <= fps <= highest:
-        raise OpenSoraError(f"fps is {fps:g}, expected a number from 0.01 to {highest} for {format}")
+        raise OpenSoraError(f"{name} is {fps:g}, expected a number from 0.01 to {highest} for {format}")
 
 
 def check_size(format: str, num_frames: int, height: int, width: int) -> None:

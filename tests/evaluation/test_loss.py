@@ -132,6 +132,13 @@ def test_captions_that_are_too_long_are_cut_and_counted():
     assert held_out_losses(pipeline, [batch], num_timesteps=2).cut_captions == 0
 
 
+def test_clips_without_a_caption_are_measured_as_they_are_trained_on():
+    pipeline = make_pipeline()
+    batch: LatentBatch = toybox_portions(pipeline, CLIPS, 2)[0].load()
+    losses = held_out_losses(pipeline, [replace(batch, captions=["", *batch.captions[1:]])], num_timesteps=2)
+    assert len(losses.means()) == 1
+
+
 def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path):
     pipeline, output = make_pipeline(), tmp_path / "losses.json"
     portions = toybox_portions(pipeline, CLIPS, 4, batch_size=2)
