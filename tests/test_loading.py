@@ -299,6 +299,12 @@ def test_no_weights_have_no_hash(folder):
         ModelSource.find(folder).hash()
 
 
+def test_a_model_without_one_of_its_networks_has_no_hash(folder):
+    shutil.rmtree(folder / "autoencoder")
+    with pytest.raises(OpenSoraError, match="autoencoder is missing"):
+        ModelSource.find(folder).hash()
+
+
 def in_shards(folder: Path, shard: str) -> Path:
     """Moves a transformer's weights to where its index then says they are."""
     whole = folder / "transformer" / WEIGHTS

@@ -123,11 +123,14 @@ class Part:
         if self.published is not None:
             return {file.name: file for file in hub.look_up(self.published).files}
         own = {} if self.config_file is None else {self.config_file.name: self.config_file}
-        if not self.path.is_dir():
-            return {**own, self.path.name: self.path} if self.path.is_file() else {}
+        if self.path.is_file():
+            return {**own, self.path.name: self.path}
+        if not self.path.is_dir() and not self.is_network:
+            return {}
         suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, ".txt")
+        weights = weight_files(self.path) if self.is_network else []  # which may lie in folders below
         found = own | {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
-        for file in weight_files(self.path) if self.is_network else ():  # which may lie in folders below
+        for file in weights:
             if file not in found.values():
                 found[file.name if file.name not in found else file.relative_to(self.path).as_posix()] = file
         return found
@@ -172,8 +175,7 @@ class ModelSource:
             OpenSoraError: no such model, an unknown part, a path that does not exist, or parts of a published model
                 that are not there: the message names each, its size and how to fetch it.
         """
-        full_name = published_name(str(name_or_path))
-        if full_name is not None:
+        if (full_name := published_name(str(name_or_path))) is not None:
             return _find_published(full_name, components or {}, download=download, on_disk=on_disk)
         return _find_in_folder(str(name_or_path), find_folder(name_or_path, download=download), components or {})
 
@@ -190,8 +192,7 @@ class ModelSource:
 
         parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
         where = self.name if self.folder is None else self.folder / PIPELINE_INDEX
-        missing = [name for name in needed_parts() if name not in self.parts]
-        if missing:
+        if missing := [name for name in needed_parts() if name not in self.parts]:
             raise OpenSoraError(f"{where} names no {', '.join(missing)}; a pipeline needs all of {needed_parts()}")
         check_known([*self.parts, *self.defaults], parameters, where)
         parts = {name: build(self.parts[name]) for name in parameters if name in self.parts}
@@ -298,8 +299,7 @@ def _split(class_name: str) -> tuple[str, str]:
 
 def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSoraError:
     parts = {place: model.parts[place] for place in missing}
-    sizes = {place: hub.gigabytes(part.size_bytes) for place, part in parts.items()}
-    listed = ", ".join(f"{place} ({part.repository}, {sizes[place]})" for place, part in parts.items())
+    listed = ", ".join(f"{place} ({p.repository}, {hub.gigabytes(p.size_bytes)})" for place, p in parts.items())
     commands = "; ".join(dict.fromkeys(hub.fetch_command(part) for part in parts.values()))
     total = hub.gigabytes(sum(part.size_bytes for part in parts.values()))
     return OpenSoraError(
