@@ -52,7 +52,7 @@ ENTRIES = (
     ),
     Entry(
         "Connect two pictures",
-        "First and last frame are given (two new pictures). 18 frames are a chunk of the autoencoder and one frame "
+        "First and last frame are conditioned on (two new pictures). 18 frames are a chunk of the autoencoder and one frame "
         "more, so the last frame is encoded by itself and kept exactly.",
         (
             'generate "a large blue square on the sand" --num-frames 1 --seed 5 --output here.png',
@@ -63,12 +63,12 @@ ENTRIES = (
     ),
     Entry(
         "Go on where a clip ends",
-        "The new clip begins with the last five frames of the given one, and moves on from there by its own prompt.",
+        "The new clip begins with the last five frames of that one, and moves on from there by its own prompt.",
         ('generate "a large blue square moves up on the sand" --extend source.mp4 --output extended.mp4',),
     ),
     Entry(
         "Go back to where a clip came from",
-        "34 frames, of which the second half is given.",
+        "34 frames, of which the second half is conditioned on.",
         (
             'generate "a large red ball bounces over the grass" --extend from-image.mp4 --backwards --num-frames 34 '
             "--output before.mp4",
@@ -76,7 +76,7 @@ ENTRIES = (
     ),
     Entry(
         "Edit a clip",
-        "The second clip of this page made anew under another prompt, from a little to nearly all of it.",
+        "The second clip of this page edited under another prompt, denoised from a little to nearly all of it.",
         tuple(
             f'generate "a large white square moves right on the sand" --edit source.mp4 --strength {strength} '
             f"--output edited-{strength}.mp4"
@@ -129,7 +129,7 @@ def page() -> str:
         parts.append(f"![{entry.title}](images/gallery/{picture.name})")
     parts += [
         "## How often it works",
-        "Held-out clips, some of whose frames are given. `dB`: the worst given frame that came out, against what the "
+        "Held-out clips, conditioned on some of their frames. `dB`: the worst such frame that came out, against what the "
         "autoencoder alone makes of it (100 is the most that is counted). `%`: clips in which the judge reads what the "
         "prompt says.",
         f"```\nopensora {EVALUATION}\n{run(EVALUATION)}\n```",
