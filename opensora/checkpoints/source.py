@@ -4,7 +4,6 @@ Said once for whoever loads a model, builds it without weights, inspects it, pla
 its hash. Nothing is read until it is asked for but `model_index.json`.
 """
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -34,6 +33,7 @@ from opensora.checkpoints.published import (
 )
 from opensora.checkpoints.weights import PICKLES, WEIGHT_SUFFIXES, read_object, read_pickle, weight_files
 from opensora.errors import OpenSoraError
+from opensora.settings import nearest_name
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -391,9 +391,7 @@ def _check_components(components: Mapping[str, str | Path], names: Mapping[str, 
     paths: dict[str, Path] = {}
     for name, given in components.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise OpenSoraError(f"unknown component {name!r}; {hint}")
+            raise OpenSoraError(f"unknown component {name!r}{nearest_name(name, names)}")
         paths[name] = Path(given).expanduser()
         if not paths[name].exists():
             raise OpenSoraError(f"{given}, given as {name}, does not exist")

@@ -301,7 +301,7 @@ def test_a_part_of_ones_own(released, tmp_path):
     assert_same_weights(pipe.text_encoder, networks["text_encoder"])
     assert pipe.transformer.config.qk_norm_legacy
     for components, message in (
-        ({"transfomer": tmp_path}, "unknown component 'transfomer'; did you mean 'transformer'?"),
+        ({"transfomer": tmp_path}, "unknown component 'transfomer'; did you mean transformer?"),
         ({"transformer": tmp_path / "gone"}, "given as transformer, does not exist"),
         ({"autoencoder": tmp_path}, "another network than the VideoAutoencoder wanted here"),
     ):

@@ -66,7 +66,7 @@ def test_a_part_can_be_replaced(saved, tmp_path):
     assert weight_bytes(ours.transformer) == weight_bytes(small)
     with pytest.raises(OpenSoraError, match="does not exist"):
         meta_pipeline(Tracer(), saved, {"transformer": tmp_path / "nothing"})
-    with pytest.raises(OpenSoraError, match="unknown component 'transfomer'; did you mean 'transformer'"):
+    with pytest.raises(OpenSoraError, match="unknown component 'transfomer'; did you mean transformer"):
         meta_pipeline(Tracer(), saved, {"transfomer": tmp_path / "small"})
 
 
