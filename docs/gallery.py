@@ -52,8 +52,8 @@ ENTRIES = (
     ),
     Entry(
         "Connect two pictures",
-        "First and last frame are conditioned on (two new pictures). 18 frames are a chunk of the autoencoder and one frame "
-        "more, so the last frame is encoded by itself and kept exactly.",
+        "First and last frame are two new pictures. 18 frames are a chunk of the autoencoder and one frame more, so "
+        "the last frame is encoded by itself and kept exactly.",
         (
             'generate "a large blue square on the sand" --num-frames 1 --seed 5 --output here.png',
             'generate "a large blue square on the sand" --num-frames 1 --seed 7 --output there.png',
@@ -129,9 +129,9 @@ def page() -> str:
         parts.append(f"![{entry.title}](images/gallery/{picture.name})")
     parts += [
         "## How often it works",
-        "Held-out clips, conditioned on some of their frames. `dB`: the worst such frame that came out, against what the "
-        "autoencoder alone makes of it (100 is the most that is counted). `%`: clips in which the judge reads what the "
-        "prompt says.",
+        "Held-out clips, conditioned on some of their frames. `dB`: the worst such frame that came out, against what "
+        "the autoencoder alone makes of it (100 is the most that is counted). `%`: clips in which the judge reads "
+        "what the prompt says.",
         f"```\nopensora {EVALUATION}\n{run(EVALUATION)}\n```",
     ]
     return "\n\n".join(parts) + "\n"

@@ -196,7 +196,7 @@ class Source(ABC):
         """Batches that will be asked for next, in this order: reading them may begin."""
 
     def cancel_prefetch(self) -> None:  # noqa: B027
-        """Nothing more will be asked for: what was announced need not be read."""
+        """Nothing more will be asked for: what was prefetched need not be read."""
 
     def figures(self) -> dict[str, float]:
         """Counts worth logging, such as how many clips could not be read so far."""

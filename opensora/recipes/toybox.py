@@ -78,7 +78,7 @@ def toybox() -> Recipe:
 
 
 def toybox_given() -> Recipe:
-    """`toybox` trained on with frames that are given, and with images and longer clips: the model that is shipped."""
+    """`toybox` trained on with conditioning frames, and with images and longer clips: the model that is shipped."""
     objective = _task(
         data=ToyboxLatents(other_lengths=OTHER_LENGTHS),
         diffusion=Flow(loc=0.7),

@@ -1,8 +1,8 @@
-"""The published stages of Open-Sora 1.1: many sizes and lengths, given frames, IDDPM.
+"""The published stages of Open-Sora 1.1: many sizes and lengths, conditioning frames, IDDPM.
 
-Buckets, shares of given frames, rates and steps are those of the released configurations and of the report, whose runs
-had 64 GPUs; the model was released without averaging its weights. Every third frame is taken, and the network is told
-the file's own frame rate. Clips are named by `objective.data.manifest=FILE`.
+Buckets, shares of conditioning frames, rates and steps are those of the released configurations and of the report,
+whose runs had 64 GPUs; the model was released without averaging its weights. Every third frame is taken, and the
+network is told the file's own frame rate. Clips are named by `objective.data.manifest=FILE`.
 """
 
 from opensora.data.buckets import BucketConfig
@@ -15,7 +15,7 @@ from opensora.training.diffusion.noise import IDDPM
 PIXART = "pretrained_models/PixArt-XL-2-1024-MS.pth"
 _STAGE2, _STAGE3 = "opensora-1.1-stage2", "opensora-1.1-stage3"
 
-GIVEN = {
+FRAME_MASKS = {
     "identity": 0.75,
     "quarter_random": 0.025,
     "quarter_head": 0.025,
@@ -69,7 +69,7 @@ def v1_1_stage1() -> Recipe:
         DIFFUSION,
         init_from=model_of("v1_1_image"),
         new_parts=("qk_norm",),
-        frame_masks=GIVEN,
+        frame_masks=FRAME_MASKS,
     )
     loop = published_loop(57_000, lr=2e-5, ema_decay=0.0, recompute=False, checkpoint_every=500)
     return Recipe("v1_1_stage1", objective, loop)
@@ -88,7 +88,7 @@ def v1_1_stage2() -> Recipe:
         "1080p": {"1": (0.4, 8)},
     }
     objective = published_task(
-        _STAGE2, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage1"), frame_masks=GIVEN
+        _STAGE2, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage1"), frame_masks=FRAME_MASKS
     )
     loop = published_loop(22_000, lr=2e-5, ema_decay=0.0, recompute=True, checkpoint_every=500)
     return Recipe("v1_1_stage2", objective, loop)
@@ -107,12 +107,12 @@ def v1_1_stage3() -> Recipe:
         "1024": {"1": (0.3, 40)},
     }
     objective = published_task(
-        _STAGE3, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage2"), frame_masks=GIVEN
+        _STAGE3, _clips(buckets), DIFFUSION, init_from=model_of("v1_1_stage2"), frame_masks=FRAME_MASKS
     )
     loop = published_loop(4_000, lr=2e-5, ema_decay=0.0, recompute=True, checkpoint_every=500)
     return Recipe("v1_1_stage3", objective, loop)
 
 
 def v1_1_debug() -> Recipe:
-    """All of 1.1 in seconds on a CPU: tiny networks of its classes, drawn clips, given frames."""
-    return debug_recipe("v1_1_debug", debug_task(_STAGE3, DIFFUSION, frame_masks=GIVEN))
+    """All of 1.1 in seconds on a CPU: tiny networks of its classes, drawn clips, conditioning frames."""
+    return debug_recipe("v1_1_debug", debug_task(_STAGE3, DIFFUSION, frame_masks=FRAME_MASKS))

@@ -1,7 +1,7 @@
 """The published stages of Open-Sora 1.2, and the way there from an image model: rectified flow, many sizes, 2 to 16 s.
 
-Buckets, shares of given frames, rates and steps are those of the released configurations and of the report; the three
-stages ran on 96 GPUs, the adaptation on 8. Clips are named by `objective.data.manifest=FILE`.
+Buckets, shares of conditioning frames, rates and steps are those of the released configurations and of the report; the
+three stages ran on 96 GPUs, the adaptation on 8. Clips are named by `objective.data.manifest=FILE`.
 
 The adaptation began at PixArt-Sigma and went on in small steps: images of many sizes (20 thousand steps), norms of
 queries and keys (18), rectified flow (10), logit-normal times and time shift (33), a smaller epsilon of AdamW (8), the
@@ -20,7 +20,7 @@ PIXART = "pretrained_models/PixArt-Sigma-XL-2-2K-MS.pth"
 _MODEL = "opensora-1.2"
 
 DIFFUSION = Flow(times="logit-normal", time_shift=True)
-GIVEN = {
+FRAME_MASKS = {
     "random": 0.05,
     "interpolate": 0.005,
     "quarter_random": 0.005,
@@ -32,7 +32,7 @@ GIVEN = {
     "image_tail": 0.025,
     "image_head_tail": 0.025,
 }
-GIVEN_STAGE2 = {
+FRAME_MASKS_STAGE2 = {
     "random": 0.005,
     "interpolate": 0.002,
     "quarter_random": 0.007,
@@ -44,7 +44,7 @@ GIVEN_STAGE2 = {
     "image_tail": 0.005,
     "image_head_tail": 0.005,
 }
-GIVEN_STAGE3 = {**GIVEN_STAGE2, "random": 0.01, "quarter_random": 0.002}
+FRAME_MASKS_STAGE3 = {**FRAME_MASKS_STAGE2, "random": 0.01, "quarter_random": 0.002}
 
 IMAGES: BucketConfig = {
     "144p": {"1": (1.0, 64)},
@@ -118,14 +118,14 @@ def v1_2_adapt_images() -> Recipe:
 
 
 def v1_2_adapt_temporal() -> Recipe:
-    """Blocks over time alone, on videos with given frames; sizes are those of the first stage."""
+    """Blocks over time alone, on videos with conditioning frames; sizes are those of the first stage."""
     objective = published_task(
         _MODEL,
         ManifestClips(STAGE1),
         DIFFUSION,
         init_from=model_of("v1_2_adapt_images"),
         train="temporal",
-        frame_masks=GIVEN,
+        frame_masks=FRAME_MASKS,
     )
     loop = published_loop(38_000, lr=1e-4, ema_decay=0.99, recompute=True, checkpoint_every=500, eps=1e-15)
     return Recipe("v1_2_adapt_temporal", objective, loop)
@@ -163,7 +163,7 @@ def _stage(
 
 def v1_2_stage1() -> Recipe:
     """Mostly 240p and 360p."""
-    return _stage("v1_2_stage1", STAGE1, GIVEN, "v1_2_adapt_temporal", steps=30_000, warmup_steps=1000)
+    return _stage("v1_2_stage1", STAGE1, FRAME_MASKS, "v1_2_adapt_temporal", steps=30_000, warmup_steps=1000)
 
 
 def v1_2_stage2() -> Recipe:
@@ -194,7 +194,7 @@ def v1_2_stage2() -> Recipe:
         "1080p": {"1": (0.01, 5)},
         "2048": {"1": (0.01, 5)},
     }
-    return _stage("v1_2_stage2", {**small, **large}, GIVEN_STAGE2, "v1_2_stage1", steps=23_000, warmup_steps=0)
+    return _stage("v1_2_stage2", {**small, **large}, FRAME_MASKS_STAGE2, "v1_2_stage1", steps=23_000, warmup_steps=0)
 
 
 def v1_2_stage3() -> Recipe:
@@ -211,9 +211,11 @@ def v1_2_stage3() -> Recipe:
         "1080p": {"1": (0.1, 5)},
         "2048": {"1": (0.05, 5)},
     }
-    return _stage("v1_2_stage3", buckets, GIVEN_STAGE3, "v1_2_stage2", steps=15_000, warmup_steps=1000, scores=True)
+    return _stage(
+        "v1_2_stage3", buckets, FRAME_MASKS_STAGE3, "v1_2_stage2", steps=15_000, warmup_steps=1000, scores=True
+    )
 
 
 def v1_2_debug() -> Recipe:
-    """All of 1.2 in seconds on a CPU: tiny networks of its classes, drawn clips, given frames."""
-    return debug_recipe("v1_2_debug", debug_task(_MODEL, DIFFUSION, frame_masks=GIVEN))
+    """All of 1.2 in seconds on a CPU: tiny networks of its classes, drawn clips, conditioning frames."""
+    return debug_recipe("v1_2_debug", debug_task(_MODEL, DIFFUSION, frame_masks=FRAME_MASKS))

@@ -1,4 +1,4 @@
-"""Given frames on the command line, with a real, tiny, untrained model: they are where they should be, twice."""
+"""Conditioning frames on the command line, with a real, tiny, untrained model: they are where they should be, twice."""
 
 import json
 import shutil

@@ -91,7 +91,7 @@ def test_the_sampler_is_chosen_and_recorded(pipe):
 
 
 def test_a_record_of_the_first_version_is_still_read(pipe, tmp_path):
-    """As written before given frames, scores, loops and rates of their own."""
+    """As written before conditioning frames, scores, loops and rates of their own."""
     import json
 
     assert main(["generate", PROMPT, "--seed", "3", "--output", "a.png"]) == 0

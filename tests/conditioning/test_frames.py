@@ -1,4 +1,4 @@
-"""Frames that are given: where they are encoded, that they survive, and that the rest is made."""
+"""Conditioning frames: where they are encoded, that they survive, and that the rest is made."""
 
 from typing import Any
 
@@ -135,7 +135,7 @@ def latents_of(pipe: OpenSoraPipeline, **options: Any) -> torch.Tensor:
 def test_conditioning_frames_come_out_as_they_went_in(pipe):
     conditioning = condition(pipe.autoencoder, SIZE, image=clip(1), last_image=clip(1, seed=1))
     result = latents_of(pipe, conditioning=conditioning)
-    # Ancestral sampling and DDIM let given frames take part in the very last step, as Open-Sora does.
+    # Ancestral sampling and DDIM let conditioning frames take part in the very last step, as Open-Sora does.
     tolerance = 0.05 if pipe.scheduler.config.get("sampler") else 0.0
     for frame in (0, -1):
         torch.testing.assert_close(result[:, :, frame], conditioning.latents[:, :, frame], rtol=0, atol=tolerance)
@@ -143,7 +143,7 @@ def test_conditioning_frames_come_out_as_they_went_in(pipe):
 
 
 def test_networks_that_predict_clean_latents_keep_conditioning_frames_too():
-    """What such a network says of given frames would take their place in the last step."""
+    """What such a network says of conditioning frames would take their place in the last step."""
     pipe = make_pipeline("iddpm", num_frames=18)
     pipe.scheduler = IDDPMScheduler(prediction_type="sample", sampler="ddim")
     conditioning = condition(pipe.autoencoder, SIZE, image=clip(1))

@@ -1,4 +1,4 @@
-"""Given frames in their place, starts aligned to chunks, and the numbers that tell a network its size."""
+"""Conditioning frames in their place, starts aligned to chunks, and the numbers that tell a network its size."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Calls of every pipeline in the shape of diffusers' pipeline tests: threads, embeddings, callbacks, schedules.
 
 Each test runs on all three generations of the family, with every scheduler there is. What comes out, copies and files
-are in `test_pipeline_files.py`, frames that are given in `test_pipeline_frames.py`, guidance in
+are in `test_pipeline_files.py`, conditioning frames in `test_pipeline_frames.py`, guidance in
 `test_pipeline_guidance.py`, adapters in `test_pipeline_lora.py`, offloading in `test_pipeline_offload.py`.
 """
 

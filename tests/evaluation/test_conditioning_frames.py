@@ -1,4 +1,4 @@
-"""The evaluation of given frames: it sees whether they survive, and which colour an edited clip has."""
+"""The evaluation of conditioning frames: it sees whether they survive, and which colour an edited clip has."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The DPM-Solver++ scheduler as a diffusers citizen, its accuracy, and frames that are given in whole or in part."""
+"""The DPM-Solver++ scheduler as a diffusers citizen, its accuracy, and conditioning frames in whole or in part."""
 
 import logging
 from pathlib import Path

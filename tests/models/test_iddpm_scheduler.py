@@ -1,4 +1,4 @@
-"""The IDDPM scheduler as a diffusers citizen, its samplers, and frames that are given in whole or in part."""
+"""The IDDPM scheduler as a diffusers citizen, its samplers, and conditioning frames in whole or in part."""
 
 from pathlib import Path
 from typing import Any

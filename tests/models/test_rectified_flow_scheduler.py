@@ -1,4 +1,4 @@
-"""The rectified-flow scheduler: its schedule, its steps, frames that are given, and its configuration."""
+"""The rectified-flow scheduler: its schedule, its steps, conditioning frames, and its configuration."""
 
 from typing import Any
 
@@ -122,7 +122,7 @@ def test_batch_of_two_is_two_of_one():
         assert torch.equal(together[row : row + 1], sample(slice(row, row + 1)))
 
 
-# --- given frames -----------------------------------------------------------------------------------------------------
+# --- conditioning frames ----------------------------------------------------------------------------------------------
 
 
 def test_conditioning_frames_come_back_bit_for_bit():

@@ -99,7 +99,7 @@ def test_each_sample_has_its_own_conditions(shared):
         torch.testing.assert_close(sample[0], both[i], atol=1e-6, rtol=1e-5)
 
 
-# ---- frames that are given ------------------------------------------------------------------------------------------
+# ---- conditioning frames --------------------------------------------------------------------------------------------
 
 
 def test_frame_mask_of_ones_is_no_mask(shared):

@@ -1,4 +1,4 @@
-"""Guidance, the samplers of Open-Sora 1.0 to 1.2 and the placing of given frames as plain formulas in float64.
+"""Guidance, the samplers of Open-Sora 1.0 to 1.2 and the placing of conditioning frames as plain formulas in float64.
 
 IDDPM with learned variance (Nichol and Dhariwal 2021) on respaced linear betas, and Euler steps of a rectified flow;
 one clip (C, T, H, W) at a time. `network(x, timestep, frames)` returns the two branches, each (2 C, T, H, W). Nothing
@@ -95,8 +95,8 @@ def iddpm(
     Args:
         network: both branches.
         clip: noise; frames with a mask below 1 hold what is given.
-        draw: standard normal noise like the clip. Asked once in every step that has frames given, for them, then once
-            for the step itself, except for the last.
+        draw: standard normal noise like the clip. Asked once in every step that has conditioning frames, for them, then
+            once for the step itself, except for the last.
         num_steps: of the respaced schedule.
         scale: of guidance.
         channels: guided ones.
@@ -154,7 +154,7 @@ def rectified_flow(
     Args:
         network: both branches; of their channels the first half is velocity.
         clip: as for `iddpm`.
-        draw: noise like the clip, asked once a step where frames are given.
+        draw: noise like the clip, asked once a step where frames are conditioned on.
         timesteps: those visited, descending from 1000; the last step goes to 0.
         scale: of guidance.
         channels: guided ones.
@@ -182,7 +182,7 @@ def rectified_flow(
     return x
 
 
-# --- given frames -----------------------------------------------------------------------------------------------------
+# --- conditioning frames ----------------------------------------------------------------------------------------------
 
 
 def place(

@@ -185,7 +185,7 @@ def unpatched(tokens: Tensor, grid: tuple[int, int], patch: Sequence[int], size:
 
 
 def last_layer(tokens: Tensor, w: Weights, generated: Tensor, given: Tensor, frames: Sequence[bool]) -> Tensor:
-    """Modulated by the embedding of the timestep; frames that are given, a second time by theirs."""
+    """Modulated by the embedding of the timestep; conditioning frames, a second time by theirs."""
     shift, scale = w["final_layer.scale_shift_table"]
     outputs = []
     for frame, is_generated in enumerate(frames):
@@ -290,7 +290,7 @@ def stdit2(
         tokens = time_attention(tokens, time_tables, w, f"{block}.attn_temp", num_heads, rope_before_norm=True)
         tokens = tokens + text_attention(tokens, text, w, f"{block}.cross_attn", num_heads)
         tokens = add_mlp(tokens, tables, w, f"{block}.mlp")
-    # The last layer is told the size for given frames only.
+    # The last layer is told the size for conditioning frames only.
     outputs = last_layer(tokens, w, now, clean + told_space, frames)
     return unpatched(outputs, grid, w["x_embedder.proj.weight"].shape[3:], latents.shape[2:])
 

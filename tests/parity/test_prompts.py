@@ -1,4 +1,4 @@
-"""Prompts, mask strategies and given frames against the reference: every case is read from the fixture."""
+"""Prompts, mask strategies and conditioning frames against the reference: every case is read from the fixture."""
 
 from dataclasses import replace
 

@@ -90,7 +90,7 @@ def test_position_tables(request, version):
 
 
 def test_frame_mask(masked):
-    """With and without given frames; no output goes by unseen."""
+    """With and without conditioning frames; no output goes by unseen."""
     fixture, model = masked
     frame_masks = {"nomaskx": None, "x_mask": fixture["in.x_mask"].bool()}
     assert fixture.under("out")

@@ -5,8 +5,8 @@ package and are themselves held against the fixtures (`test_plain_reference.py`)
 autoencoder are the libraries' own, in float64.
 
 Noise is handed over. A clip begins as `latents`; then its generator is asked for standard normal numbers of the clip's
-shape (1, C, T, H, W) in every step: once if frames are given, and once for the step itself where that adds noise, which
-is in every step of IDDPM but the last.
+shape (1, C, T, H, W) in every step: once if frames are conditioned on, and once for the step itself where that adds
+noise, which is in every step of IDDPM but the last.
 """
 
 from collections.abc import Callable
@@ -302,7 +302,7 @@ class VideoFormulas:
 
 
 def no_noise() -> Tensor:
-    raise AssertionError("rectified flow draws no noise where no frames are given")
+    raise AssertionError("rectified flow draws no noise where no frames are conditioned on")
 
 
 @pytest.mark.parametrize(

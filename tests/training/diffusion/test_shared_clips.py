@@ -23,7 +23,7 @@ def train(recipe: Recipe, folder: Path) -> None:
 
 
 def recipe(folder: Path, **loop: Any) -> Recipe:
-    """Flow on 2 clips a batch, with given frames; 2 x 3 cells of latents make 2 patches, one of them half empty."""
+    """Flow on 2 clips a batch, with conditioning frames; 2 x 3 cells of latents make 2 patches, one half empty."""
     objective = diffusion_config("flow", folder, preview=None, frame_masks={"image_head": 0.5, "random": 0.5})
     return Recipe("shared", objective, LoopConfig(**LOOP | loop, optimizer=OptimizerConfig(matrices="adamw", lr=1e-3)))
 
