@@ -155,6 +155,11 @@ class OpenSoraPipeline(
         trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(autoencoder, VideoCodec):
+            raise OpenSoraError(
+                f"got {type(autoencoder).__name__} as the autoencoder; expected a VideoCodec, which knows its latent "
+                "frames and their scale: put a 2D autoencoder into a VideoAutoencoder"
+            )
         if transformer.config.in_channels != autoencoder.latent_channels:
             raise OpenSoraError(
                 f"the transformer works on {transformer.config.in_channels} latent channels, the autoencoder makes "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
@@ -184,6 +184,12 @@ def test_scale_one_is_the_conditional_prediction_and_takes_one_branch(pipe):
     assert torch.equal(unguided, latents_of(pipe, guider=off))
     assert torch.equal(unguided, latents_of(pipe, guidance_scale=1.0, cfg_channels=1, negative_prompt=OTHER))
     assert not torch.allclose(unguided, latents_of(pipe, guidance_scale=3.0))
+
+
+def test_foreign_autoencoder_is_refused_before_anything_runs(pipe):
+    foreign = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    with pytest.raises(OpenSoraError, match=r"got AutoencoderKL as the autoencoder; expected a VideoCodec"):
+        OpenSoraPipeline(**{**pipe.components, "autoencoder": foreign})
 
 
 def test_foreign_scheduler_is_refused_before_anything_runs(pipe):

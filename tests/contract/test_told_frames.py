@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_objectives import family_config, write_clips
 from tiny_published import network, pipeline_of, tiny
+from tiny_tasks import family_config, write_clips
 
 from opensora.data.clips import ManifestClips
 from opensora.distributed.seeding import BatchKey
