@@ -96,7 +96,7 @@ def compare(captions: list[str], picture: Path) -> dict[str, float]:
     pipeline = load_pipeline("run/model")
     size = pipeline.config["height"], pipeline.config["width"]
     originals = [fill_video(to_video(read_video(f"clips/{n}.mp4")[0][:FRAMES]), *size) for n in range(len(captions))]
-    rebuilt = [pipeline.autoencoder(clip[None])[0].clamp(-1, 1) for clip in originals]
+    rebuilt = [pipeline.autoencoder(clip[None]).sample[0].clamp(-1, 1) for clip in originals]
     generated = [to_video(read_video(f"generated/{n}.mp4")[0]) for n in range(len(captions))]
     shown = [0, FRAMES // 2, FRAMES - 1]
     rows = [
