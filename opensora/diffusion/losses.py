@@ -77,6 +77,8 @@ def training_losses(
         raise OpenSoraError(
             f"got timestep weights of shape {tuple(timestep_weights.shape)}; expected ({len(tables)},), one per step"
         )
+    if frame_mask is not None:
+        prediction, clean, noisy, noise = (zero_masked(x, frame_mask) for x in (prediction, clean, noisy, noise))
     output, variance_output = gaussian.split_prediction(prediction, clean.shape[1], variance_type)
     is_kl = loss_type in ("kl", "rescaled_kl")
     vb = None

@@ -212,3 +212,15 @@ def test_velocity_weights_are_bounded() -> None:
     weights = velocity_weights(tables, "epsilon", most=10.0)
     assert weights.min() >= 1
     assert weights.max() == 10
+
+
+def test_nan_in_a_frame_that_does_not_count_reaches_neither_loss_nor_gradient() -> None:
+    tables = gaussian.make_tables(gaussian.linear_betas(10))
+    clean, noise = torch.zeros(1, 2, 3, 1, 1), torch.ones(1, 2, 3, 1, 1)
+    mask, t = torch.tensor([[True, False, True]]), torch.tensor([4])
+    clean[:, :, 1] = float("nan")
+    noisy = gaussian.q_sample(tables, clean, t, noise)
+    prediction = torch.full((1, 4, 3, 1, 1), 0.5, requires_grad=True)
+    loss = training_losses(tables, prediction, clean=clean, noisy=noisy, noise=noise, t=t, frame_mask=mask).loss
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and prediction.grad is not None and torch.isfinite(prediction.grad).all()
