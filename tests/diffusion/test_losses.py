@@ -215,7 +215,7 @@ def test_velocity_weights_are_bounded() -> None:
 
 
 def test_nan_in_a_frame_that_does_not_count_reaches_neither_loss_nor_gradient() -> None:
-    tables = gaussian.make_tables(gaussian.linear_betas(10))
+    tables = gaussian.make_tables(gaussian.linear_betas(100))
     clean, noise = torch.zeros(1, 2, 3, 1, 1), torch.ones(1, 2, 3, 1, 1)
     mask, t = torch.tensor([[True, False, True]]), torch.tensor([4])
     clean[:, :, 1] = float("nan")
