@@ -68,6 +68,7 @@ class NoiseProcess(ABC):
             frame_mask: (B, T) bool; frames where it is False are conditioning frames, and stay clean or nearly so.
         """
 
+    @abstractmethod
     def losses(
         self,
         prediction: Tensor,
@@ -90,22 +91,6 @@ class NoiseProcess(ABC):
             frame_mask: (B, T) bool; where it is False nothing counts, not even a NaN, in the loss or its gradient.
             weights: of squared errors, (B, 1, T, h, w); None for 1 everywhere.
         """
-        if frame_mask is not None:
-            prediction, clean, noisy, noise = (zero_masked(x, frame_mask) for x in (prediction, clean, noisy, noise))
-        return self._losses(prediction, clean, noisy, noise, t, frame_mask, weights)
-
-    @abstractmethod
-    def _losses(
-        self,
-        prediction: Tensor,
-        clean: Tensor,
-        noisy: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        frame_mask: Tensor | None,
-        weights: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """See `losses`; frames that do not count are zero here."""
 
     def to(self, device: torch.device | str) -> Self:
         """The process with what it holds on the device where latents will be."""
@@ -154,17 +139,18 @@ class RectifiedFlowProcess(NoiseProcess):
     def corrupt(self, clean: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         return flow.interpolate(clean, noise, t / self.num_train_timesteps, frame_mask)
 
-    def _losses(
+    def losses(
         self,
         prediction: Tensor,
+        *,
         clean: Tensor,
         noisy: Tensor,
         noise: Tensor,
         t: Tensor,
-        frame_mask: Tensor | None,
-        weights: Tensor | None,
+        frame_mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        error = (prediction[:, : clean.shape[1]] - flow.velocity_target(clean, noise)).square()
+        error = _squared_error(prediction, flow.velocity_target(clean, noise), frame_mask)
         plain = mean_per_sample(error, frame_mask)
         if weights is None:
             return {"velocity": plain}
@@ -219,15 +205,16 @@ class GaussianProcess(NoiseProcess):
         steps = t if frame_mask is None else gaussian.frame_timesteps(t, frame_mask)
         return gaussian.q_sample(self.tables, clean, steps, noise)
 
-    def _losses(
+    def losses(
         self,
         prediction: Tensor,
+        *,
         clean: Tensor,
         noisy: Tensor,
         noise: Tensor,
         t: Tensor,
-        frame_mask: Tensor | None,
-        weights: Tensor | None,
+        frame_mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         plain = training_losses(
             self.tables,
@@ -244,13 +231,19 @@ class GaussianProcess(NoiseProcess):
         mse = plain.mse
         if weights is not None:
             target = noise if self.prediction_type == "epsilon" else clean
-            mse = mean_per_sample((prediction[:, : clean.shape[1]] - target).square() * weights, frame_mask)
+            mse = mean_per_sample(_squared_error(prediction, target, frame_mask) * weights, frame_mask)
         if self.timestep_weights is not None:
             mse = mse * self.timestep_weights[t]
         terms = {self.prediction_type: mse}
         if plain.vb is not None:
             terms["vb"] = plain.vb
         return terms if mse is plain.mse else {**terms, "_mse": plain.mse}
+
+
+def _squared_error(prediction: Tensor, target: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """Of the first C channels, (B, C, T, h, w); zero in frames that do not count, before anything is squared."""
+    error = prediction[:, : target.shape[1]] - target
+    return (error if frame_mask is None else zero_masked(error, frame_mask)).square()
 
 
 def _evenly_spaced(last: int, n: int) -> Tensor:
