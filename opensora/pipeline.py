@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import PIL.Image
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
@@ -29,6 +28,7 @@ from opensora.conditioning.frames import FrameConditioning
 from opensora.distributed.sampling import SamplingRanks, sampling_ranks
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
+from opensora.media.transforms import to_pixels
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
@@ -535,7 +535,7 @@ class OpenSoraPipeline(
         pixels = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()
         if output_type == "np":
             return pixels
-        return [[PIL.Image.fromarray(frame) for frame in clip] for clip in (pixels * 255).round().astype(np.uint8)]
+        return [[PIL.Image.fromarray(frame) for frame in clip] for clip in to_pixels(pixels)]
 
     def describe(self) -> dict[str, Any]:
         """The model's defaults and what it is made of, as plain JSON values.

@@ -9,6 +9,7 @@ import numpy as np
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable
 from opensora.generation.record import Record, sidecar_path
+from opensora.media.transforms import to_pixels
 from opensora.media.write import write_video
 from opensora.settings import save_settings
 
@@ -49,7 +50,7 @@ class Clip:
         if isinstance(frames, list):  # PIL images
             return cls(np.stack([np.asarray(frame) for frame in frames]), rate)
         if isinstance(frames, np.ndarray):
-            return cls(np.clip(frames * 255, 0, 255).round().astype(np.uint8), rate)
+            return cls(to_pixels(frames), rate)
         if frames.shape[1] != 3:
             raise OpenSoraError(f"got latents of shape {tuple(frames.shape)}; a clip is made of pictures (T, 3, H, W)")
         return cls(to_uint8(frames), rate)
@@ -86,4 +87,4 @@ def to_uint8(video: "Tensor") -> np.ndarray:
         raise OpenSoraError(
             "the decoded frames hold NaN or infinite values; try float32 as `dtype`, or check the weights"
         )
-    return np.clip(frames * 255, 0, 255).round().astype(np.uint8)
+    return to_pixels(frames)

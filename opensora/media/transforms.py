@@ -30,6 +30,11 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
     return torch.tensor(frames).permute(3, 0, 1, 2).float().div(255).sub(0.5).div(0.5)
 
 
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] as uint8, rounded; what is beyond is cut off."""
+    return np.clip(frames * 255, 0, 255).round().astype(np.uint8)
+
+
 def clips_of(frames: Any, height: int, width: int, *, pictures: bool = False) -> list[torch.Tensor]:
     """Clips or pictures as people hold them in memory, as videos in [-1, 1], float32 (3, T, height, width).
 
@@ -104,7 +109,7 @@ def _filled(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
         if frames.shape[1:3] == (height, width) or len(frames) > 1:
             video = torch.tensor(frames).float().movedim(-1, 0) * 2 - 1
             return video if frames.shape[1:3] == (height, width) else fill_video(video, height, width)
-        frames = (frames * 255).round().astype(np.uint8)  # as Pillow takes them
+        frames = to_pixels(frames)  # as Pillow takes them
     if len(frames) == 1:
         return to_video(np.asarray(fill_image(Image.fromarray(frames[0]), height, width))[None])
     return fill_video(to_video(frames), height, width)
