@@ -385,7 +385,7 @@ def test_hashes_of_large_files_are_remembered(tmp_path, monkeypatch):
     first = file_hashes.file_hash(file)
     assert first == hashlib.sha256(b"first").hexdigest()
     read = []
-    monkeypatch.setattr(file_hashes, "_read", lambda path: read.append(path) or "read again")
+    monkeypatch.setattr(file_hashes, "read_hash", lambda path: read.append(path) or "read again")
     assert file_hashes.file_hash(file) == first and not read
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     assert file_hashes.file_hash(file) == "read again"

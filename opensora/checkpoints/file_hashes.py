@@ -19,14 +19,14 @@ def file_hash(path: Path) -> str:
     """64 hexadecimal digits."""
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
-        return _read(path)
+        return read_hash(path)
     what = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
     note = cache_folder() / f"{hashlib.sha256(what[0].encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         *noted, digest = json.loads(note.read_text(encoding="utf-8"))
         if noted == what:
             return digest
-    digest = _read(path)
+    digest = read_hash(path)
     with contextlib.suppress(OSError), replacing(note) as temporary:
         temporary.write_text(json.dumps([*what, digest]), encoding="utf-8")
     return digest
@@ -37,6 +37,7 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "opensora" / "hashes"
 
 
-def _read(path: Path) -> str:
+def read_hash(path: Path) -> str:
+    """The same, of what the file holds now."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ strategy places. In a long video the first loop begins with the image, or where 
 loop ends with the last image.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from opensora.checkpoints.file_hashes import read_hash
 from opensora.errors import OpenSoraError
 from opensora.generation.record import InputFile, NamedFrames, PlacedReferences, Record, Sampling
 from opensora.generation.request import ClipRequest
@@ -91,7 +91,7 @@ class InputFiles:
                 clip = InputClip(*read_video(path))
             except OpenSoraError as error:
                 raise OpenSoraError(f"`{field}`: {error}") from error
-            file = InputFile(path.name, file_hash(path))
+            file = InputFile(path.name, read_hash(path))
             self._files[path], self._clips[file] = file, clip
         return self._files[path]
 
@@ -227,12 +227,6 @@ def _placed(
         yield FrameConditioning(latents[None], strength[None])
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_if_there(path: Path) -> str | None:
     path = path.expanduser()
-    return file_hash(path) if path.is_file() else None
+    return read_hash(path) if path.is_file() else None
