@@ -12,7 +12,7 @@ from typing import Any
 
 from opensora.checkpoints.published import PUBLISHED, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, how_to_set_factor, inspect_component
-from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, Part, locate, needed_parts
+from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, Part, locate
 from opensora.checkpoints.weights import StoredWeights, fingerprint, weight_files
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
@@ -213,7 +213,7 @@ def _check_pipeline(report: PipelineReport, found: Mapping[str, Any]) -> None:
                 "wrong scheduler: it reads a learned variance, which the transformer does not predict; set "
                 'variance_type to "fixed_small" in scheduler_config.json'
             )
-    needed = needed_parts()
+    needed = OpenSoraPipeline.needed_components()
     if all(name in found for name in needed) and not report.problems:
         try:
             OpenSoraPipeline(**found, **report.defaults)

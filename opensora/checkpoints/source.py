@@ -190,10 +190,11 @@ class ModelSource:
         """
         from opensora.pipeline import OpenSoraPipeline
 
+        needed = OpenSoraPipeline.needed_components()
         parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
         where = self.name if self.folder is None else self.folder / PIPELINE_INDEX
-        if missing := [name for name in needed_parts() if name not in self.parts]:
-            raise OpenSoraError(f"{where} names no {', '.join(missing)}; a pipeline needs all of {needed_parts()}")
+        if missing := [name for name in needed if name not in self.parts]:
+            raise OpenSoraError(f"{where} names no {', '.join(missing)}; a pipeline needs all of {needed}")
         check_known([*self.parts, *self.defaults], parameters, where)
         parts = {name: build(self.parts[name]) for name in parameters if name in self.parts}
         return OpenSoraPipeline(**parts, **self.defaults)
@@ -220,14 +221,6 @@ class ModelSource:
             hashes["table"] = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         listed = "".join(f"{name}\0{digest}\n" for name, digest in sorted(hashes.items()))
         return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def needed_parts() -> list[str]:
-    """Components that no pipeline can be without."""
-    from opensora.pipeline import OpenSoraPipeline
-
-    parameters = inspect.signature(OpenSoraPipeline.__init__).parameters
-    return [n for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty]
 
 
 def find_part(origin: str | Path, name: str, *, on_disk: bool = True) -> Part:

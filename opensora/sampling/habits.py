@@ -79,14 +79,19 @@ class HabitsMixin:
         dtype = changes.pop("torch_dtype", None)
         known = inspect.signature(cls.__init__).parameters
         parts = {name: part for name, part in pipeline.components.items() if name in known} | changes
-        required = [n for n, p in known.items() if n != "self" and p.default is inspect.Parameter.empty]
-        if missing := [name for name in required if name not in parts]:
+        if missing := [name for name in cls.needed_components() if name not in parts]:
             raise OpenSoraError(f"a {type(pipeline).__name__} has no {', '.join(missing)}; give them as well, by name")
         made = cls(**parts)
         for name in ("offloader", "sequential_guidance", "ranks", "_turn"):  # how its networks are run
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
         return made if dtype is None else made.to(dtype)
+
+    @classmethod
+    def needed_components(cls) -> list[str]:
+        """Names of the components that none of these pipelines can be without."""
+        parameters = inspect.signature(cls.__init__).parameters
+        return [n for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty]
 
     @property
     def networks(self) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class Run:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
+        self._read_texts()
+
+    def _read_texts(self) -> None:
+        """Makes the denoiser of the present texts."""
         pipeline = self.pipeline
         branches = pipeline.text_conditioner.branches(self.text, self.negative)
         sequential, ranks = pipeline.sequential_guidance, pipeline.ranks
@@ -97,7 +101,7 @@ class Run:
         if text is not self.text or negative is not self.negative:
             assert text is not None
             self.text, self.negative = text, negative
-            self.__post_init__()
+            self._read_texts()
 
     def _read(self, given: TextStates | Tensor | None, present: TextStates | None) -> TextStates | None:
         """A text that a callback returned, as the network reads it."""
