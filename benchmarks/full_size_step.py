@@ -1,39 +1,39 @@
 """One denoising step of the released transformers at full size: `python benchmarks/full_size_step.py [--threads 1]`.
 
-Weights are random numbers in bfloat16, sizes and samplers those the models are released with. A step is what the
-pipeline does between two timesteps: the network on both branches of guidance in one batch, guidance, the scheduler. The
-text is as long as the model reads, and turned into keys and values beforehand. Every model runs in a process of its
-own; peak is the most memory that process ever had, Python and its libraries included. CPU seconds, of all threads
-together, say what a step costs where the clock also counts what other processes did.
+Weights are random numbers in bfloat16, sizes and samplers those the models are released with, unless others are asked
+for. A step is what the pipeline does between two timesteps: the network on all branches of guidance in one batch,
+guidance, the scheduler. The text is as long as the model reads, and turned into keys and values beforehand. Every model
+runs in a process of its own; peak is the most memory that process ever had, Python and its libraries included. CPU
+seconds, of all threads together, say what a step costs where the clock also counts what other processes did.
+
+Networks too large for a machine are measured with fewer of their blocks, each of full width:
+
+    python benchmarks/full_size_step.py --models opensora-2.0 --size 33x256x256 --depth 2 2 --steps 1
 """
 
 import argparse
-import importlib
 import json
 import math
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-MODELS = ("opensora-1.0", "opensora-1.1", "opensora-1.2")
+MODELS = ("opensora-1.0", "opensora-1.1", "opensora-1.2", "opensora-1.3-360p")
+DEPTHS = ("depth", "depth_single_blocks")
 
 
-def find(class_name: str) -> Any:
-    module, name = class_name.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
-
-
-def build(part: Any, depth: int | None) -> Any:
+def build(part: Any, depths: list[int]) -> Any:
     """The transformer, filled with a million random numbers over and over."""
     import torch
 
-    from opensora.checkpoints.weights import cast_weights
+    from opensora.weights import cast_weights
 
-    config = {**part.config, **({} if depth is None else {"depth": depth})}
+    config = {**part.keywords(), **dict(zip(DEPTHS, depths, strict=False))}
     with torch.device("meta"):
-        model = cast_weights(find(part.class_name)(**config), torch.bfloat16)
+        model = cast_weights(part.cls(**config), torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     numbers = (0.02 * torch.randn(1 << 20)).to(torch.bfloat16)
     for tensor in model.state_dict().values():
@@ -42,41 +42,55 @@ def build(part: Any, depth: int | None) -> Any:
     return model
 
 
-def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str, Any]:
+def pipeline_of(name: str, builders: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """The published pipeline, the networks of `builders` built by these; its other networks have no data."""
+    import torch
+
+    from opensora.checkpoints.source import ModelSource
+
+    def part_of(part: Any) -> Any:
+        if part.name in builders:
+            return builders[part.name](part)
+        if not part.is_network:
+            return None if part.name.startswith("tokenizer") else part.load_settings()
+        with torch.device("meta"):
+            return part.build()
+
+    return ModelSource.find(name, on_disk=False).pipeline(part_of)
+
+
+def measure(name: str, threads: int, steps: int, depths: list[int], sizes: list[int] | None) -> dict[str, Any]:
     """One model, in this process."""
     import torch
 
-    from opensora.checkpoints.published import PUBLISHED, published_name
-    from opensora.models.clip_conditions import ClipConditions
-    from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
+    from opensora.denoiser import Denoiser
+    from opensora.geometry import VideoSize
+    from opensora.models.guidance import NOT_GIVEN, GuidanceStep
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = PUBLISHED[published_name(name) or name]
-    defaults = model.defaults
-    size = (defaults["num_frames"], defaults["height"], defaults["width"])
-    with torch.device("meta"):
-        latent_size = find(model.autoencoder.class_name)(**model.autoencoder.config).latent_size(size)
-    height, width = defaults.get("nominal_size") or size[1:]
-    scheduler = find(model.scheduler_class)(**model.scheduler_config)
-    told = {"num_frames": size[0], "height": height, "width": width} if "flow" in model.scheduler_class else {}
-    scheduler.set_timesteps(defaults["num_inference_steps"], **told)
-    guidance = ChannelGuidance(default_guider(defaults["guidance_scale"]), defaults["cfg_channels"], 4)
+    pipeline = pipeline_of(name, {"transformer": lambda part: build(part, depths)})
+    transformer, conditioner, config = pipeline.transformer, pipeline.text_conditioner, pipeline.config
+    size = VideoSize(*(sizes or (config.num_frames, config.height, config.width)))
+    latent_size = pipeline.autoencoder.latent_size((size.num_frames, size.height, size.width))
+    clip = pipeline._clip_conditions(size, None, None)
+    scheduler = pipeline._prepared_scheduler(None, None, None, clip, torch.device("cpu"))
+    rule = pipeline._guidance_rule(None, None, None, NOT_GIVEN)
 
     with torch.inference_mode():
-        transformer = build(model.transformer, depth)
-        sample = torch.randn(1, 4, *latent_size)
-        text = transformer.encode_text(torch.randn(2, *transformer.null_text.shape))
+        text, null = (_random_text(conditioner) for _ in range(2))
+        texts = conditioner.branches(text, None if conditioner.null_prompt is None else null)
+        scale = rule.describe().get("guidance_scale") if transformer.reads_guidance else None
+        denoiser = Denoiser(transformer, texts, clip, guidance_scale=scale)
+        sample = torch.randn(1, pipeline.autoencoder.latent_channels, *latent_size)
+        first = GuidanceStep(0, len(scheduler.timesteps), scheduler.timesteps[0])
+        denoiser._context(rule.branches(first))
         seconds, cpu_seconds = [], []
         for i, t in enumerate(scheduler.timesteps[:steps]):
             started, cpu_started = time.perf_counter(), time.process_time()
-            latents = sample.repeat(2, 1, 1, 1, 1).to(transformer.dtype)
-            clip = ClipConditions(defaults["fps"], height, width, size[0])
-            prediction = transformer(latents, t.expand(2), text_context=text, clip_conditions=clip).sample.float()
-            state = GuidanceStep(i, len(scheduler.timesteps), t)
-            sample = scheduler.step(
-                guidance.combine(dict(zip(("text", "null"), prediction.chunk(2), strict=True)), state), t, sample
-            ).prev_sample
+            step = GuidanceStep(i, len(scheduler.timesteps), t)
+            predictions = denoiser(rule.branches(step), sample, t, step=i, num_steps=step.num_steps)
+            sample = scheduler.step(rule.combine(predictions, step), t, sample).prev_sample
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - cpu_started)
     if not torch.isfinite(sample).all():
@@ -84,8 +98,9 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
     patches = math.prod(-(-n // p) for n, p in zip(latent_size, transformer.patch_size, strict=True))
     unit = 1024 if sys.platform == "linux" else 1
     return {
-        "size": "x".join(map(str, size)),
+        "size": f"{size.num_frames}x{size.height}x{size.width}",
         "tokens": patches,
+        "branches": denoiser.num_evaluations // steps,
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -93,29 +108,46 @@ def measure(name: str, threads: int, steps: int, depth: int | None) -> dict[str,
     }
 
 
+def _random_text(conditioner: Any) -> Any:
+    """As many tokens as the network reads."""
+    import dataclasses
+
+    import torch
+
+    blank = conditioner.blank_states(1, "cpu", torch.bfloat16)
+    pooled = None if blank.pooled is None else torch.randn(blank.pooled.shape).to(blank.pooled)
+    return dataclasses.replace(blank, states=torch.randn(blank.states.shape).to(blank.states), pooled=pooled)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="the first may pay for what later ones find ready")
-    parser.add_argument("--depth", type=int, help="blocks instead of the released number, to try this script")
+    parser.add_argument("--size", type=_size, metavar="FRAMESxHEIGHTxWIDTH", help="instead of the model's own")
+    parser.add_argument("--depth", type=int, nargs="+", default=[], help="blocks instead of the released number")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, as JSON
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.models[0], args.threads, args.steps, args.depth)))
+        print(json.dumps(measure(args.models[0], args.threads, args.steps, args.depth, args.size)))
         return
-    print("| model | frames x height x width | tokens | parameters | each step, s | CPU, s | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| model | frames x height x width | tokens | branches | parameters | each step, s | CPU, s | peak memory, GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.models:
-        command = [sys.executable, __file__, "--here", "--models", name, "--threads", str(args.threads)]
-        command += ["--steps", str(args.steps)] + ([] if args.depth is None else ["--depth", str(args.depth)])
+        command = [sys.executable, *sys.argv, "--here", "--models", name]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode:
             sys.exit(result.returncode)
         row = json.loads(result.stdout)
         clock, cpu = (", ".join(f"{value:.1f}" for value in row[key]) for key in ("seconds", "cpu_seconds"))
-        sizes = f"{row['size']} | {row['tokens']} | {row['parameters'] / 1e6:.0f} M"
+        sizes = f"{row['size']} | {row['tokens']} | {row['branches']} | {row['parameters'] / 1e6:.0f} M"
         print(f"| {name} | {sizes} | {clock} | {cpu} | {row['peak_bytes'] / 1e9:.2f} |", flush=True)
+
+
+def _size(text: str) -> list[int]:
+    return [int(part) for part in text.split("x")]
 
 
 if __name__ == "__main__":

@@ -132,11 +132,11 @@ def measure(row: Row, folder: Path) -> tuple[int, int]:
     """Bytes of weights and of activations of the networks that a row names; the others stay without data."""
     import torch
 
-    from opensora.checkpoints.weights import cast_weights
     from opensora.geometry import VideoSize
     from opensora.pipeline import OpenSoraPipeline
     from opensora.planning.stages import Choices, Clip, network_of, run_stage
     from opensora.toybox.captions import build_tokenizer
+    from opensora.weights import cast_weights
 
     index = json.loads((folder / "model_index.json").read_text())
     dtype = getattr(torch, row.dtype)

@@ -73,8 +73,7 @@ def learn(settings: tuple[str, ...]) -> None:
     run("data", "manifest", "clips", "--output", "clips.csv")
     run("data", "plan", "clips.csv", "--recipe", "overfit")
     run("data", "precompute", "overfit", *settings, "--manifest", "clips.csv", "--output", "cache")
-    cached = 'objective.data={"type": "CachedLatents", "folder": "cache", "batches_in_a_row": 1}'
-    run("train", "overfit", cached, *settings, "--output", "run")
+    run("train", "overfit", "--cache", "cache", *settings, "--output", "run")
 
 
 def generate(captions: list[str]) -> None:

@@ -1,11 +1,11 @@
 """Open-Sora in Python: text to video with the Open-Sora family of diffusion transformers."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from opensora.errors import OpenSoraError
 
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without the import, which would be most of what `import opensora` takes
 if TYPE_CHECKING:
+    from typing import Any
+
     from opensora.checkpoints.loading import load_pipeline
     from opensora.generation.clip import Clip
     from opensora.generation.engine import Engine
@@ -25,7 +25,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'opensora' has no attribute {name!r}")

@@ -35,25 +35,26 @@ from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
     NOT_GIVEN,
     CfgChannels,
-    GuidanceRule,
-    GuidanceStep,
     NotGiven,
-    default_guider,
     merge_cfg_channel_alias,
 )
+from opensora.models.int8 import is_int8
 from opensora.models.portable_pipeline import PortablePipelineMixin
 from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_lists
 from opensora.offloading import Offloader
+from opensora.sampling.finite import check_finite
 from opensora.sampling.frames import begin_with, condition_on_pictures, repeat_each
 from opensora.sampling.generators import generators_per_video
+from opensora.sampling.guiding import GuidingMixin, check_guidance_options
 from opensora.sampling.habits import HabitsMixin
 from opensora.sampling.prompting import PromptingMixin
 from opensora.sampling.runs import CALLBACK_TENSORS, Run, RunsMixin
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+_KNOWN_FRAMES = ("free", "noised", "pictures kept")
 
 
 @dataclass
@@ -65,14 +66,23 @@ class OpenSoraPipelineOutput(BaseOutput):
             "pil" a list of B lists of T images; "latent" (B, C, T', H', W') normalised latents.
         settings: everything the run was resolved to, as plain JSON values; with the prompts and the model enough to
             make it again.
+        num_evaluations: videos that went through the transformer, each branch of guidance at each step counted by
+            itself; of several ranks, those of this one.
     """
 
     frames: Any
     settings: dict[str, Any] = field(default_factory=dict)
+    num_evaluations: int = 0
 
 
 class OpenSoraPipeline(
-    RunsMixin, PromptingMixin, HabitsMixin, PortablePipelineMixin, CogVideoXLoraLoaderMixin, DiffusionPipeline
+    RunsMixin,
+    PromptingMixin,
+    GuidingMixin,
+    HabitsMixin,
+    PortablePipelineMixin,
+    CogVideoXLoraLoaderMixin,
+    DiffusionPipeline,
 ):
     """Text to video with a diffusion transformer of the Open-Sora family.
 
@@ -88,7 +98,11 @@ class OpenSoraPipeline(
         autoencoder: a `VideoCodec`, pixels <-> normalised latents.
         text_encoder: `T5EncoderModel` of transformers.
         tokenizer: its tokenizer.
+        text_encoder_2: a second one, of transformers that read text by two (`CLIPTextModel`); None for the others.
+        tokenizer_2: its tokenizer.
         guidance_scale: default strength of classifier-free guidance, 1 = none.
+        guidance_options: how it guides besides, keywords of `TextImageGuidance`; None for plain classifier-free
+            guidance, or, with guidance distilled into the transformer, none.
         num_inference_steps: default number of steps.
         cfg_channels: default for which latent channels are guided: the first k, a list of indices, or None for all.
             Left out: 3 for `IDDPMScheduler`, as its published samplers guide, and all for rectified flow. DPM-Solver++
@@ -107,10 +121,15 @@ class OpenSoraPipeline(
             where seconds are seconds.
         clip_s: how many seconds such a clip is said to last.
         clean_prompts: prompts are spelled as its captions were, see `models.text.cleaning`.
-        scores: scores it knows, with the default of each (`aesthetic`, `flow`, `camera_motion`; None for none), see
-            `models.text.prompts.append_scores`; None for a model that knows none.
+        scores: scores it knows, with the default of each (`aesthetic`, `flow`, `camera_motion`, `motion`; None for
+            none), see `models.text.prompts.append_scores`; with `fps` its prompts tell the frame rate. None for a model
+            that knows none.
+        scores_in_words: `aesthetic` and `flow` are told in words.
         frame_alignment: latent frames to whose multiples mask strategies are aligned; None for no alignment.
         condition_frames: latent frames that a long video carries over from loop to loop.
+        known_frames: what becomes of frames that the transformer is shown beside the noise (strength 0): "free", they
+            are generated as all others; "noised", they are put back before every step, noised to its time (SDEdit);
+            "pictures kept", those with no known neighbour are put back after the last step.
         trained_on: what the transformer's latents were: `latent_space` (see `LatentSpace`) and `autoencoder`, a hash of
             its weights; None if nobody knows.
 
@@ -119,7 +138,8 @@ class OpenSoraPipeline(
             channels or on the latent space, or scheduler and autoencoder on how many latent frames a video has.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->autoencoder"
+    _optional_components = ["text_encoder_2", "tokenizer_2"]
     _callback_tensor_inputs = list(CALLBACK_TENSORS)
     # CogVideoXLoraLoaderMixin is diffusers' loader of adapters for pipelines in which a transformer alone is adapted:
     # `load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights`, ...
@@ -134,7 +154,10 @@ class OpenSoraPipeline(
         autoencoder: Any,
         text_encoder: Any,
         tokenizer: Any,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
         guidance_scale: float = 7.0,
+        guidance_options: dict[str, Any] | None = None,
         num_inference_steps: int = 30,
         cfg_channels: int | Sequence[int] | str | NotGiven | None = NOT_GIVEN,  # diffusers fails on a Literal
         height: int = 240,
@@ -150,8 +173,10 @@ class OpenSoraPipeline(
         clip_s: int = 2,
         clean_prompts: bool = False,
         scores: dict[str, Any] | None = None,  # likewise, of a union within
+        scores_in_words: bool = False,
         frame_alignment: int | None = None,
         condition_frames: int = 2,
+        known_frames: str = "free",  # likewise, of a Literal
         trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -165,6 +190,10 @@ class OpenSoraPipeline(
                 f"the transformer works on {transformer.config.in_channels} latent channels, the autoencoder makes "
                 f"{autoencoder.latent_channels}; they must come from one model"
             )
+        if guidance_options is not None:
+            check_guidance_options(guidance_scale, guidance_options, transformer)
+        if known_frames not in _KNOWN_FRAMES:
+            raise OpenSoraError(f"known_frames is {known_frames!r}; expected one of {', '.join(_KNOWN_FRAMES)}")
         check_scheduler(scheduler)
         _check_time_shift(scheduler, autoencoder)
         _check_trained_on(trained_on, autoencoder)
@@ -176,9 +205,12 @@ class OpenSoraPipeline(
             autoencoder=autoencoder,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
         self.register_to_config(
             guidance_scale=guidance_scale,
+            guidance_options=guidance_options,
             num_inference_steps=num_inference_steps,
             cfg_channels=cfg_channels,
             height=height,
@@ -194,8 +226,10 @@ class OpenSoraPipeline(
             clip_s=clip_s,
             clean_prompts=clean_prompts,
             scores=scores,
+            scores_in_words=scores_in_words,
             frame_alignment=frame_alignment,
             condition_frames=condition_frames,
+            known_frames=known_frames,
             trained_on=trained_on,
         )
         self.offloader: Offloader | None = None
@@ -224,6 +258,7 @@ class OpenSoraPipeline(
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
         cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
         guider: Any = None,
@@ -254,22 +289,26 @@ class OpenSoraPipeline(
             nominal_size: (height, width) that the transformer is told; None for the default of the default size, and
                 for the true one of any other.
             fps: frames per second.
-            scores: `aesthetic`, `flow` and `camera_motion`, in place of the model's defaults.
+            scores: `aesthetic`, `flow`, `camera_motion` and `motion`, in place of the model's defaults.
             image: the picture that the video begins with, resized and cropped to its size: a PIL image, an array
                 (H, W, 3), a tensor (3, H, W), numbers in [0, 1] or uint8; a list or one axis more for one per prompt.
             last_image: the picture that it ends with, likewise.
             video: a clip to denoise again: a list of PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W); a list
                 of these or one axis more for one per prompt.
             strength: denoising strength of `video`, from 0 (kept) to 1 (generated from noise).
-            conditioning: frames that are conditioned on in any other way, see `conditioning.frames.condition`.
+            conditioning: frames that are conditioned on in any other way, see `conditioning.frames.condition`, whose
+                `alone` is `transformer.known_frames_alone`.
             num_inference_steps: a number; for `IDDPMScheduler` also a respacing such as "ddim50".
             timesteps: of the steps, in place of a number of them; see the scheduler's `set_timesteps`.
             sigmas: noise levels of the steps, likewise.
             guidance_scale: strength of classifier-free guidance; 1 = none, which halves the work.
-            cfg_channels: which latent channels are guided: the first k, a list of indices, None or "all".
+            image_guidance_scale: how strongly known frames are followed by a model that reads them beside the noise,
+                likewise.
+            cfg_channels: which latent channels are guided: the first k, a list of indices, {index: weight} (1 is what
+                the rule says, 0 no guidance), None or "all".
             cfg_channel: an older name of `cfg_channels`.
             guider: a guider of `diffusers.guiders` in place of plain guidance, or a `GuidanceRule`; it brings its own
-                scale.
+                scale. A `GuidanceRule` guides all channels unless `cfg_channels` are given.
             num_videos_per_prompt: the videos of one prompt come one after the other.
             generator: a list holds one per video, and each video is then the one it would be alone. A single one is
                 used as it is for one video and seeds one per video for several. Seeds may stand for generators. None
@@ -291,15 +330,16 @@ class OpenSoraPipeline(
 
         Raises:
             OpenSoraError: a value that is impossible for this model (a size is answered with the nearest valid one),
-                or latents that are not finite.
+                or text states, latents or decoded frames that are not finite.
         """
         check_scheduler(self.scheduler)  # users put others in its place
         # Callbacks of `diffusers.callbacks` say themselves what they ask for.
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _check_choices(output_type, tensor_inputs)
-        channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=self.default_cfg_channels)
-        rule = self._guidance_rule(guider, guidance_scale, channels)
+        channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=NOT_GIVEN)
+        rule = self._guidance_rule(guider, guidance_scale, image_guidance_scale, channels)
         prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
+        scores = self.rated_scores(scores, fps)
         size = self._size(num_frames, height, width)
         clip = self._clip_conditions(size, nominal_size, fps)
         with self._exclusive():
@@ -320,16 +360,16 @@ class OpenSoraPipeline(
             num_prompts = len(text) // num_videos_per_prompt
             conditioning = self._frame_conditioning(conditioning, size, num_prompts, num_videos_per_prompt, **pictures)
             noise = self._initial_latents(latents, len(text), size, scheduler, generators, device)
-            sample, frame_strength = begin_with(conditioning, noise)
+            in_channels = self.transformer.reads_channels
+            sample, frame_strength, known = begin_with(conditioning, noise, in_channels=in_channels)
             if self.ranks is not None:
                 sample = self.ranks.follow_first(sample, generators)
-            run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators)
+            run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators, known)
             self._denoise(run, callback_on_step_end, tensor_inputs)
-            sample, num_steps = run.latents, run.num_steps
+            sample, num_steps, num_evaluations = run.finish(), run.num_steps, run.denoiser.num_evaluations
             del run, text, negative  # their memory is decoding's
-            _check_finite(sample, f"after {num_steps} steps in {self.transformer.dtype}")
-            with self.on_device("autoencoder"):
-                frames = sample if output_type == "latent" else self._decode(sample, size, output_type)
+            check_finite(sample, f"the latents after {num_steps} steps in {self.transformer.dtype}")
+            frames = sample if output_type == "latent" else self.decode(sample, size.num_frames, output_type)
             self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
@@ -348,20 +388,17 @@ class OpenSoraPipeline(
         }
         if timesteps is not None or sigmas is not None:
             settings |= {"num_inference_steps": num_steps, "timesteps": scheduler.timesteps.tolist()}
-        return OpenSoraPipelineOutput(frames, settings)
+        return OpenSoraPipelineOutput(frames, settings, num_evaluations)
 
     def _denoise(self, run: "Run", callback: Callable[..., Any] | None, tensor_inputs: Sequence[str]) -> None:
         """Walks the latents of a run from noise to the clip."""
-        scheduler, rule, frame_mask = run.scheduler, run.rule, None
+        scheduler, rule = run.scheduler, run.rule
         with self._running(run), self.on_device("transformer"), self.progress_bar(total=run.num_steps) as progress:
             for i, t in enumerate(scheduler.timesteps):
                 if run.interrupted:
                     break
-                run.timestep, step = t, GuidanceStep(i, run.num_steps, t)
-                if run.frame_strength is not None:
-                    run.latents, frame_mask = scheduler.activate_frames(
-                        run.latents, t, run.frame_strength, generator=run.generators
-                    )
+                run.timestep, step = t, run.guidance_step(i)
+                frame_mask = run.begin_step(t)
                 noisy, names = scheduler.scale_model_input(run.latents, t), rule.branches(step)
                 run.guided = len(names) > 1
                 predictions = run.denoiser(names, noisy, t, frame_mask, step=i, num_steps=run.num_steps)
@@ -409,6 +446,14 @@ class OpenSoraPipeline(
             self.config.width if width is None else width,
         ).check(self.size_rule())
 
+    def check_defaults(self) -> None:
+        """Raises `OpenSoraError` if a call that asks for nothing but a prompt would be refused."""
+        clip = self._clip_conditions(self._size(None, None, None), None, None)
+        self._prepared_scheduler(None, None, None, clip, torch.device("cpu"))
+        self._guidance_rule(None, None, None, NOT_GIVEN)
+        self.spell(["rain"])
+        self.text_conditioner.blank_tokens(1, "cpu")
+
     def _clip_conditions(
         self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None
     ) -> ClipConditions:
@@ -418,19 +463,6 @@ class OpenSoraPipeline(
         height, width = nominal_size or (size.height, size.width)
         rate = self.config.fps if fps is None else fps
         return ClipConditions.of_clip(height, width, size.num_frames, rate, self.config.image_fps)
-
-    def _guidance_rule(self, guider: Any, guidance_scale: float | None, cfg_channels: CfgChannels) -> GuidanceRule:
-        """A rule of guidance for one run."""
-        if guider is not None and guidance_scale is not None:
-            raise OpenSoraError(
-                f"got guidance_scale={guidance_scale} and a {type(guider).__name__}, which has a scale of its own; "
-                "give one of them"
-            )
-        if guider is None:
-            guider = default_guider(self.config.guidance_scale if guidance_scale is None else guidance_scale)
-        elif hasattr(guider, "branches"):
-            return copy.deepcopy(guider)
-        return self.transformer.guidance_rule(copy.deepcopy(guider), cfg_channels, self.autoencoder.latent_channels)
 
     def _prepared_scheduler(
         self,
@@ -444,7 +476,9 @@ class OpenSoraPipeline(
         scheduler = copy.deepcopy(self.scheduler)
         # A time shift depends on the size of the video; schedulers without one do not ask for it.
         asked_for = inspect.signature(scheduler.set_timesteps).parameters
-        sizes = {"height": clip.height, "width": clip.width, "num_frames": int(clip.num_frames)}
+        num_frames = int(clip.num_frames)
+        num_latents = self.autoencoder.latent_frames(num_frames)
+        sizes = {"height": clip.height, "width": clip.width, "num_frames": num_frames, "num_latents": num_latents}
         options: dict[str, Any] = {name: value for name, value in sizes.items() if name in asked_for}
         given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
         if not given.keys() <= asked_for.keys():
@@ -465,7 +499,8 @@ class OpenSoraPipeline(
                 "frames are given in two ways: by image, last_image or video, and by conditioning; use one"
             )
         with self.on_device("autoencoder"):
-            shown = condition_on_pictures(self.autoencoder, size, num_prompts, **pictures)
+            alone = self.transformer.known_frames_alone
+            shown = condition_on_pictures(self.autoencoder, size, num_prompts, alone=alone, **pictures)
         return repeat_each(shown, copies)
 
     def _initial_latents(
@@ -485,7 +520,7 @@ class OpenSoraPipeline(
             raise OpenSoraError(
                 f"latents have the shape {tuple(latents.shape)}; {num_videos} times {size} take {shape}"
             )
-        _check_finite(latents, "before the first step")
+        check_finite(latents, "the latents before the first step")
         return latents.to(device, torch.float32) * scheduler.init_noise_sigma
 
     def parallelize(self, *, guidance: bool = False, sequence: int | None = None) -> None:
@@ -494,8 +529,9 @@ class OpenSoraPipeline(
         From then on all ranks call the pipeline alike, sample from the noise of rank 0, and all return the clip.
 
         Args:
-            guidance: the two branches of guidance on two ranks, or two groups of them.
-            sequence: ranks that share a clip's tokens; None for all there are, or half of them with `guidance`.
+            guidance: the branches of guidance on two ranks or on three, or on as many groups of them.
+            sequence: ranks that share a clip's tokens; None for all there are, or with `guidance` for half of them, or
+                a third where they are odd.
 
         Raises:
             OpenSoraError: the number of ranks is another, or a cache of the transformer does not allow it.
@@ -520,15 +556,17 @@ class OpenSoraPipeline(
         """
         self.register_modules(scheduler=self.scheduler.with_sampler(name))
 
-    @property
-    def default_cfg_channels(self) -> CfgChannels:
-        """Which channels are guided unless a call says otherwise: the model's, but all with DPM-Solver++."""
-        return None if self.scheduler.guides_all_channels else self.config.cfg_channels
-
     # --- after the loop -----------------------------------------------------------------------------------------------
 
-    def _decode(self, latents: Tensor, size: VideoSize, output_type: OutputType) -> Any:
-        video = self.autoencoder.decode_latents(latents, size.num_frames).float()
+    def decode(self, latents: Tensor, num_frames: int, output_type: Literal["pt", "np", "pil"] = "pt") -> Any:
+        """Frames of normalised latents, as a call returns them, see `OpenSoraPipelineOutput.frames`.
+
+        Raises:
+            OpenSoraError: latents of another number of frames, or frames that are not finite.
+        """
+        with self._exclusive(), self.on_device("autoencoder"):
+            video = self.autoencoder.decode_latents(latents, num_frames).float()
+        check_finite(video, "the decoded frames")
         frames = video.div_(2).add_(0.5).clamp_(0, 1).permute(0, 2, 1, 3, 4).cpu()  # in place: videos are large
         if output_type == "pt":
             return frames
@@ -540,14 +578,18 @@ class OpenSoraPipeline(
     def describe(self) -> dict[str, Any]:
         """The model's defaults and what it is made of, as plain JSON values.
 
-        `latent_space` tells under `replaces` what the weights declared, where a user's override took its place.
+        `latent_space` tells under `replaces` what the weights declared, where a user's override took its place;
+        `tile_frames` is there where the autoencoder was set to work in other tiles than its own.
         """
         names = ("num_frames", "height", "width", "fps", "frame_interval", "num_inference_steps")
-        rule = self._guidance_rule(None, None, self.default_cfg_channels)
+        rule = self._guidance_rule(None, None, None, NOT_GIVEN)
+        tile_frames = getattr(self.autoencoder, "tile_sample_frames", None)
+        own_tiles = tile_frames == self.autoencoder.config.get("tile_sample_frames")
         return {
             **{name: self.config[name] for name in names},
+            **({} if own_tiles else {"tile_frames": tile_frames}),
             **rule.describe(),
-            "dtype": str(self.transformer.dtype).removeprefix("torch."),
+            "dtype": "int8" if is_int8(self.transformer) else str(self.transformer.dtype).removeprefix("torch."),
             "scheduler": _describe_object(self.scheduler),
             "latent_space": self.autoencoder.latent_space.to_dict(),
         }
@@ -593,10 +635,3 @@ def _check_choices(output_type: str, tensor_inputs: Sequence[str]) -> None:
             raise OpenSoraError(
                 f"callback_on_step_end_tensor_inputs names {name!r}; expected some of {', '.join(CALLBACK_TENSORS)}"
             )
-
-
-def _check_finite(latents: Tensor, when: str) -> None:
-    if not torch.isfinite(latents).all():
-        raise OpenSoraError(
-            f"the latents hold NaN or infinite values {when}; run in float32, or check the weights and the noise"
-        )

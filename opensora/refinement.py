@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from opensora.contents import parse_json, read_text
 from opensora.errors import OpenSoraError
 from opensora.models.text.prompts import join_loops, split_loops
 
@@ -107,7 +108,7 @@ class Refiner:
         try:
             if len(body) > _LONGEST_ANSWER_BYTES:
                 raise ValueError
-            return json.loads(body)
+            return parse_json(body, "the answer")
         except ValueError:
             raise OpenSoraError(f"{self._name} answered with something that is not JSON") from None
 
@@ -118,7 +119,7 @@ class Refiner:
         if 300 <= error.code < 400:
             return ", a redirect, which is not followed; give the address it leads to"
         try:
-            said = json.loads(error.read(_LONGEST_ANSWER_BYTES))["error"]["message"]
+            said = parse_json(error.read(_LONGEST_ANSWER_BYTES), "the answer")["error"]["message"]
         except (ValueError, LookupError, TypeError, OSError, HTTPException):
             said = error.reason
         said = self._without_key(" ".join(str(said).split()))[:200]
@@ -169,12 +170,7 @@ def read_key(file: Path | None, variable: str | None) -> str | None:
         return os.environ[variable].strip()
     if file is None:
         return None
-    try:
-        return file.expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise OpenSoraError(f"key file {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OpenSoraError(f"key file {file} cannot be read: it is not text") from None
+    return read_text(file.expanduser(), "key file").strip()
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -1,4 +1,4 @@
-"""Settings: dataclasses that can be written to a JSON file, read back, and changed from the command line.
+"""Settings: dataclasses that can be written to a JSON file and read back.
 
 Strict in both directions. A key that the dataclass does not have is an `OpenSoraError` naming the nearest one; a value
 of another type than the annotation says is an `OpenSoraError` naming both. Nothing is converted silently except what
@@ -17,19 +17,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from opensora.contents import read_json, shown_number
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
+from opensora.limits import most_of
 
 T = TypeVar("T")
 
 TYPE_KEY = "type"
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean X?"` when a known name lies near, otherwise the list of what is known."""
+def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`"; did you mean X?"` when a known name lies near, otherwise the list of what is known.
+
+    Args:
+        name: what was written.
+        known: what could have been.
+        cutoff: how near it has to lie, from 0 to 1.
+    """
     names = list(known)
     lowered = {candidate.lower(): candidate for candidate in names}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=cutoff)
     if near:
         return f"; did you mean {lowered[near[0]]}?"
     return f"; known: {', '.join(names)}" if names else ""
@@ -46,7 +54,7 @@ def to_dict(settings: Any) -> Any:
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             plain[field.name] = to_dict(value)
-            if len(_dataclasses_in(hints[field.name])) > 1 and dataclasses.is_dataclass(value):
+            if len(dataclasses_in(hints[field.name])) > 1 and dataclasses.is_dataclass(value):
                 plain[field.name] = {TYPE_KEY: type(value).__name__, **plain[field.name]}
         return plain
     if isinstance(settings, dict):
@@ -96,7 +104,13 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 def save_settings(settings: Any, path: str | Path) -> None:
     """Writes a dataclass, or what `to_dict` makes, as JSON; no half file is ever seen."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(as_json(settings))
+
+
+def as_json(settings: Any) -> bytes:
+    """The text of a dataclass, or of what `to_dict` makes, in UTF-8; names of files that are none are escaped."""
+    text = json.dumps(to_dict(settings), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def load_settings(cls: type[T], path: str | Path) -> T:
@@ -108,140 +122,13 @@ def load_settings(cls: type[T], path: str | Path) -> T:
     return from_dict(cls, read_json(path), where=str(path))
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
+def build_value(annotation: Any, value: Any, key: str) -> Any:
+    """A plain value as an annotation says it.
 
     Raises:
-        OpenSoraError: no such file, or not JSON (names the line).
+        OpenSoraError: it is of another type; calls it `key`.
     """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OpenSoraError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise OpenSoraError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise OpenSoraError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from None
-
-
-def assignments(settings: Any) -> list[str]:
-    """Every setting in the form that `apply_overrides` takes, such as `training.lr=0.0003`; the name is left out."""
-
-    def flat(tree: Any, path: str) -> list[str]:
-        if isinstance(tree, dict) and tree and TYPE_KEY not in tree:  # of several kinds, and given as a whole
-            return [line for key, value in tree.items() for line in flat(value, f"{path}.{key}" if path else key)]
-        return [f"{path}={tree if isinstance(tree, str) else json.dumps(tree)}"]
-
-    return flat({key: value for key, value in to_dict(settings).items() if key != "name"}, "")
-
-
-def apply_overrides(settings: T, overrides: Sequence[str]) -> T:
-    """A copy of a dataclass with fields changed by texts such as `training.lr=3e-4`.
-
-    The value is read as the field's annotation asks: `true`, `3`, `3e-4`, `none`, a bare word, `1,2,2` or `[1, 2, 2]`,
-    a JSON object for a nested dataclass or a dictionary. `name.type=Class` chooses among the dataclasses of a union,
-    starting from its defaults. The order of the texts does not matter; of one field given twice the last one counts.
-
-    Raises:
-        OpenSoraError: no `=`, an unknown key (names the nearest) or a value of the wrong type.
-    """
-    changes = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise OpenSoraError(f"override {override!r} must look like key=value, for example training.lr=3e-4")
-        changes.append(_Change(tuple(key.strip().split(".")), text.strip(), key.strip()))
-    return _override(settings, type(settings), changes) if changes else settings
-
-
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """A text for the field at a path below some settings; `key` is the whole path, for messages."""
-
-    path: tuple[str, ...]
-    text: str
-    key: str
-
-
-def _override(settings: Any, annotation: Any, changes: Sequence[_Change]) -> Any:
-    """Settings with all changes at once, so that no check of several fields sees half of them."""
-    below: dict[str, list[_Change]] = {}
-    for change in changes:
-        below.setdefault(change.path[0], []).append(dataclasses.replace(change, path=change.path[1:]))
-    key, depth = changes[0].key, len(changes[0].path)
-    if isinstance(settings, dict):
-        for name, of_field in below.items():
-            if name not in settings and all(change.path for change in of_field):
-                raise OpenSoraError(f"unknown setting {of_field[0].key}{nearest_name(name, settings)}")
-        inner = _values_of(annotation)
-        return settings | {name: _override_field(settings.get(name), inner, below[name]) for name in below}
-    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
-        raise OpenSoraError(f"setting {key} does not exist: {'.'.join(key.split('.')[:-depth])} is a value")
-    hints = typing.get_type_hints(type(settings))
-    names = [field.name for field in dataclasses.fields(settings) if field.init]
-    for name, of_field in below.items():
-        if name not in names:
-            raise OpenSoraError(f"unknown setting {of_field[0].key}{nearest_name(name, names)}")
-    changed = {name: _override_field(getattr(settings, name), hints[name], below[name]) for name in below}
-    return dataclasses.replace(settings, **changed)
-
-
-def _override_field(current: Any, annotation: Any, changes: Sequence[_Change]) -> Any:
-    """A field after its changes: first those of all of it, then of what it is, then of what is inside."""
-    inside = []
-    has_type = bool(_dataclasses_in(annotation))
-    for change in sorted(changes, key=lambda change: len(change.path)):
-        if not change.path:
-            current = _build_from_text(annotation, change.text, change.key)
-        elif has_type and change.path == (TYPE_KEY,):
-            key = change.key.removesuffix(f".{TYPE_KEY}")
-            current = _build_union(annotation, typing.get_args(annotation), {TYPE_KEY: change.text}, key, "")
-        else:
-            inside.append(change)
-    return _override(current, annotation, inside) if inside else current
-
-
-def _build_from_text(annotation: Any, text: str, key: str) -> Any:
-    """Reads command-line text: JSON where it is JSON, `a,b` as a list, `none`, otherwise the text itself."""
-    candidates: list[Any] = []
-    value = _json_or_text(text)
-    candidates.append(value)
-    if text.lower() in ("none", "null"):
-        candidates.append(None)
-    if text.lower() in ("true", "false"):
-        candidates.append(text.lower() == "true")
-    if not isinstance(value, str):
-        candidates.append(text)  # a text field may hold "12"
-    if (isinstance(value, str) and "," in text) or not text:
-        candidates.append([_json_or_text(part.strip()) for part in text.split(",") if part.strip()])
-    if not isinstance(value, (list, dict)):
-        candidates.append([value])
-    for candidate in candidates:
-        try:
-            return _build(annotation, candidate, key, "")
-        except OpenSoraError:
-            continue
-    if text[:1] in ("{", "[") and isinstance(value, str):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            where = f"at character {error.pos + 1} of {text}"
-            raise OpenSoraError(f"{key} is not valid JSON: {error.msg} {where}") from None
-    # Say it about the reading that fits the field best: a list for a sequence, otherwise the plain value.
-    is_sequence = typing.get_origin(annotation) in (list, tuple)
-    return _build(annotation, candidates[-1] if is_sequence else value, key, "")
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return float(text)  # JSON does not know "1." or "inf"
-    except ValueError:
-        return text
+    return _build(annotation, value, key, "")
 
 
 def _build(annotation: Any, value: Any, key: str, place: str) -> Any:
@@ -287,12 +174,14 @@ def _build(annotation: Any, value: Any, key: str, place: str) -> Any:
         and isinstance(value, annotation)
         and not (isinstance(value, bool) and annotation is not bool)
     ):
+        if annotation is int and (most := most_of(key)) is not None and abs(value) > most:
+            raise OpenSoraError(f"{key}{place} is {shown_number(value)}, expected {most:,} at most")
         return value
     raise _mistyped(annotation, value, key, place)
 
 
 def _build_union(annotation: Any, members: tuple[Any, ...], value: Any, key: str, place: str) -> Any:
-    choices = _dataclasses_in(annotation)
+    choices = dataclasses_in(annotation)
     if isinstance(value, dict) and choices:
         if len(choices) == 1:
             return _build(choices[0], value, key, place)
@@ -300,14 +189,14 @@ def _build_union(annotation: Any, members: tuple[Any, ...], value: Any, key: str
         if TYPE_KEY not in value:
             raise OpenSoraError(f"{key}{place} needs a key {TYPE_KEY!r} naming one of {', '.join(by_name)}")
         name = value[TYPE_KEY]
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise OpenSoraError(f"{key}.{TYPE_KEY}{place} is {name!r}, expected one of {', '.join(by_name)}")
         rest = {item: content for item, content in value.items() if item != TYPE_KEY}
         return _build(by_name[name], rest, key, place)
     # An exact match first, so that `int | float` keeps 3 an int and `str | Path` keeps text as text.
     for member in members:
         if isinstance(member, type) and type(value) is member:
-            return value
+            return _build(member, value, key, place)
     for member in members:
         try:
             return _build(member, value, key, place)
@@ -329,7 +218,8 @@ def _build_dataclass(cls: type, value: Any, key: str, place: str) -> Any:
         raise OpenSoraError(f"{prefix}{TYPE_KEY}{place} is {value[TYPE_KEY]!r}, expected {cls.__name__}")
     for name in given:
         if name not in fields:
-            raise OpenSoraError(f"unknown setting {prefix}{name}{place}{nearest_name(name, fields)}")
+            hint = nearest_name(name, fields).replace("; did you mean ", f"; did you mean {prefix}")
+            raise OpenSoraError(f"unknown setting {prefix}{name}{place}{hint}")
     for name, field in fields.items():
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name not in given and not has_default:
@@ -356,14 +246,14 @@ def _build_sequence(
     return tuple(built) if kind is tuple else built
 
 
-def _values_of(annotation: Any) -> Any:
+def values_of(annotation: Any) -> Any:
     """What a dictionary of this annotation holds: `int` for `dict[str, int] | None`, `Any` where nothing is said."""
     members = typing.get_args(annotation) if typing.get_origin(annotation) is not dict else (annotation,)
     held = [typing.get_args(member)[1] for member in members if typing.get_origin(member) is dict]
     return held[0] if held else Any
 
 
-def _dataclasses_in(annotation: Any) -> list[type]:
+def dataclasses_in(annotation: Any) -> list[type]:
     """The dataclasses among the members of a union (or the annotation itself)."""
     members = (
         typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)

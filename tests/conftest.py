@@ -1,5 +1,6 @@
 """Options and fixtures shared by all tests."""
 
+import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,11 @@ class Golden:
         """Tensors whose name starts with `prefix.`, without that prefix."""
         return {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of the network; of some fixtures they are whole numbers, in steps of 2^-9, or 2^-6 where 1D."""
+        stored = self.under("sdq")
+        return self.under("sd") | {k: v.float() * 2.0 ** (-9 if v.ndim > 1 else -6) for k, v in stored.items()}
+
 
 @pytest.fixture(scope="session")
 def golden_dir(pytestconfig: pytest.Config) -> Path:
@@ -83,12 +89,14 @@ def golden(golden_dir: Path):
 
 @pytest.fixture(scope="session")
 def golden_json(golden_dir: Path):
-    """`golden_json("name")` reads `name.json`; a fixture that the folder lacks skips the test."""
+    """`golden_json("name")` reads `name.json` or `name.json.gz`; a fixture that the folder lacks skips the test."""
 
     def load(name: str) -> Any:
         path = golden_dir / f"{name}.json"
-        if not path.exists():
+        if path.exists():
+            return json.loads(path.read_text())
+        if not (packed := path.with_suffix(".json.gz")).exists():
             pytest.skip(f"{path.name} is not in {golden_dir}")
-        return json.loads(path.read_text())
+        return json.loads(gzip.decompress(packed.read_bytes()))
 
     return load

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+import tiny_published
+import tiny_two_encoders
 import torch
 from tiny_pipeline import seeded
 from torch import Tensor
@@ -19,7 +21,16 @@ PIPELINES: dict[str, tuple[str, str | None]] = {
     "1.1, DDIM": ("opensora-1.1-stage3", "ddim"),
     "1.1, DPM-Solver++": ("opensora-1.1-stage3", "dpm-solver++"),
     "1.2, flow": ("opensora-1.2", None),
+    "1.3, flow": ("opensora-1.3", None),
+    "2.0, flow": ("opensora-2.0", None),
+    "2.0, DC-AE": ("opensora-2.0-dc-ae", None),
 }
+
+
+def pipeline_of(name: str, sampler: str | None = None, **defaults: Any) -> OpenSoraPipeline:
+    """A published model in memory, in miniature."""
+    made_by = tiny_two_encoders if name in tiny_two_encoders.NAMES else tiny_published
+    return made_by.pipeline_of(name, sampler, **defaults)
 
 
 def sample(pipe: OpenSoraPipeline, prompt: Any = PROMPT, seed: int = 1, **options: Any) -> Any:

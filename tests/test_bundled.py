@@ -18,6 +18,13 @@ from opensora.checkpoints.source import ModelSource
 from opensora.cli.main import main
 from opensora.evaluation.judge import WEIGHTS as JUDGE
 from opensora.evaluation.judge import load_judge
+from opensora.evaluation.toybox import (
+    generate,
+    held_out_samples,
+    reconstruction_accuracy,
+    reconstruction_psnr,
+    share_right,
+)
 from opensora.media.read import read_metadata, read_video
 
 PROMPT = "a small red ball rolls left over the grass"
@@ -53,6 +60,25 @@ def test_from_makes_the_same_frames_again(name, tmp_path, monkeypatch):
 def test_words_it_was_never_taught_are_named(name):
     with pytest.raises(opensora.errors.OpenSoraError, match="does not know: zebra"):
         opensora.load_pipeline(name)("a zebra")
+
+
+@pytest.mark.slow
+@models
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_it_draws_what_it_is_told(name, language):
+    pipe = opensora.load_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    samples = held_out_samples(40, seed=1, language=language)
+    read = share_right([sample.wanted for sample in samples], load_judge().read(generate(pipe, samples)))
+    assert read["motion"] > 0.85 and read["all"] > 0.8
+    assert min(read["background"], read["colour"], read["shape"]) > 0.85 and read["size"] > 0.8
+
+
+@pytest.mark.slow
+def test_the_autoencoder_is_crisp():
+    autoencoder = opensora.load_pipeline("toybox").autoencoder
+    assert reconstruction_psnr(autoencoder, 40) > 33
+    assert reconstruction_accuracy(autoencoder, load_judge(), 40)["all"] > 0.95
 
 
 @models

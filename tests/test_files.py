@@ -15,7 +15,7 @@ def test_a_file_is_replaced_whole_and_its_folder_made(tmp_path):
     path = tmp_path / "new" / "a.txt"
     for text in ["one", "two"]:
         with replacing(path) as temporary:
-            assert temporary.parent == path.parent and temporary != path
+            assert temporary.parent.parent == path.parent and temporary.suffix == temporary.parent.suffix == ".part"
             temporary.write_text(text)
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
@@ -24,7 +24,7 @@ def test_a_file_is_replaced_whole_and_its_folder_made(tmp_path):
 def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises((KeyboardInterrupt, OSError)), replacing(path) as temporary:
+    with pytest.raises((KeyboardInterrupt, OpenSoraError)), replacing(path) as temporary:
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -166,3 +166,9 @@ def test_impossible_even_sizes(ratio, pixels):
 
 def test_all_names_are_published(golden_json):
     assert set(golden_json("aspect_v1_2")["ASPECT_RATIOS"]) == set(geometry.resolution_names())
+
+
+@pytest.mark.parametrize(("num_frames", "within"), [(1, 1), (16, 1), (17, 17), (51, 49), (113, 113), (400, 113)])
+def test_frames_within(num_frames, within):
+    """What of a reference can be encoded: 16k + 1 frames, as many as there are."""
+    assert SizeRule(8, 16, 1, max_frames=113).frames_within(num_frames) == within

@@ -502,9 +502,9 @@ def test_an_index_that_is_no_json_or_no_pipeline_of_ours(folder):
     change_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "describes a StableDiffusionPipeline" in refusal(folder)
     (folder / "model_index.json").write_text("[]")
-    assert "expected an object" in refusal(folder)
+    assert "expected a JSON object" in refusal(folder)
     (folder / "model_index.json").write_text("{")
-    assert "not readable JSON" in refusal(folder)
+    assert "not valid JSON" in refusal(folder)
 
 
 def test_options_that_do_not_exist(folder):

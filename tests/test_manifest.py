@@ -88,7 +88,7 @@ def test_a_row_that_is_cut_short(tmp_path):
     path = tmp_path / "clips.csv"
     path.write_text(",".join(GOOD) + "\n" + ",".join(GOOD.values()) + "\nb.mp4,a dog,51\n")
     found = read_manifest(path)
-    assert len(found.rows) == 1 and found.rejected[0].reason == "height is missing"
+    assert len(found.rows) == 1 and found.rejected[0].reason == "3 cells, but the header has 6"
 
 
 def test_captions_only_where_they_are_needed(tmp_path):
@@ -111,7 +111,7 @@ def test_a_missing_column_is_named(tmp_path, column):
     ("name", "content", "message"),
     [
         ("missing.csv", None, "does not exist"),
-        ("clips.json", b"{}", "must end in .csv or .parquet"),
+        ("clips.xlsx", b"{}", "must end in .csv, .parquet"),
         ("empty.csv", b"", "no column path"),
         ("latin.csv", ",".join(GOOD).encode() + b"\n\xe9t\xe9.mp4,a,9,8,8,8\n", "not UTF-8"),
         ("clips.parquet", b"PAR1 this is none", "cannot be read as Parquet"),

@@ -225,6 +225,7 @@ def train(*settings: str) -> int:
     data = {"type": "ToyboxLatents", "clips": {"num_frames": 7, "height": 16, "width": 24}, "batch_size": 2}
     parts = ("objective.init_from=tiny", "objective.autoencoder=tiny", "objective.transformer=null")
     text = {"type": "FrozenText", "origin": "tiny"}
+    parts += tuple(f"objective.defaults.{name}={value}" for name, value in data["clips"].items())
     given = (f"objective.data={json.dumps(data)}", f"objective.text={json.dumps(text)}", *parts, *LOOP)
     return opensora(["train", "v1_2_debug", *given, *settings, "--device", "cpu"])
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from opensora.errors import OpenSoraError
-from opensora.settings import apply_overrides, from_dict, load_settings, save_settings, to_dict
+from opensora.overrides import apply_overrides
+from opensora.settings import from_dict, load_settings, save_settings, to_dict
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, monkeypat
     save_settings(full(), path)
 
     def half(self, *_, **__):
-        self.write_bytes(b"half")
+        with self.open("wb") as file:
+            file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(KeyboardInterrupt):
         save_settings(Recipe("y"), path)
     assert load_settings(Recipe, path) == full() and list(tmp_path.iterdir()) == [path]
@@ -132,8 +134,8 @@ def test_the_order_of_overrides_does_not_matter():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.step=3", "did you mean steps?"),
-        ("trainin.steps=3", "did you mean training?"),
+        ("training.step=3", "did you mean training.steps?"),
+        ("trainin.steps=3", "did you mean training.steps?"),
         ("training.steps=3.5", "expected int"),
         ("training.steps=true", "expected int"),
         ("training.steps=many", "training.steps is 'many', expected int"),
@@ -143,11 +145,11 @@ def test_the_order_of_overrides_does_not_matter():
         ("training.optimizer.betas=0.8", "has 1 entries, expected 2"),
         ("training.compile=2", "expected bool"),
         ('training.optimizer={"type": "Muon",}', "is not valid JSON: "),
-        ("training", "must look like key=value"),
+        ("training", "write KEY=VALUE"),
         ("notes.b=two", "notes.b is 'two', expected int"),
         ("notes.b=2.5", "notes.b is 2.5, expected int"),
         ("limits.low=wide", "limits.low is 'wide', expected float or none"),
-        ("network.spatail.groups=8", "did you mean spatial?"),
+        ("network.spatail.groups=8", "did you mean network.spatial?"),
     ],
 )
 def test_bad_overrides_are_one_line(override, message):
@@ -163,6 +165,10 @@ def test_bad_overrides_are_one_line(override, message):
         ({"name": 3}, "name in the file is 3, expected str"),
         ({"name": "x", "trainin": {}}, "unknown setting trainin in the file; did you mean training?"),
         ({"name": "x", "training": {"optimizer": {"lr": 1}}}, "needs a key 'type' naming one of Adam, Muon"),
+        (
+            {"name": "x", "training": {"optimizer": {"type": [1]}}},
+            "type in the file is [1], expected one of Adam, Muon",
+        ),
         ({"name": "x", "training": {"ema": "0.9"}}, "training.ema in the file is '0.9', expected float or none"),
         ({"name": "x", "training": {"steps": "7"}}, "expected int"),
         ({"name": "x", "training": 3}, "training in the file is 3, expected Training"),

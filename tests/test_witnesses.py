@@ -4,6 +4,7 @@ See `witnesses/README.md`. On a processor and with libraries that compute as tho
 with, the bits are the same; on any other, the numbers are very nearly.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -30,10 +31,11 @@ def _one_thread():
         yield
 
 
-@pytest.fixture(scope="module")
-def same_arithmetic() -> bool:
-    """Whether the same bits can be expected here."""
-    return cases.arithmetic() == MADE["arithmetic"]
+@functools.cache
+def same_bits(kind: str, name: str) -> bool:
+    """Whether the same bits can be expected here of that witness."""
+    of_weights = name in cases.OF_WEIGHTS[kind]
+    return cases.arithmetic() == MADE["arithmetic_of_weights" if of_weights else "arithmetic"]
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +55,19 @@ def test_every_case_has_its_witness(latents):
 
 
 @pytest.mark.parametrize("name", LATENTS)
-def test_latents(name, latents, same_arithmetic):
+def test_latents(name, latents):
     made = cases.make_latents(LATENTS[name])
     torch.testing.assert_close(made, latents[name], rtol=0, atol=1e-4 * float(latents[name].abs().max()))
-    if same_arithmetic:
+    if same_bits("latents", name):
         assert cases.sha256(made) == MADE["latents"][name]
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_video_of_two_loops(name, same_arithmetic):
+def test_a_video_of_two_loops(name):
     made = cases.make_loops(*LOOPS[name])
     kept = load_file(HERE / "loops.safetensors")[name].float() / 255
     torch.testing.assert_close(made, kept, rtol=0, atol=1.01 / 255)
-    if same_arithmetic:
+    if same_bits("loops", name):
         assert cases.sha256(made) == MADE["loops"][name]
 
 
@@ -89,7 +91,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_a_clip_is_made_again_from_its_record(name, desk, same_arithmetic):
+def test_a_clip_is_made_again_from_its_record(name, desk):
     record = read_record(desk / name)
     assert record == read_record(desk / f"{name}.json") and record.versions["opensora"] == MADE["opensora"]
     found = cases.places(CLIPS[name])
@@ -97,12 +99,13 @@ def test_a_clip_is_made_again_from_its_record(name, desk, same_arithmetic):
     (made, fps), (kept, kept_fps) = read_video(f"again/{name}"), read_video(name)
     assert fps == kept_fps and made.shape == kept.shape
     difference = torch.from_numpy(made).float() - torch.from_numpy(kept).float()
-    assert difference.abs().mean() < 0.05  # of 255
-    if same_arithmetic:
+    # Of 255. Pictures keep every pixel; what H.264 keeps of the same pixels depends on the processor as well.
+    assert difference.abs().mean() < (0.05 if name.endswith(".png") else 2)
+    if same_bits("clips", name):
         assert cases.sha256(torch.from_numpy(made)) == MADE["clips"][name]
     again = json.loads(Path(f"again/{name}.json").read_text())
     before = json.loads(Path(f"{name}.json").read_text())
-    assert {**again, "versions": None} == {**before, "versions": None}
+    assert_same_but_for_versions(again, before)
 
 
 @pytest.mark.parametrize("name", ["plain.png", "references.png", "scores.png", "loops.png"])
@@ -111,15 +114,26 @@ def test_a_clip_is_made_again_from_its_command(name, desk):
     assert opensora(["generate", *CLIPS[name], "--output", f"again/{name}", "--device", "cpu"]) == 0
     again = json.loads(Path(f"again/{name}.json").read_text())
     before = json.loads(Path(f"{name}.json").read_text())
-    assert {**again, "versions": None} == {**before, "versions": None}
+    assert_same_but_for_versions(again, before)
+
+
+def assert_same_but_for_versions(again: dict[str, Any], before: dict[str, Any]) -> None:
+    """A record may have gained fields since; none that it had is lost or changed."""
+    assert again["sampling"].items() >= before["sampling"].items()
+    for now, was in zip(again["adapters"], before.get("adapters", again["adapters"]), strict=True):
+        assert now.items() >= was.items()
+    for name, was in before["pipeline"].items():
+        assert (again["pipeline"][name] or {}).items() >= (was or {}).items()
+    others = before.keys() - {"versions", "sampling", "adapters", "pipeline"}
+    assert {name: again.get(name) for name in others} == {name: before[name] for name in others}
 
 
 # --- runs and results -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_comes_to_the_same_weights(name, desk, same_arithmetic, capsys):
-    if name == "autoencoder" and not same_arithmetic:
+def test_a_run_comes_to_the_same_weights(name, desk, capsys):
+    if name == "autoencoder" and not same_bits("runs", name):
         pytest.skip("the part that stays as it is was drawn at random, and is to have the same bits")
     recipe, *settings = RUNS[name]
     assert opensora(["train", recipe, *settings, "--output", f"runs/{name}", "--device", "cpu", "--threads", "1"]) == 0
@@ -132,7 +146,7 @@ def test_a_run_comes_to_the_same_weights(name, desk, same_arithmetic, capsys):
         assert trained.keys() == kept.keys()
         for weight, tensor in kept.items():
             torch.testing.assert_close(trained[weight], tensor, rtol=1e-3, atol=1e-4)
-    if same_arithmetic:
+    if same_bits("runs", name):
         assert cases.sha256_of_all(trained) == MADE["runs"][name]["weights"]
 
 

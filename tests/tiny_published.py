@@ -17,7 +17,8 @@ from sentencepiece import SentencePieceTrainer
 from tiny_pipeline import TEXT_WIDTH
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from opensora.checkpoints.published import PUBLISHED, PublishedModel, PublishedPart
+from opensora.checkpoints.published import PUBLISHED, PublishedModel
+from opensora.checkpoints.published_parts import PublishedPart
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.pipeline import OpenSoraPipeline
 
@@ -43,13 +44,16 @@ def tiny(name: str, **defaults: Any) -> PublishedModel:
     """A published model's entry with small networks, few steps and small clips."""
     model = PUBLISHED[name]
     autoencoder = dict(model.autoencoder.config)
-    autoencoder["spatial"] = SPATIAL
+    autoencoder |= (
+        {"spatial": SPATIAL} if "spatial" in autoencoder else {**TEMPORAL, "temporal_downsample": [False, True, True]}
+    )
     if "temporal" in autoencoder:
         autoencoder["temporal"] = {**autoencoder["temporal"], **TEMPORAL}
     transformer = {**model.transformer.config, **TRANSFORMER, "model_max_length": 40}
     if "input_size" in transformer:
         transformer["input_size"] = [4, 4, 4]
     sizes = {"height": 32, "width": 48, "num_frames": 4, "num_inference_steps": 3}
+    sizes |= {"num_frames": 17} if autoencoder["micro_frame_size"] and "spatial" not in autoencoder else {}
     sizes |= {"nominal_size": [32, 50]} if "nominal_size" in model.defaults else {}
 
     def with_config(part: PublishedPart, config: dict[str, Any]) -> PublishedPart:
@@ -79,7 +83,11 @@ def network(part: PublishedPart, seed: int = 0) -> Any:
 
 def pipeline_of(name: str, sampler: str | None = None, **defaults: Any) -> OpenSoraPipeline:
     """A published model in memory, in miniature."""
-    model = tiny(name, **defaults)
+    return pipeline_from(tiny(name, **defaults), sampler)
+
+
+def pipeline_from(model: PublishedModel, sampler: str | None = None, **more_parts: Any) -> OpenSoraPipeline:
+    """The pipeline of an entry, with parts besides those that every model has."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         tokenizer = T5Tokenizer.from_pretrained(folder)
@@ -90,6 +98,7 @@ def pipeline_of(name: str, sampler: str | None = None, **defaults: Any) -> OpenS
         autoencoder=network(model.autoencoder, 2),
         text_encoder=network(model.text_encoder, 3),
         tokenizer=tokenizer,
+        **more_parts,
         **model.defaults,
     )
     if sampler is not None:
@@ -154,7 +163,7 @@ def write_transformer(folder: Path, model: PublishedModel, transformer: torch.nn
 
 def reference_transformer_config(model: PublishedModel) -> dict[str, Any]:
     """As transformers writes the configuration of the reference's classes."""
-    class_name = model.transformer.class_name.rsplit(".", 1)[1]
+    class_name = model.transformer.class_name.rsplit(".", 1)[1].replace("STDiT4", "STDiT3")
     config = {name: value for name, value in model.transformer.config.items() if name != "qk_norm_legacy"}
     return {
         "_name_or_path": "outputs/epoch0",
@@ -179,6 +188,15 @@ def reference_transformer_config(model: PublishedModel) -> dict[str, Any]:
 def write_autoencoder(folder: Path, model: PublishedModel, autoencoder: VideoAutoencoder) -> None:
     weights = {name: tensor.clone() for name, tensor in autoencoder.state_dict().items()}
     config = model.autoencoder.config
+    if "spatial" not in config:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        parts = {"ch": config["filters"], "ch_mult": list(config["channel_multipliers"])}
+        kind = "OpenSoraVAE_V1_3_Pipline"  # so it is spelled
+        write_json(
+            folder / "config.json",
+            {"architectures": [kind], "model_type": kind, "encoder": parts, "decoder": parts, "normalization": "video"},
+        )
+        return
     if config.get("temporal"):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(

@@ -10,13 +10,14 @@ from opensora.data.clips import ManifestClips
 from opensora.data.toybox import ToyboxClips, ToyboxLatents, ToyboxVideos
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
-from opensora.recipes.debug import debug_task
+from opensora.recipes import debug, v2_0
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import render, sample_specs
 from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts
 from opensora.training.diffusion.text import TrainedText
+from opensora.training.parts import Untrained
 from opensora.training.vae.config import VAETaskConfig
 
 CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
@@ -54,10 +55,13 @@ FAMILY = {
     "1.0": ("opensora-1.0-16x256x256", IDDPM()),
     "1.1": ("opensora-1.1-stage3", IDDPM(float32_tables=True)),
     "1.2": ("opensora-1.2", Flow(time_shift=True)),
+    "1.3": ("opensora-1.3", Flow(time_shift=True, shift_frames="after_first")),
+    "2.0": ("opensora-2.0", v2_0.DIFFUSION),
+    "2.0-dc": ("opensora-2.0-dc-ae", v2_0.DIFFUSION_DC_AE),
 }
 
 
-def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 8) -> Path:
+def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 9) -> Path:
     """Small mp4 files of the toybox and one picture, in a manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -76,10 +80,28 @@ def write_clips(folder: Path, num_clips: int = 3, num_frames: int = 8) -> Path:
 def family_config(version: str, manifest: Path | None, **changes: Any) -> DiffusionTaskConfig:
     """A generation of the family with tiny networks of its classes, on clips of a manifest."""
     model, diffusion = FAMILY[version]
-    buckets = {"64x64": {"5": (1.0, 2), "1": (1.0, 2)}}
+    frames = "8" if version == "2.0-dc" else "5"  # of two latent frames
+    buckets = {"64x64": {frames: (1.0, 2), "1": (1.0, 2)}}
     data = ManifestClips(buckets, manifest, batches_in_a_row=1, num_workers=0)
     transformer = {"input_size": [5, 8, 8]} if version == "1.0" else None
-    return dataclasses.replace(debug_task(model, diffusion, transformer, data=data), **changes)
+    clips = dataclasses.replace(debug.CLIPS, num_frames=16 if version == "2.0-dc" else 17)
+    task = debug.debug_task(model, diffusion, transformer, clips, data=data)
+    if version == "1.3":  # chunks of 5 frames in place of 17, and windows that are smaller than a frame
+        assert isinstance(task.autoencoder, Untrained) and task.transformer is not None
+        small = dataclasses.replace(task.autoencoder, options={**task.autoencoder.options, "micro_frame_size": 5})
+        windows = {**task.transformer, "kernel_size": [2, 2, -1]}
+        task = dataclasses.replace(
+            task,
+            autoencoder=small,
+            transformer=windows,
+            known_frames={"none": 1.0, "i2v_head": 1.0, "other": 1.0},
+            drop_of_known={"text": 0.25, "frames": 0.25, "both": 0.25},
+        )
+    if version.startswith("2.0"):  # frames are known beside the noise alone
+        changes.pop("frame_masks", None)
+        known: Any = {"none": 1.0, "i2v_head": 1.0, "i2v_tail": 1.0}
+        task = dataclasses.replace(task, known_frames=known, drop_text=0.5, drop_pooled=0.5)
+    return dataclasses.replace(task, **changes)
 
 
 def vae_config(stage: str, **changes: Any) -> VAETaskConfig:

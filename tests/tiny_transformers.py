@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit4 import STDiT4
 
-MODELS = [STDiT, STDiT2, STDiT3]
+MODELS = [STDiT, STDiT2, STDiT3, STDiT4]
 TINY: dict[str, Any] = {
     "in_channels": 3,
     "hidden_size": 24,
@@ -44,6 +46,15 @@ def inputs(batch: int = 2, size: tuple[int, int, int] = (3, 4, 6)) -> dict[str, 
         "encoder_hidden_states": torch.randn(batch, 6, 10, generator=generator),
         "encoder_attention_mask": mask,
     }
+
+
+def channels(model: Any) -> dict[str, Any]:
+    """What else a model reads: known frames beside the noise, if it does."""
+    if not model.reads_channels:
+        return {}
+    latents = torch.randn(2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[True, False, False], [False, True, True]])
+    return {"channel_conditioning": ChannelConditioning(latents, mask)}
 
 
 def some_frames_kept() -> Tensor:

@@ -3,7 +3,7 @@
 Looks at the package and at the local cache of the Hub, never at the network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opensora.checkpoints import hub
@@ -16,7 +16,7 @@ from opensora.checkpoints.published import (
     published_name,
     unknown_model,
 )
-from opensora.settings import read_json
+from opensora.contents import read_object
 
 _PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer")
 
@@ -38,7 +38,7 @@ def describe_model(name: str) -> dict[str, Any]:
     if full_name is None:
         raise unknown_model(name)
     model = PUBLISHED[full_name]
-    parts = {part: _describe_part(model, part) for part in _PARTS}
+    parts = {part: _describe_part(model, part) for part in model.parts}
     return {
         "name": full_name,
         "aliases": [alias for alias, stands_for in ALIASES.items() if stands_for == full_name],
@@ -69,7 +69,7 @@ def _describe_part(model: PublishedModel, name: str) -> dict[str, Any]:
 
 def _describe_bundled(name: str) -> dict[str, Any]:
     model = BUNDLED[name]
-    index = read_json(model.folder / "model_index.json")
+    index = read_object(model.folder / "model_index.json")
     folders = component_folders(model.folder, [*_PARTS, "scheduler"])
     parts = {}
     for part in _PARTS:
@@ -83,7 +83,7 @@ def _describe_bundled(name: str) -> dict[str, Any]:
             "missing": [],
             "download_bytes": 0,
         }
-    scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
+    scheduler = read_object(folders["scheduler"] / "scheduler_config.json")
     return {
         "name": name,
         "aliases": [],
@@ -94,8 +94,8 @@ def _describe_bundled(name: str) -> dict[str, Any]:
             "class": index["scheduler"][1],
             **{key: value for key, value in scheduler.items() if not key.startswith("_")},
         },
-        "latent_space": read_json(folders["autoencoder"] / "config.json").get("latent_space"),
-        "text_tokens": read_json(folders["transformer"] / "config.json").get("model_max_length"),
+        "latent_space": read_object(folders["autoencoder"] / "config.json").get("latent_space"),
+        "text_tokens": read_object(folders["transformer"] / "config.json").get("model_max_length"),
         "defaults": {key: value for key, value in index.items() if key[0] != "_" and key not in folders},
     }
 
@@ -144,8 +144,14 @@ def _latent_space(space: Mapping[str, Any]) -> str:
     text = f"{convention} by {space.get('scaling_factor', 1.0):g}"
     for name in ("shift", "scale"):
         if space.get(name):
-            text += f", {name} {', '.join(f'{value:.4g}' for value in space[name])}"
+            text += f", {name} {', '.join(describe_figures(space[name]))}"
     return f"{text}; {space['trained_with']}" if space.get("trained_with") else text
+
+
+def describe_figures(figures: Sequence[float | Sequence[float]]) -> list[str]:
+    """A latent space's number of every channel; where latent frames of a chunk have their own, "0.1/0.2/0.3"."""
+    rows = (value if isinstance(value, Sequence) else [value] for value in figures)
+    return ["/".join(f"{value:.4g}" for value in row) for row in rows]
 
 
 def _text(tokens: int, defaults: Mapping[str, Any]) -> str:

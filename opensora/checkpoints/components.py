@@ -6,25 +6,33 @@ matching its configuration, holding NaN) is an error that names the file and the
 random instead.
 """
 
+import base64
 import contextlib
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opensora.checkpoints.adapters import AdaptedWeights, Adapter
+from opensora.adapters.adapter import Adapter
+from opensora.adapters.merging import AdaptedWeights
 from opensora.checkpoints.key_maps import adapt_weights, find_config
-from opensora.checkpoints.weights import cast_weights, first_line, load_weights, read_object, read_weights
+from opensora.containers.files import is_there
+from opensora.containers.runs import described_in
+from opensora.containers.tensors import first_line
+from opensora.contents import describe_kind, describe_value, kind_of, read_object
 from opensora.errors import OpenSoraError
+from opensora.keywords import check_keywords
 from opensora.models.autoencoders.latent_space import LatentSpace
-from opensora.models.families import may_hold_components
-from opensora.models.format import LIBRARIES
+from opensora.models.families import format_of, may_hold_components
+from opensora.models.format import LIBRARIES, kind_of_place
+from opensora.models.int8 import Int8Weights, computing_dtype, is_int8, use_int8
+from opensora.weights import cast_weights, load_weights, make_room, read_weights
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,46 +46,93 @@ def load_component(
     override_latent_space: LatentSpace | None = None,
     without_data: bool = False,
     adapters: Sequence[tuple[Adapter, float]] = (),
+    device: torch.device | str = "cpu",
 ) -> Network:
     """A network from the folder that its `save_pretrained` wrote, or from weights as the reference saves them.
+
+    It takes its own memory and a portion of its files, for it is built without data and filled portion by portion.
 
     Args:
         path: a folder with weights and, usually, a `config.json`, or a lone file of weights.
         cls: of diffusers, transformers or this package.
-        dtype: precision it will run in, whatever the file's.
+        dtype: precision it will run in, whatever the file's; int8 for weights in eight bits, see `models.int8`.
         config: keywords of `cls`, in place of what the path tells (see `key_maps.find_config`).
         override_latent_space: of an autoencoder, in place of the declared one, with which its weights may disagree.
         without_data: build it on torch's meta device: shapes alone, weights are not read.
         adapters: merged into the weights, each at a scale.
+        device: where its weights go, straight from the files.
 
     Returns:
-        The network on the CPU, in evaluation mode. Random numbers drawn afterwards are those of an unloaded process.
+        The network in evaluation mode. Random numbers drawn afterwards are those of an unloaded process.
 
     Raises:
         OpenSoraError: a missing or damaged file, weights that are not finite or not those of the configuration, or an
             adapter of other weights.
     """
-    if not path.exists():
+    place = torch.device("meta") if without_data else _WithoutWeights()
+    model, weights = _open(path, cls, dtype, place, config, override_latent_space)
+    if without_data and not adapters:
+        return model
+    weights = _adapted(model, weights, adapters, path)
+    if not without_data:
+        make_room(model.modules(), torch.device(device))
+        model.to(device)
+        load_weights(model, weights, source=str(path))
+    return model
+
+
+def open_component(
+    path: Path,
+    cls: type[Network],
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapters: Sequence[tuple[Adapter, float]] = (),
+) -> tuple[Network, Mapping[str, Tensor]]:
+    """A network whose weights lie on torch's meta device, and the weights, each read when it is asked for.
+
+    Tables that the network computes are there. For the rest see `load_component`.
+    """
+    model, weights = _open(path, cls, dtype, _WithoutWeights(), config)
+    return model, _adapted(model, weights, adapters, path)
+
+
+def _open(
+    path: Path,
+    cls: type[Network],
+    dtype: torch.dtype,
+    place: contextlib.AbstractContextManager[Any],
+    config: Mapping[str, Any] | None,
+    override_latent_space: LatentSpace | None = None,
+) -> tuple[Network, Mapping[str, Tensor]]:
+    """A network built in a place where weights have no data, and what its files hold."""
+    if not is_there(path):
         raise OpenSoraError(f"the folder {path} is missing; it should hold the model's {path.name}")
-    described = path / "config.json" if path.is_dir() and config is None else path
-    if not described.exists():
+    described = described_in(path, format_of(cls).kind) if path.is_dir() and config is None else path
+    if not is_there(described):
         raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
-    weights = read_weights(path)
+    weights = read_weights(path, format_of(cls).kind)
     config = find_config(path, cls) if config is None else config
     if override_latent_space is not None:
         config = {**config, "latent_space": override_latent_space.instead_of(config.get("latent_space"))}
-    place = torch.device("meta") if without_data else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), _WithoutRandomInit(), place:
+    with torch.random.fork_rng(devices=[]), place:
         model = build_model(cls, config, described)
-    cast_weights(model, dtype)
-    if without_data and not adapters:
-        return model.eval()
+    if isinstance(place, _WithoutWeights):
+        _check_tables(model)
+    cast_weights(model, computing_dtype(dtype))
+    if dtype == torch.int8 and format_of(cls).kind in ("text_encoder", "transformer"):
+        use_int8(model)
+    return model.eval(), weights
+
+
+def _adapted(
+    model: nn.Module, weights: Mapping[str, Tensor], adapters: Sequence[tuple[Adapter, float]], path: Path
+) -> Mapping[str, Tensor]:
+    """Weights under the names of a model, with adapters merged into them."""
     weights = adapt_weights(model, weights, str(path))
     if adapters:
         weights = AdaptedWeights(model, weights, adapters, str(path))
-    if not without_data:
-        load_weights(model, weights, source=str(path))
-    return model.eval()
+    return Int8Weights(model, weights) if is_int8(model) else weights
 
 
 def load_settings_of(folder: Path, cls: Any) -> Any:
@@ -88,14 +143,52 @@ def load_settings_of(folder: Path, cls: Any) -> Any:
         path = folder / cls.config_name
         config = read_object(path)
         # A scheduler also keeps what those know that sample the same models, for the way back.
-        kinds = [cls, *(cls._get_compatibles() if cls.has_compatibles else ())]
-        parameters = {k: v for kind in kinds for k, v in inspect.signature(kind.__init__).parameters.items()}
-        check_known(config, parameters, path)
+        others = cls._get_compatibles() if cls.has_compatibles else ()
+        also = [name for other in others for name in inspect.signature(other.__init__).parameters]
+        known = inspect.signature(cls.__init__).parameters
+        check_keywords(cls.__init__, config, path, also=[name for name in also if name not in known])
         return _build_from(path, cls, lambda: cls.from_config(config))
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+        if (kind := kind_of(file)) in ("git-lfs pointer", "web page", "empty"):
+            raise OpenSoraError(f"{file} is {describe_kind(kind)}; expected a file of the {cls.__name__}")
+        if file.name == "tokenizer.json":
+            _check_charsmaps(file)
     try:
-        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise OpenSoraError(f"{folder} does not hold a readable {cls.__name__}: {first_line(error)}") from error
+    longest = getattr(tokenizer, "model_max_length", 0)
+    if not isinstance(longest, int | float):
+        raise OpenSoraError(f"{folder}: model_max_length is {describe_value(longest)}, expected a whole number")
+    return tokenizer
+
+
+def _check_charsmaps(path: Path) -> None:
+    """Refuses a damaged table of characters, at which the tokenizers library would end the process.
+
+    It is base64 of the length of a trie in bytes, the trie, and UTF-8 that the trie points into.
+    """
+    try:
+        left: list[Any] = [json.loads(path.read_bytes())]
+    except (ValueError, RecursionError):  # which the library says itself
+        return
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+            if (table := value.get("precompiled_charsmap")) is None:
+                continue
+            try:
+                packed = base64.b64decode(table, validate=True)
+                trie_bytes = int.from_bytes(packed[:4], "little")
+                packed[4 + trie_bytes :].decode()
+                whole = len(packed) > 4 + trie_bytes and trie_bytes % 4 == 0
+            except (TypeError, ValueError):
+                whole = False
+            if not whole:
+                raise OpenSoraError(f"{path}: its precompiled_charsmap is damaged; get the file again")
 
 
 def find_class(name: str, library: str, class_name: str) -> type:
@@ -112,8 +205,7 @@ def find_class(name: str, library: str, class_name: str) -> type:
         raise OpenSoraError(f"{wanted}, which has none") from error
     if not isinstance(found, type):
         raise OpenSoraError(f"{wanted}, which is no class")
-    place = name.rstrip("_0123456789")  # a pipeline may have a second one: "tokenizer_2"
-    kind = {"scheduler": SchedulerMixin, "tokenizer": PreTrainedTokenizerBase}.get(place, nn.Module)
+    kind = {"scheduler": SchedulerMixin, "tokenizer": PreTrainedTokenizerBase}.get(kind_of_place(name), nn.Module)
     if not issubclass(found, kind):
         raise OpenSoraError(f"{wanted}, which is no {kind.__name__}")
     return found
@@ -122,8 +214,10 @@ def find_class(name: str, library: str, class_name: str) -> type:
 def build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
     """The model that a configuration describes, in float32, with arbitrary numbers for weights."""
     if getattr(cls, "config_class", None) is not None:  # transformers
+        known = inspect.signature(cls.config_class.__init__).parameters
+        check_keywords(cls.config_class.__init__, config, path, also=[name for name in config if name not in known])
         return _build_from(path, cls, lambda: cls(cls.config_class.from_dict(dict(config))))
-    check_known(config, inspect.signature(cls.__init__).parameters, path)
+    check_keywords(cls.__init__, config, path)
     return _build_from(path, cls, lambda: cls.from_config(dict(config)))
 
 
@@ -134,28 +228,26 @@ def _build_from(path: Path, cls: type, build: Callable[[], Any]) -> Any:
         raise OpenSoraError(f"{path} does not describe a {cls.__name__}: {first_line(error)}") from error
 
 
-class _WithoutRandomInit(TorchFunctionMode):
-    """Leaves new weights uninitialised: all of them are read from a file next, and drawing them takes longer than that.
+class _WithoutWeights(TorchFunctionMode):
+    """Leaves new weights without data: all of them are read from a file next, in whatever precision is wanted.
 
-    Only in-place random filling is skipped; tables that a model computes are computed. Functions are known by their
-    names, because transformers puts others of the same name into `torch.nn.init`.
+    Layers make theirs by `torch.empty`, which goes to torch's meta device, and fill them in place, which is skipped
+    where it is random. Tables that a model computes are computed. Functions are known by their names, because
+    transformers puts others of the same name into `torch.nn.init`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").endswith(("normal_", "uniform_", "erfinv_")):
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        elif getattr(func, "__name__", "").endswith(("normal_", "uniform_", "erfinv_")):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
-# --- small things -----------------------------------------------------------------------------------------------------
-
-
-def check_known(values: Iterable[str], parameters: Mapping[str, Any], path: Path | str) -> None:
-    """Refuse options that would be ignored; those with a leading underscore are the libraries' own notes."""
-    known = [name for name in parameters if name != "self"]
-    for name in values:
-        if not name.startswith("_") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise OpenSoraError(f"{path}: unknown option {name!r}; {hint}")
+def _check_tables(model: nn.Module) -> None:
+    """Whether all that is not read from files was computed; `torch.empty` makes nothing that may be filled by hand."""
+    if tables := [name for name, table in model.named_buffers() if table.is_meta]:
+        raise RuntimeError(
+            f"buffers of {type(model).__name__} are made by torch.empty, which has no data here: {tables}"
+        )

@@ -5,30 +5,32 @@ component. What the weights alone cannot tell is taken from a published model, w
 are not the only ones. The result is looked at before it gets its name, so a folder that exists is right.
 """
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opensora.adapters.adapter import read_adapter
+from opensora.adapters.reading import is_adapter
+from opensora.checkpoints.adapters import record_fused
 from opensora.checkpoints.components import find_class, load_component
 from opensora.checkpoints.fit import PipelineReport, inspect_model
-from opensora.checkpoints.identify import identify, read_header
+from opensora.checkpoints.folders import is_pipeline, locate
 from opensora.checkpoints.key_maps import find_config
 from opensora.checkpoints.loading import load_pipeline
 from opensora.checkpoints.published import PUBLISHED, PublishedModel, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, published_as
-from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, locate
-from opensora.checkpoints.weights import cast_weights, fingerprint
+from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
-from opensora.files import use_default_permissions
+from opensora.files import check_empty, check_writable, remove_left_overs, replacing_folder
 from opensora.models.families import format_of
-from opensora.models.format import Identity
+from opensora.models.format import Identity, Kind
+from opensora.models.identify import identify
+from opensora.weights import cast_weights, fingerprint, read_header
 
-_NETWORKS = ("transformer", "autoencoder", "text_encoder")
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -37,6 +39,7 @@ def convert(
     *,
     model: str | None = None,
     components: Mapping[str, Path] | None = None,
+    adapters: Mapping[Path, float] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     on_progress: OnProgress | None = None,
@@ -49,6 +52,8 @@ def convert(
         model: the published model whose defaults go with weights that do not tell theirs.
         components: "autoencoder", "text_encoder", "tokenizer" -> path: what makes a whole model of a transformer, or
             takes the place of a model's own.
+        adapters: adapter (its file or folder) -> scale, merged into the transformer for good; its `config.json` says
+            which they were, see `FUSED_KEY`.
         dtype: of the networks written; None for that of each one's file.
         max_shard_size: weights of more than this are written in several files.
         on_progress: told how far looking at the result is.
@@ -63,21 +68,26 @@ def convert(
     _check_output(output)
     if model is not None and published_name(model) is None:
         raise unknown_model(model)
-    components = dict(components or {})
-    whole = published_name(str(source)) is not None or (locate(source) / PIPELINE_INDEX).is_file()
+    components, adapters = dict(components or {}), dict(adapters or {})
+    if is_adapter(source):
+        raise OpenSoraError(
+            f"{source} is an adapter and no model: give the model that it belongs to, and this with `adapter` to merge "
+            "them, or with `adapter` and `to` to write it for another tool"
+        )
+    whole = published_name(str(source)) is not None or is_pipeline(locate(source))
     if whole and model is not None:
         raise OpenSoraError(f"{source} is a whole model and knows its defaults; leave out `model`")
     if not components:  # else the parts given may be what puts a model right
         _refuse_problems(inspect_model(source).problems)
-    with _writing_folder(output) as folder:
+    with replacing_folder(output) as folder:
         if whole:
-            _write_pipeline(str(source), folder, components, dtype, max_shard_size)
+            _write_pipeline(str(source), folder, components, adapters, dtype, max_shard_size)
         elif components:
-            name = _model_of(Path(source), model)
-            _write_pipeline(name, folder, {"transformer": Path(source), **components}, dtype, max_shard_size)
+            name = _model_of(locate(source), model)
+            parts = {"transformer": locate(source), **components}
+            _write_pipeline(name, folder, parts, adapters, dtype, max_shard_size)
         else:
-            _write_component(Path(source), folder, model, dtype, max_shard_size)
-        use_default_permissions(folder)
+            _write_component(locate(source), folder, model, adapters, dtype, max_shard_size)
         report = inspect_model(folder, on_progress=on_progress or (lambda what, done, total: None))
         _refuse_problems([problem.replace(str(folder), str(output)) for problem in report.problems])
     for part in report.components.values() if isinstance(report, PipelineReport) else [report]:
@@ -88,19 +98,27 @@ def convert(
 
 
 def _write_pipeline(
-    source: str, folder: Path, components: Mapping[str, Path], dtype: torch.dtype | None, max_shard_size: str
+    source: str,
+    folder: Path,
+    components: Mapping[str, Path],
+    adapters: Mapping[Path, float],
+    dtype: torch.dtype | None,
+    max_shard_size: str,
 ) -> None:
     """A whole model, each network in its own precision where none is asked for."""
-    pipeline = load_pipeline(source, components=components)
+    pipeline = load_pipeline(source, components=components, adapters=adapters)
+    record_fused(pipeline.transformer, adapters)
     parts = ModelSource.find(source, components).parts
-    networks = {name: getattr(pipeline, name) for name in _NETWORKS}
+    if adapters and dtype is None:
+        _say_rounding(_dtype_of(parts["transformer"].path, "transformer"))
+    networks = {name: getattr(pipeline, name) for name, part in parts.items() if part.is_network}
     recorded = dict(pipeline.config.trained_on or {})
     # Rounding the autoencoder gives it another fingerprint; it stays the one of the training.
     known = recorded.get("autoencoder") == fingerprint(networks["autoencoder"].state_dict())
     if published_name(source) is not None and "autoencoder" not in components:
         known = True
     for name, network in networks.items():
-        cast_weights(network, dtype or _dtype_of(parts[name].path))
+        cast_weights(network, dtype or _dtype_of(parts[name].path, parts[name].kind))
     if known:
         recorded["autoencoder"] = fingerprint(networks["autoencoder"].state_dict())
         pipeline.register_to_config(trained_on=recorded)
@@ -108,14 +126,31 @@ def _write_pipeline(
 
 
 def _write_component(
-    path: Path, folder: Path, model: str | None, dtype: torch.dtype | None, max_shard_size: str
+    path: Path,
+    folder: Path,
+    model: str | None,
+    adapters: Mapping[Path, float],
+    dtype: torch.dtype | None,
+    max_shard_size: str,
 ) -> None:
     """One network."""
     identity = _identify(path)
+    if adapters and identity.kind != "transformer":
+        raise OpenSoraError(f"{path} is a {identity.summary}; an adapter changes a transformer, leave out `adapter`")
     cls: Any = find_class(identity.kind, *identity.runner)
     config = find_config(path, cls, _assumed(path, identity, model))
-    network = load_component(path, cls, dtype or _dtype_of(path), config=config)
+    merged = [(read_adapter(adapter), scale) for adapter, scale in adapters.items()]
+    network = load_component(path, cls, dtype or _dtype_of(path), config=config, adapters=merged)
+    record_fused(network, adapters)
+    if adapters and dtype is None:
+        _say_rounding(_dtype_of(path))
     network.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _say_rounding(dtype: torch.dtype) -> None:
+    if dtype is not torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning("the transformer with its adapters is rounded to %s, as it was stored; float32 keeps all", name)
 
 
 # --- what goes with weights that do not tell --------------------------------------------------------------------------
@@ -187,12 +222,14 @@ def _identify(path: Path) -> Identity:
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-def _dtype_of(path: Path) -> torch.dtype:
-    """The precision that most of a network's values are stored in."""
+def _dtype_of(path: Path, kind: Kind | None = None) -> torch.dtype:
+    """The precision that most of a network's values are stored in; bfloat16, which is read everywhere, for float8."""
     sizes: dict[str, int] = {}
-    for info in read_header(path).values():
+    for info in read_header(path, kind).values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
     most = max(sizes, key=lambda dtype: sizes[dtype])
+    if most.startswith("float8"):
+        return torch.bfloat16
     return getattr(torch, most) if most in ("float16", "bfloat16") else torch.float32
 
 
@@ -205,23 +242,10 @@ def _refuse_problems(problems: list[str]) -> None:
 
 
 def _check_output(output: Path) -> None:
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists():
-        what = "is a folder with something in it" if output.is_dir() else "is a file"
-        raise OpenSoraError(f"output {output} {what}; name a folder that does not exist yet")
-
-
-@contextmanager
-def _writing_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, renamed to it on success and removed on any failure."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OpenSoraError(f"output {output} cannot be written: {error.strerror or error}") from None
-    try:
-        yield temporary
-        temporary.replace(output)  # an empty folder may be there
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not output.exists():
+        check_writable(output)
+    elif not output.is_dir():
+        raise OpenSoraError(f"output {output} is a file; name a folder that does not exist yet")
+    else:
+        remove_left_overs(output.parent)
+        check_empty(output)

@@ -9,6 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from opensora.contents import read_json
+from opensora.errors import OpenSoraError
 from opensora.files import replacing
 
 REMEMBERED_BYTES = 1 << 24
@@ -22,12 +24,12 @@ def file_hash(path: Path) -> str:
         return read_hash(path)
     what = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
     note = cache_folder() / f"{hashlib.sha256(what[0].encode()).hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        *noted, digest = json.loads(note.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError, TypeError):
+        *noted, digest = read_json(note)
         if noted == what:
             return digest
     digest = read_hash(path)
-    with contextlib.suppress(OSError), replacing(note) as temporary:
+    with contextlib.suppress(OpenSoraError), replacing(note) as temporary:
         temporary.write_text(json.dumps([*what, digest]), encoding="utf-8")
     return digest
 

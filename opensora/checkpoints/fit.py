@@ -10,17 +10,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import CLIPTextModel
+
+from opensora.checkpoints.folders import PIPELINE_INDEX, is_pipeline, locate
 from opensora.checkpoints.published import PUBLISHED, published_name, unknown_model
 from opensora.checkpoints.report import ComponentReport, OnProgress, how_to_set_factor, inspect_component
-from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, Part, locate
-from opensora.checkpoints.weights import StoredWeights, fingerprint, weight_files
+from opensora.checkpoints.source import ModelSource, Part
+from opensora.containers.files import is_there
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.families import format_of
 from opensora.pipeline import OpenSoraPipeline
+from opensora.weights import fingerprint, read_weights
 
-_PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer", "scheduler")  # in the order of a report
+# In the order of a report.
+_PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
 
 
 @dataclass
@@ -75,9 +80,9 @@ def inspect_model(
     """
     name = str(name_or_path)
     path = locate(name_or_path)
-    if published_name(name) is not None or (path / PIPELINE_INDEX).is_file():
+    if published_name(name) is not None or is_pipeline(path):
         return _inspect_pipeline(ModelSource.find(name_or_path), on_progress)
-    if not path.exists():
+    if not is_there(path):
         raise unknown_model(name)
     return inspect_component(path, on_progress=on_progress, hashed=True)[0]
 
@@ -105,7 +110,7 @@ def _inspect_part(report: PipelineReport, found: dict[str, Any], part: Part, on_
             return
         progress = None if on_progress is None else named_progress
         report.components[part.name], network = inspect_component(
-            part.path, part.cls, part.config, on_progress=progress
+            part.path, part.cls, part.keywords(), on_progress=progress
         )
     except OpenSoraError as error:
         report.fit.append(str(error))
@@ -126,7 +131,7 @@ def _inspect_whole(
         report.tokenizer = {"class": type(tokenizer).__name__, "tokens": len(tokenizer)}
     _check_latents(report, found)
     _check_text(report, found)
-    _check_pipeline(report, found)
+    _check_pipeline(report, found, source)
     if on_progress is not None and not report.problems:
         on_progress("hashing", 0, 0)
         report.sha256 = source.hash()
@@ -186,10 +191,17 @@ def _check_latents(report: PipelineReport, found: Mapping[str, Any]) -> None:
 
 
 def _check_text(report: PipelineReport, found: Mapping[str, Any]) -> None:
-    """Whether tokenizer, text encoder and transformer understand each other."""
-    transformer, encoder, tokenizer = (found.get(name) for name in ("transformer", "text_encoder", "tokenizer"))
+    """Whether tokenizers, text encoders and transformer understand each other."""
+    for number in ("", "_2"):
+        _check_encoder(
+            report, *(found.get(name) for name in ("transformer", f"text_encoder{number}", f"tokenizer{number}"))
+        )
+
+
+def _check_encoder(report: PipelineReport, transformer: Any, encoder: Any, tokenizer: Any) -> None:
     if transformer is not None and encoder is not None:
-        read, made = transformer.config.get("caption_channels"), getattr(encoder.config, "hidden_size", None)
+        width = "pooled_channels" if isinstance(encoder, CLIPTextModel) else "caption_channels"
+        read, made = transformer.config.get(width), getattr(encoder.config, "hidden_size", None)
         if None not in (read, made) and read != made:
             report.fit.append(
                 f"wrong text encoder: the transformer reads text states of width {read}, it makes {made}; put in the "
@@ -203,8 +215,8 @@ def _check_text(report: PipelineReport, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_pipeline(report: PipelineReport, found: Mapping[str, Any]) -> None:
-    """Whether the pipeline takes its parts and its defaults."""
+def _check_pipeline(report: PipelineReport, found: Mapping[str, Any], source: ModelSource) -> None:
+    """Whether the pipeline takes its parts and its defaults, and a call that asks for nothing else could be made."""
     transformer, scheduler = found.get("transformer"), found.get("scheduler")
     if transformer is not None and scheduler is not None:
         learned = scheduler.config.get("variance_type") == "learned_range"
@@ -216,7 +228,7 @@ def _check_pipeline(report: PipelineReport, found: Mapping[str, Any]) -> None:
     needed = OpenSoraPipeline.needed_components()
     if all(name in found for name in needed) and not report.problems:
         try:
-            OpenSoraPipeline(**found, **report.defaults)
+            source.pipeline(lambda part: found[part.name]).check_defaults()
         except (OpenSoraError, TypeError) as error:
             report.fit.append(f"{report.name}: {error}")
     elif absent := [name for name in needed if name not in found and not report.problems]:
@@ -228,7 +240,7 @@ def _check_autoencoder(report: PipelineReport) -> None:
     recorded, part = (report.trained_on or {}).get("autoencoder"), report.components["autoencoder"]
     if recorded is None:
         return
-    found = fingerprint(StoredWeights(weight_files(Path(part.path))))
+    found = fingerprint(read_weights(Path(part.path), "autoencoder"))
     if found != recorded:
         report.fit.append(
             f"wrong autoencoder: its weights have the fingerprint {found[:16]}..., those of the transformer's training "

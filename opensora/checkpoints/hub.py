@@ -5,12 +5,12 @@ called for nothing but a download that was asked for.
 """
 
 import fnmatch
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opensora.checkpoints.published import PublishedPart
+from opensora.checkpoints.published_parts import PublishedPart
+from opensora.contents import read_object
 from opensora.errors import OpenSoraError
 
 
@@ -141,8 +141,8 @@ def _missing_shards(files: list[Path]) -> list[str]:
     indices = [file for file in files if file.name.endswith(".index.json")]
     for index in indices:
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, AttributeError):
+            shards = set(read_object(index)["weight_map"].values())
+        except (ValueError, LookupError, AttributeError, TypeError):
             missing.append(index.name)
             continue
         missing += sorted(shards - names)

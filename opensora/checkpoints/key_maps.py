@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora.checkpoints.identify import identify, read_header
 from opensora.checkpoints.published import PUBLISHED
-from opensora.checkpoints.weights import read_object
+from opensora.containers.runs import described_in
+from opensora.contents import read_object, shown
 from opensora.errors import OpenSoraError
 from opensora.models.families import format_of
 from opensora.models.format import Format, Identity
+from opensora.models.identify import identify
+from opensora.weights import read_header
 
 
 def find_config(path: Path, cls: type[nn.Module], assumed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -33,11 +35,17 @@ def find_config(path: Path, cls: type[nn.Module], assumed: Mapping[str, Any] | N
         OpenSoraError: the weights are another network's, the configuration has an unknown keyword, or there is none
             and shapes do not suffice.
     """
-    family, where = format_of(cls), path / "config.json"
+    family = format_of(cls)
+    where = described_in(path, family.kind)
     stored = read_object(where) if where.is_file() else None
     if stored is not None and not family.is_foreign_config(stored):
+        named = stored.get("_class_name", cls.__name__)
+        if named != cls.__name__:
+            raise OpenSoraError(
+                f"{where} describes another network than the {cls.__name__} wanted here: {shown(named)}"
+            )
         return stored
-    base = _told_by_shapes(path, family, identify(read_header(path)), assumed)
+    base = _told_by_shapes(path, family, identify(read_header(path, family.kind)), assumed)
     return base if stored is None else base | family.translate_config(stored, where, base, assumed)
 
 
@@ -61,7 +69,7 @@ def _told_by_shapes(
 def _published_config(family: Format, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The configuration of the published network of a family that could take the place of one with these keywords."""
     class_name = f"{family.library}.{family.cls.__name__}"
-    parts = [getattr(model, family.kind) for model in PUBLISHED.values()]
+    parts = [getattr(model, family.kind or "") for model in PUBLISHED.values()]
     fitting = (part.config for part in parts if part.class_name == class_name)
     return next((known for known in fitting if family.difference(config, known) is None), None)
 

@@ -6,15 +6,15 @@ Where a model's parts lie is found by `source.ModelSource`, how each is read sta
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
-from opensora.checkpoints.adapters import read_adapter
+from opensora.adapters.adapter import read_adapter
 from opensora.checkpoints.source import ModelSource, Part
 from opensora.errors import OpenSoraError
-from opensora.offloading import Offloader
+from opensora.offloading import STREAMED, BlockStream, Offload, Offloader, stream_to_accelerator
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
@@ -30,7 +30,7 @@ def load_pipeline(
     components: Mapping[str, str | Path] | None = None,
     adapters: Mapping[str, float] | Mapping[Path, float] | None = None,
     download: bool = False,
-    offload: bool = False,
+    offload: Offload | bool | None = None,
 ) -> "OpenSoraPipeline":
     """Load a model by name or from a folder.
 
@@ -39,7 +39,8 @@ def load_pipeline(
             `published.PUBLISHED`), a folder that `save_pretrained` wrote, or such a folder's repository on the Hub
             ("somebody/model").
         device: where it runs.
-        dtype: precision of the networks; None is float32 on the CPU and bfloat16 elsewhere. Latents stay float32.
+        dtype: precision of the networks; None is float32 on the CPU and bfloat16 elsewhere. int8: the weights of text
+            encoders and the transformer lie in memory in eight bits, and all compute in bfloat16. Latents stay float32.
         override_latent_space: used instead of the one declared with the autoencoder's weights, and recorded in every
             output.
         components: component -> folder or file that takes the place of the model's own, in our format or in the one
@@ -47,8 +48,9 @@ def load_pipeline(
         adapters: adapter (its file or folder) -> how strongly it acts: 1 as it was trained, 0 not at all.
         download: fetch what this machine lacks of a published model or a repository. Nothing else ever goes to the
             network.
-        offload: each network is in memory only while it works. On an accelerator it lies in the CPU's memory otherwise;
-            on the CPU it is read from its files whenever it is needed.
+        offload: "networks" (or True): each network is in memory only while it works. On an accelerator it lies in the
+            CPU's memory otherwise; on the CPU it is read from its files whenever it is needed. "blocks": of text
+            encoders and the transformer besides only the block that works, and the next one.
 
     Returns:
         The pipeline, in evaluation mode on `device`.
@@ -57,22 +59,31 @@ def load_pipeline(
         OpenSoraError: unknown name, a missing or damaged file, weights that do not fit, an adapter of another model, or
             an absent device.
     """
+    if offload not in (None, False, True, *get_args(Offload)):
+        raise OpenSoraError(f"`offload` is {offload!r}, expected one of {', '.join(get_args(Offload))}")
     device = resolve_device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or usual_dtype(on_cpu=device.type == "cpu")
     merged = [(read_adapter(path), scale) for path, scale in (adapters or {}).items()]
+    for adapter, _ in merged:
+        adapter.log_notes()
     source = ModelSource.find(name_or_path, components, download=download)
     loaders: dict[str, Callable[[], nn.Module]] = {}
+    streams: dict[str, BlockStream] = {}
+    from_files = bool(offload) and device.type == "cpu"
 
     def load(part: Part) -> Any:
         if not part.is_network:
             return part.load_settings()
-        options = {
-            "dtype": dtype,
-            "adapters": merged if part.name == "transformer" else (),
-            "override_latent_space": override_latent_space if part.name == "autoencoder" else None,
-        }
+        adapted = {"adapters": merged} if part.name == "transformer" else {}
+        if from_files and offload == "blocks" and part.kind in STREAMED:
+            network, weights = part.open(dtype, **adapted)
+            streams[part.name] = BlockStream(network, weights, str(part.path))
+            return network
+        options = {"dtype": dtype, **adapted}
+        if part.name == "autoencoder":
+            options["override_latent_space"] = override_latent_space
         loaders[part.name] = functools.partial(part.load, **options)
-        network = part.load(**options, without_data=offload and device.type == "cpu")
+        network = part.load(**options, without_data=from_files, device="cpu" if offload else device)
         if part.name == "autoencoder" and override_latent_space is not None:
             network.override_latent_space(override_latent_space)
         return network
@@ -81,8 +92,11 @@ def load_pipeline(
     pipeline.register_to_config(_name_or_path=str(name_or_path))
     if not offload:
         return pipeline.to(device)
-    networks = {name: getattr(pipeline, name) for name in loaders}
-    pipeline.offloader = Offloader(device, networks, loaders if device.type == "cpu" else {})
+    networks: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in (*loaders, *streams)}
+    if offload == "blocks" and not from_files:
+        for name in [name for name in networks if name.startswith(STREAMED)]:
+            stream_to_accelerator(networks.pop(name), device)
+    pipeline.offloader = Offloader(device, networks, loaders if from_files else {}, streams)
     with pipeline.on_device("autoencoder"):
         pass  # a damaged one shows now, and not when everything else is done
     return pipeline
@@ -96,6 +110,11 @@ def choose_device(name: str | None) -> torch.device:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return resolve_device(name or accelerator or "cpu")
+
+
+def usual_dtype(*, on_cpu: bool) -> torch.dtype:
+    """The precision of networks where none was asked for."""
+    return torch.float32 if on_cpu else torch.bfloat16
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -1,10 +1,9 @@
-"""The models this package knows by name, in one table: those it brings along, and every released one of 1.0 to 1.2.
+"""The models this package knows by name, in one table: those it brings along, and every released one.
 
 What belongs to a set of published weights stands here and nowhere else: where it lies on the Hub, the configuration of
 every part, and how it is sampled. Nothing here imports a network, so asking for a name costs nothing.
 
-Sizes of files are counted from the networks' parameters in the precision they were published in, so they are good to a
-few percent.
+Sizes of files are counted from the networks' parameters in their published precision, good to a few percent.
 """
 
 import difflib
@@ -13,6 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opensora.checkpoints.published_parts import (
+    CLIP_ENCODER,
+    CLIP_TOKENIZER,
+    DC_AE_2_0,
+    HUNYUAN_VAE,
+    MMDIT_2_0,
+    MMDIT_2_0_DC_AE,
+    OPENSORA_VAE_1_2,
+    OPENSORA_VAE_1_3,
+    SD_VAE,
+    TEXT_ENCODER,
+    TOKENIZER,
+    XL2,
+    PublishedPart,
+)
 from opensora.errors import OpenSoraError
 
 # Inside the installed package: offline from the first minute.
@@ -34,6 +48,12 @@ class BundledModel:
     shared: dict[str, str] = field(default_factory=dict)
 
 
+FORMER_BUNDLED = {
+    "69924c9e4ea0458397f3664d3dff7de2261076b7a416a7d3050add665251b4e2": "Toybox 1",
+    "974819b34117624772f7fcfff54320b0263acaecf85b143f20b09d31c28682af": "Toybox 1",
+}
+"""Hash of bundled weights of before -> what docs/log.md calls them, where it says how to get them back."""
+
 BUNDLED: dict[str, BundledModel] = {
     "toybox": BundledModel(_WEIGHTS / "toybox", "moving shapes, rectified flow, all latent channels guided"),
     "toybox-iddpm": BundledModel(
@@ -42,30 +62,6 @@ BUNDLED: dict[str, BundledModel] = {
         shared={"autoencoder": "toybox"},
     ),
 }
-
-
-@dataclass(frozen=True)
-class PublishedPart:
-    """One component of a released model.
-
-    Attributes:
-        repository: its repository on the Hub.
-        files: what of the repository is needed; names, or patterns with `*` where the number of files is not known.
-        size_bytes: of these files, about.
-        class_name: the class that runs it, with its module.
-        config: keywords of that class (of its configuration, for classes of transformers).
-    """
-
-    repository: str
-    files: tuple[str, ...]
-    size_bytes: int
-    class_name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def lone_file(self) -> str | None:
-        """The only file needed, if it is one of several models' in its repository."""
-        return self.files[0] if len(self.files) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,7 @@ class PublishedModel:
         scheduler_class: the sampler, with its module.
         scheduler_config: its keywords.
         defaults: keywords of `OpenSoraPipeline` other than its components.
+        text_encoder_2, tokenizer_2: of models that read text by two encoders.
     """
 
     summary: str
@@ -91,123 +88,15 @@ class PublishedModel:
     scheduler_class: str
     scheduler_config: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    text_encoder_2: PublishedPart | None = None
+    tokenizer_2: PublishedPart | None = None
 
     @property
     def parts(self) -> dict[str, PublishedPart]:
         """The components that come from the Hub, by name."""
-        names = ("transformer", "autoencoder", "text_encoder", "tokenizer")
-        return {name: getattr(self, name) for name in names}
+        names = ("transformer", "autoencoder", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
-
-# --- parts that several models share ----------------------------------------------------------------------------------
-
-_T5 = "DeepFloyd/t5-v1_1-xxl"
-
-_TEXT_ENCODER = PublishedPart(
-    _T5,
-    ("config.json", "pytorch_model*.bin*"),
-    19_050_000_000,  # 4.76 B parameters in float32, the encoder alone
-    "transformers.T5EncoderModel",
-    {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-    },
-)
-_TOKENIZER = PublishedPart(
-    _T5,
-    ("spiece.model", "special_tokens_map.json", "tokenizer_config.json"),
-    800_000,
-    "transformers.T5Tokenizer",
-)
-
-_FRAME_AUTOENCODER: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-_VIDEO_AUTOENCODER = "opensora.models.autoencoders.video.VideoAutoencoder"
-
-# Open-Sora 1.0 and 1.1: the Stable Diffusion autoencoder alone.
-_SD_VAE = PublishedPart(
-    "stabilityai/sd-vae-ft-ema",
-    ("config.json", "diffusion_pytorch_model.safetensors"),
-    335_000_000,
-    _VIDEO_AUTOENCODER,
-    {
-        "spatial": _FRAME_AUTOENCODER,
-        "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Diffusion 1.x autoencoder"},
-        "micro_frame_size": None,
-        "micro_batch_size": 4,
-    },
-)
-
-SVD_AUTOENCODER = PublishedPart(
-    "stabilityai/stable-video-diffusion-img2vid",
-    ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
-    391_000_000,
-    _VIDEO_AUTOENCODER,
-    {
-        # Its norms always have 32 groups.
-        "spatial": {name: value for name, value in _FRAME_AUTOENCODER.items() if name != "norm_num_groups"},
-        "temporal_decoder": {},
-        "latent_space": {"scaling_factor": 0.18215, "trained_with": "Stable Video Diffusion autoencoder"},
-        "micro_frame_size": None,
-        "micro_batch_size": 4,
-    },
-)
-"""Takes the place of the autoencoder of 1.0 and 1.1: the same latents, and a decoder that looks at neighbouring frames,
-so that what it draws flickers less."""
-
-# Open-Sora 1.2. Its 2D part is the SDXL autoencoder, whose own factor is 0.13025; the temporal part, shift and scale
-# were trained on its latents times 0.18215, so 0.18215 is right for these weights.
-_OPENSORA_VAE_1_2 = PublishedPart(
-    "hpcai-tech/OpenSora-VAE-v1.2",
-    ("config.json", "model.safetensors"),
-    1_573_000_000,
-    _VIDEO_AUTOENCODER,
-    {
-        "spatial": _FRAME_AUTOENCODER,
-        "temporal": {
-            "type": "causal3d",
-            "in_channels": 4,
-            "latent_channels": 4,
-            "filters": 128,
-            "num_res_blocks": 4,
-            "channel_multipliers": [1, 2, 2, 4],
-            "temporal_downsample": [False, True, True],
-            "num_groups": 32,
-        },
-        "latent_space": {
-            "scaling_factor": 0.18215,
-            "shift": [-0.10, 0.34, 0.27, 0.98],
-            "scale": [3.85, 2.32, 2.33, 3.06],
-            "trained_with": "OpenSora-VAE-v1.2 (temporal autoencoder trained on SDXL frame latents times 0.18215)",
-        },
-        "micro_frame_size": 17,
-        "micro_batch_size": 4,
-    },
-)
-
-# All three generations: XL/2, learned variance (which rectified flow leaves unused), null text of T5's width.
-_XL2: dict[str, Any] = {
-    "in_channels": 4,
-    "pred_sigma": True,
-    "patch_size": [1, 2, 2],
-    "hidden_size": 1152,
-    "depth": 28,
-    "num_heads": 16,
-    "mlp_ratio": 4.0,
-    "caption_channels": 4096,
-}
 
 # 1.1 is told 24 frames per second, and its clips are to be played at 8; those of 1.0 likewise.
 _IDDPM_DEFAULTS: dict[str, Any] = {
@@ -229,7 +118,7 @@ def _opensora_1_0(summary: str, file: str, latent_side: int) -> PublishedModel:
         3_040_000_000,
         "opensora.models.stdit.STDiT",
         {
-            **_XL2,
+            **XL2,
             "model_max_length": 120,
             "input_size": [16, latent_side, latent_side],
             "space_scale": latent_side / 64,
@@ -239,9 +128,9 @@ def _opensora_1_0(summary: str, file: str, latent_side: int) -> PublishedModel:
     return PublishedModel(
         summary,
         transformer,
-        _SD_VAE,
-        _TEXT_ENCODER,
-        _TOKENIZER,
+        SD_VAE,
+        TEXT_ENCODER,
+        TOKENIZER,
         scheduler_class="opensora.models.schedulers.iddpm.IDDPMScheduler",
         scheduler_config={},
         defaults={**_IDDPM_DEFAULTS, "height": 8 * latent_side, "width": 8 * latent_side},
@@ -255,14 +144,14 @@ def _opensora_1_1(summary: str, repository: str) -> PublishedModel:
         ("config.json", "model.safetensors"),
         3_073_000_000,
         "opensora.models.stdit2.STDiT2",
-        {**_XL2, "model_max_length": 200, "qk_norm": True, "qk_norm_legacy": True, "input_sq_size": 512},
+        {**XL2, "model_max_length": 200, "qk_norm": True, "qk_norm_legacy": True, "input_sq_size": 512},
     )
     return PublishedModel(
         summary,
         transformer,
-        _SD_VAE,
-        _TEXT_ENCODER,
-        _TOKENIZER,
+        SD_VAE,
+        TEXT_ENCODER,
+        TOKENIZER,
         scheduler_class="opensora.models.schedulers.iddpm.IDDPMScheduler",
         scheduler_config={"float32_tables": True},
         defaults={
@@ -284,11 +173,11 @@ _OPENSORA_1_2 = PublishedModel(
         ("config.json", "model*.safetensors*"),
         4_836_000_000,
         "opensora.models.stdit3.STDiT3",
-        {**_XL2, "model_max_length": 300, "qk_norm": True, "input_sq_size": 512},
+        {**XL2, "model_max_length": 300, "qk_norm": True, "input_sq_size": 512},
     ),
-    _OPENSORA_VAE_1_2,
-    _TEXT_ENCODER,
-    _TOKENIZER,
+    OPENSORA_VAE_1_2,
+    TEXT_ENCODER,
+    TOKENIZER,
     scheduler_class="opensora.models.schedulers.rectified_flow.RectifiedFlowScheduler",
     scheduler_config={
         "use_timestep_transform": True,
@@ -317,6 +206,134 @@ _OPENSORA_1_2 = PublishedModel(
     },
 )
 
+
+def _opensora_1_3(
+    summary: str, repository: str, height: int, width: int, aesthetic: float | None = None
+) -> PublishedModel:
+    """A model of 1.3, for any size and length; known frames lie beside the noise."""
+    transformer = PublishedPart(
+        repository,
+        ("config.json", "model*.safetensors*"),
+        4_837_000_000,
+        "opensora.models.stdit4.STDiT4",
+        {
+            **XL2,
+            "in_channels": 16,
+            "model_max_length": 300,
+            "qk_norm": True,
+            "kernel_size": [8, 8, -1],
+            "use_spatial_rope": True,
+            "input_sq_size": 512,
+        },
+    )
+    return PublishedModel(
+        summary,
+        transformer,
+        OPENSORA_VAE_1_3,
+        TEXT_ENCODER,
+        TOKENIZER,
+        scheduler_class="opensora.models.schedulers.rectified_flow.RectifiedFlowScheduler",
+        scheduler_config={
+            "use_timestep_transform": True,
+            "transform_frames": "after_first",
+            "temporal_factor": 4,
+            "micro_frame_size": 17,
+            "sample_method": "logit-normal",
+        },
+        defaults={
+            "guidance_scale": 7.5,
+            "guidance_options": {
+                "image_guidance_scale": 5.0,
+                "oscillating": ["text", "image"],
+                "image_ramp": "to_last_step",
+                "guidance_rescale": 0.7,
+            },
+            "num_inference_steps": 30,
+            "cfg_channels": None,
+            "height": height,
+            "width": width,
+            "num_frames": 113,
+            "max_frames": 113,
+            "fps": 24,
+            "aspect_ratio_order": "height:width",
+            "clean_prompts": True,
+            "scores": {"aesthetic": aesthetic, "flow": None, "camera_motion": None},
+            "scores_in_words": True,
+            "frame_alignment": 5,
+            "condition_frames": 5,
+            "known_frames": "noised",
+        },
+    )
+
+
+_GUIDANCE_2_0 = {
+    "image_guidance_scale": 3.0,
+    "oscillating": ["text", "image"],
+    "image_ramp": "past_last_step",
+    "image_ramp_for": "pictures",
+}
+
+
+def _opensora_2_0(
+    summary: str,
+    transformer: PublishedPart,
+    autoencoder: PublishedPart,
+    *,
+    token_px: int,
+    size: tuple[int, int, int],
+    training_token_px: int | None = None,
+) -> PublishedModel:
+    """A model of 2.0: text by two encoders, three branches of guidance, prompts that tell frame rate and motion."""
+    return PublishedModel(
+        summary,
+        transformer,
+        autoencoder,
+        TEXT_ENCODER,
+        TOKENIZER,
+        scheduler_class="opensora.models.schedulers.rectified_flow.RectifiedFlowScheduler",
+        scheduler_config={
+            "use_timestep_transform": True,
+            "transform": "tokens",
+            "token_px": token_px,
+            "temporal_factor": 4,
+            "micro_frame_size": None,
+            "sample_method": "logit-normal",
+            "velocity": "noise - data",
+            **({} if training_token_px is None else {"training_token_px": training_token_px}),
+        },
+        defaults={
+            "guidance_scale": 7.5,
+            "guidance_options": _GUIDANCE_2_0,
+            "num_inference_steps": 50,
+            "cfg_channels": None,
+            "fps": 24,
+            "scores": {"fps": 24, "motion": 4},
+            "known_frames": "pictures kept",
+            **dict(zip(("num_frames", "height", "width"), size, strict=True)),
+            "max_frames": size[0],
+        },
+        text_encoder_2=CLIP_ENCODER,
+        tokenizer_2=CLIP_TOKENIZER,
+    )
+
+
+_OPENSORA_2_0 = _opensora_2_0(
+    "any size to 768px, to 129 frames; also from first and last images",
+    MMDIT_2_0,
+    HUNYUAN_VAE,
+    token_px=16,
+    size=(129, 192, 336),
+)
+
+_OPENSORA_2_0_DC_AE = _opensora_2_0(
+    "768px, 128 frames; deep compression autoencoder, a quarter of the tokens",
+    MMDIT_2_0_DC_AE,
+    DC_AE_2_0,
+    token_px=32,
+    training_token_px=64,  # counted as if patches were 2 x 2, as of the other autoencoder; sampling counts them all
+    size=(128, 576, 1024),
+)
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 PUBLISHED: dict[str, PublishedModel] = {
@@ -338,6 +355,19 @@ PUBLISHED: dict[str, PublishedModel] = {
         "hpcai-tech/OpenSora-STDiT-v2-stage3",
     ),
     "opensora-1.2": _OPENSORA_1_2,
+    "opensora-1.3": _opensora_1_3(
+        "any size to 720p, 49 to 113 frames; windows in space and time", "hpcai-tech/OpenSora-STDiT-v4", 720, 1280
+    ),
+    "opensora-1.3-360p": _opensora_1_3("the same, trained to 360p", "hpcai-tech/OpenSora-STDiT-v4-360p", 360, 640),
+    "opensora-1.3-i2v": _opensora_1_3(
+        "the same, for clips from first frames, last frames and the like",
+        "hpcai-tech/OpenSora-STDiT-v4-i2v",
+        360,
+        640,
+        aesthetic=7.0,
+    ),
+    "opensora-2.0": _OPENSORA_2_0,
+    "opensora-2.0-dc-ae": _OPENSORA_2_0_DC_AE,
 }
 
 ALIASES: dict[str, str] = {

@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoints.adapters import FUSED_KEY
 from opensora.checkpoints.components import build_model, find_class
-from opensora.checkpoints.identify import TensorInfo, identify, read_header
 from opensora.checkpoints.key_maps import adapt_weights, find_config
 from opensora.checkpoints.published import PUBLISHED
-from opensora.checkpoints.weights import StoredWeights, weight_files
+from opensora.containers.files import split_choice, weight_files
+from opensora.containers.tensors import TensorInfo
+from opensora.contents import kind_of
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.families import format_of
 from opensora.models.format import Identity
+from opensora.models.identify import identify
+from opensora.weights import StoredWeights, check_header, coded_weights, read_weights
 
 OnProgress = Callable[[str, int, int], None]
 """Told what is being done, bytes done, bytes in all."""
@@ -45,7 +50,11 @@ class ComponentReport:
         num_files: shards.
         sha256: of the file, or of names and hashes of several; None where data was not read, or in a pipeline.
         config: keywords of the class, as `config.json` says, else as shapes tell.
-        unsure: keywords that shapes cannot tell, with what is known; empty where there is a `config.json`.
+        fused: name, hash and scale of each adapter that was merged into a transformer for good.
+        unsure: keywords that shapes cannot tell, with what is known; where there is a configuration, those of which
+            it says something else than the published ones of these shapes do.
+        compared: whether names and shapes were held against those of the network; shapes alone may not suffice to
+            build it.
         latent_space: of an autoencoder; None if nobody says.
         null_text: tokens and width of a transformer's null text; None without one.
         same_shape_as: published models of these shapes.
@@ -64,7 +73,9 @@ class ComponentReport:
     num_files: int = 0
     sha256: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    fused: list[dict[str, Any]] = field(default_factory=list)
     unsure: dict[str, str] = field(default_factory=dict)
+    compared: bool = False
     latent_space: dict[str, Any] | None = None
     null_text: tuple[int, int] | None = None
     same_shape_as: list[str] = field(default_factory=list)
@@ -99,7 +110,11 @@ def inspect_component(
     Raises:
         OpenSoraError: nothing there, or a file that cannot be read.
     """
-    files, header = weight_files(path), read_header(path)
+    files, stored = (
+        weight_files(split_choice(path)[0]),
+        read_weights(path, None if cls is None else format_of(cls).kind),
+    )
+    header = check_header(stored, path)
     report, identity = _first_look(path, files, header)
     described = config is not None or (path / "config.json").is_file()
     if identity is not None and identity.supported:
@@ -107,13 +122,16 @@ def inspect_component(
             report.unsure = dict(identity.unsure)
         if cls is None:
             cls = find_class(identity.kind, *identity.runner)
-    stored, network = StoredWeights(files), None
+    network = None
     if cls is not None:
         try:
             network = _compare(report, path, cls, config, header, stored)
+            report.compared = True
         except OpenSoraError as error:
             if described:  # else shapes alone did not suffice, which is no fault
                 report.problems.append(str(error))
+        if identity is not None and described:
+            report.unsure = _unlike_published(report.config, identity)
     if isinstance(network, VideoCodec) and (described or report.class_name == type(network).__name__):
         report.latent_space = network.latent_space.to_dict()
     if on_progress is not None:
@@ -133,13 +151,14 @@ def _compare(
 ) -> nn.Module:
     """Builds what the weights claim to be; adds what is missing, unexpected or of another shape to the report."""
     with torch.device("meta"):
-        named = {name: torch.empty(info.shape, dtype=_dtype(info)) for name, info in header.items()}
+        named = {name: torch.empty(info.shape, dtype=stored.read_as(name)) for name, info in header.items()}
         keywords = dict(find_config(path, cls) if config is None else config)
         network = build_model(cls, keywords, path)
         report.problems += _differences(network, adapt_weights(network, named, str(path)), path)
     # A configuration of transformers holds everything a model could ever be asked.
     shown = set(report.config) if getattr(cls, "config_class", None) is not None else set(keywords)
     report.config = {name: value for name, value in keywords.items() if name in shown and not name.startswith("_")}
+    report.fused = list(keywords.get(FUSED_KEY) or ())
     if isinstance(network, VideoCodec):
         report.problems += _latent_space_problems(network, stored, path)
     return network
@@ -190,7 +209,7 @@ def _first_look(
         num_parameters=sum(values.values()),
         size_bytes=sum(file.stat().st_size for file in files),
         dtypes=sorted(values, key=lambda name: -values[name]),
-        file_format="safetensors" if files[0].suffix == ".safetensors" else "pickle",
+        file_format="safetensors" if kind_of(files[0]) == "safetensors" else "pickle",
         num_files=len(files),
     )
     identity = identify(header)
@@ -216,6 +235,13 @@ def published_as(identity: Identity) -> list[str]:
     return [name for name, part in of_class.items() if same(part.config)]
 
 
+def _unlike_published(config: Mapping[str, Any], identity: Identity) -> dict[str, str]:
+    """Keywords that shapes do not tell and in which a configuration differs from the published ones of such shapes."""
+    both = config.keys() & identity.config.keys() & identity.unsure.keys()
+    unlike = [name for name in sorted(both) if _plain(config[name]) != _plain(identity.config[name])]
+    return {name: f"{config[name]} as configured; {identity.unsure[name]}" for name in unlike}
+
+
 def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> list[str]:
     """Missing, unexpected and mis-shaped tensors."""
     own = network.state_dict(keep_vars=True)
@@ -232,7 +258,9 @@ def _differences(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     ]
     found = {"missing tensors": missing, "unexpected tensors": unexpected, "mis-shaped tensors": shapes}
     what = ", ".join(f"{len(names)} {kind} ({_listed(names)})" for kind, names in found.items() if names)
-    return [f"{path}: {what}; weights and configuration are of two different models"] if what else []
+    problems = [f"{path}: {what}; weights and configuration are of two different models"] if what else []
+    coded = coded_weights(own, weights)
+    return problems + ([f"{path}: {coded}"] if coded else [])
 
 
 def _latent_space_problems(network: VideoCodec, stored: StoredWeights, path: Path) -> list[str]:
@@ -263,11 +291,6 @@ def how_to_set_factor(ours: LatentSpace, right: LatentSpace) -> str:
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-def _dtype(info: TensorInfo) -> torch.dtype:
-    found = getattr(torch, info.dtype, None)
-    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ its hash. Nothing is read until it is asked for but `model_index.json`.
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,32 +17,34 @@ import torch
 from torch import nn
 
 from opensora.checkpoints import hub
-from opensora.checkpoints.components import build_model, check_known, find_class, load_component, load_settings_of
-from opensora.checkpoints.file_hashes import file_hash
-from opensora.checkpoints.identify import identify, read_header
-from opensora.checkpoints.key_maps import find_config
-from opensora.checkpoints.published import (
-    BUNDLED,
-    PUBLISHED,
-    PublishedModel,
-    PublishedPart,
-    component_folders,
-    published_name,
-    unknown_model,
+from opensora.checkpoints.components import (
+    build_model,
+    find_class,
+    load_component,
+    load_settings_of,
+    open_component,
 )
-from opensora.checkpoints.weights import PICKLES, WEIGHT_SUFFIXES, read_object, read_pickle, weight_files
+from opensora.checkpoints.file_hashes import file_hash
+from opensora.checkpoints.folders import PIPELINE_INDEX, find_folder, index_folder, is_pipeline, locate, read_index
+from opensora.checkpoints.key_maps import find_config
+from opensora.checkpoints.published import PUBLISHED, PublishedModel, component_folders, published_name
+from opensora.checkpoints.published_parts import PublishedPart
+from opensora.containers.files import is_there, split_choice, weight_files
+from opensora.containers.runs import described_in, is_checkpoint, read_about, resolve_run
+from opensora.containers.tensors import WEIGHT_SUFFIXES
+from opensora.contents import describe_value, read_object
 from opensora.errors import OpenSoraError
+from opensora.keywords import check_keywords
+from opensora.models.format import Kind, kind_of_place
+from opensora.models.identify import identify
 from opensora.settings import nearest_name
+from opensora.weights import read_header
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
 
-PIPELINE_CLASS = "OpenSoraPipeline"
-PIPELINE_INDEX = "model_index.json"
-
 _TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 _DESCRIPTIONS = (".json", ".model")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Part:
     config_file: Path | None = None
     published: PublishedPart | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """What it is, whichever it is of several: "text_encoder" for "text_encoder_2"."""
+        return kind_of_place(self.name)
+
     @cached_property
     def cls(self) -> Any:
         """Its class: as the model says, else as its tensors tell.
@@ -77,14 +83,14 @@ class Part:
         """
         if self.class_name is not None:
             return find_class(self.name, *self.class_name)
-        if self.name == "tokenizer":
+        if self.kind == "tokenizer":
             from transformers import AutoTokenizer
 
             return AutoTokenizer
-        identity = identify(read_header(self.path))
-        if identity is None or not identity.supported or identity.kind != self.name:
+        identity = identify(read_header(self.path, self.kind))
+        if identity is None or not identity.supported or identity.kind != self.kind:
             what = "an unknown network" if identity is None else identity.summary
-            raise OpenSoraError(f"{self.path} holds {what}; expected a {self.name.replace('_', ' ')} of this family")
+            raise OpenSoraError(f"{self.path} holds {what}; expected a {self.kind.replace('_', ' ')} of this family")
         return find_class(self.name, *identity.runner)
 
     @property
@@ -96,8 +102,10 @@ class Part:
         """Keywords of its class; of its weights, names and shapes are read at most."""
         if self.config is not None and not self.replaced:
             return dict(self.config)
-        described = self.path / "config.json"
+        described = described_in(self.path, self.name)
         if self.class_name is not None and not self.replaced and not described.exists():
+            if not is_there(self.path):
+                raise OpenSoraError(f"the folder {self.path} is missing; it should hold the model's {self.path.name}")
             raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
         return find_config(self.path, self.cls, self.config)
 
@@ -109,6 +117,11 @@ class Part:
         """The network with its weights, see `load_component`."""
         config = None if self.config is None else self.keywords()
         return load_component(self.path, self.cls, dtype, config=config, **options)
+
+    def open(self, dtype: torch.dtype, **options: Any) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        """The network without its weights, and these, each read when it is asked for, see `open_component`."""
+        config = None if self.config is None else self.keywords()
+        return open_component(self.path, self.cls, dtype, config=config, **options)
 
     def load_settings(self) -> Any:
         """The scheduler or tokenizer."""
@@ -123,8 +136,10 @@ class Part:
         if self.published is not None:
             return {file.name: file for file in hub.look_up(self.published).files}
         own = {} if self.config_file is None else {self.config_file.name: self.config_file}
-        if self.path.is_file():
-            return {**own, self.path.name: self.path}
+        if (file := split_choice(self.path)[0]).is_file():
+            return {**own, self.path.name: file}
+        if is_checkpoint(self.path):
+            return {**own, **{file.name: file for file in weight_files(self.path)}}
         if not self.path.is_dir() and not self.is_network:
             return {}
         suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, ".txt")
@@ -195,7 +210,11 @@ class ModelSource:
         where = self.name if self.folder is None else self.folder / PIPELINE_INDEX
         if missing := [name for name in needed if name not in self.parts]:
             raise OpenSoraError(f"{where} names no {', '.join(missing)}; a pipeline needs all of {needed}")
-        check_known([*self.parts, *self.defaults], parameters, where)
+        for name in OpenSoraPipeline._optional_components:
+            if name in self.defaults:  # what is no [library, class] is taken for a default
+                found = describe_value(self.defaults[name])
+                raise OpenSoraError(f"{where}: {name} is {found}, expected [library, class] or [null, null]")
+        check_keywords(OpenSoraPipeline.__init__, {**self.parts, **self.defaults}, where)
         parts = {name: build(self.parts[name]) for name in parameters if name in self.parts}
         return OpenSoraPipeline(**parts, **self.defaults)
 
@@ -236,7 +255,9 @@ def find_part(origin: str | Path, name: str, *, on_disk: bool = True) -> Part:
     """
     full_name = published_name(str(origin))
     if full_name is not None:
-        part = ModelSource.find(full_name, on_disk=False).parts[name]
+        part = ModelSource.find(full_name, on_disk=False).parts.get(name)
+        if part is None:
+            raise OpenSoraError(f"{full_name} has no {name}")
         entry = part.published
         if on_disk and entry is not None and hub.part_path(entry, hub.look_up(entry)) is None:
             raise OpenSoraError(
@@ -245,12 +266,12 @@ def find_part(origin: str | Path, name: str, *, on_disk: bool = True) -> Part:
             )
         return part
     path = locate(origin)
-    if (path / PIPELINE_INDEX).is_file():
+    if is_pipeline(path):
         part = _find_in_folder(str(origin), path, {}).parts.get(name)
         if part is None:
-            raise OpenSoraError(f"{path / PIPELINE_INDEX} names no {name}")
+            raise OpenSoraError(f"{index_folder(path) / PIPELINE_INDEX} names no {name}")
         return part
-    if not path.exists():
+    if not is_there(path):
         raise OpenSoraError(f"no {name} in {origin}; train it first, or give a model's name, its folder or its weights")
     return Part(name, path)
 
@@ -261,14 +282,15 @@ def find_part(origin: str | Path, name: str, *, on_disk: bool = True) -> Part:
 def _find_published(name: str, components: Mapping[str, str | Path], *, download: bool, on_disk: bool) -> ModelSource:
     model = PUBLISHED[name]
     given = _check_components(components, model.parts)
-    encoder = given.get("text_encoder")
-    if encoder is not None and "tokenizer" not in given and any((encoder / f).is_file() for f in _TOKENIZER_FILES):
-        given["tokenizer"] = encoder
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        encoder = given.get(tokenizer.replace("tokenizer", "text_encoder"))
+        if encoder is not None and tokenizer not in given and any((encoder / f).is_file() for f in _TOKENIZER_FILES):
+            given[tokenizer] = encoder
     parts: dict[str, Part] = {}
     missing: list[str] = []
     for part_name, entry in model.parts.items():
         class_name = _split(entry.class_name)
-        config = entry.config if part_name != "tokenizer" else None
+        config = None if part_name.startswith("tokenizer") else entry.config
         if part_name in given:
             parts[part_name] = Part(part_name, given[part_name], class_name, config, replaced=True)
             continue
@@ -304,76 +326,30 @@ def _incomplete(name: str, model: PublishedModel, missing: list[str]) -> OpenSor
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def is_repository(name: str) -> bool:
-    """Whether a name can only be that of a repository on the Hub: "somebody/model", and no such path."""
-    return _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
-
-
-def find_folder(name_or_path: str | Path, *, download: bool = False) -> Path:
-    """The folder of a bundled model, of a path, or of a repository in the local cache of the Hub.
-
-    Raises:
-        OpenSoraError: no such model (the nearest known name is given), not a folder, or a folder without a pipeline.
-    """
-    name = str(name_or_path)
-    if download and is_repository(name):
-        hub.download_repository(name)
-    folder = locate(name_or_path)
-    if folder.is_file():
-        # A lone file of weights is refused in any case; one that carries code deserves to be called by its name.
-        if folder.suffix in PICKLES:
-            read_pickle(folder)
-        raise OpenSoraError(
-            f"{folder} is a file; a model is a folder with a {PIPELINE_INDEX} and all its components, or a published "
-            "model in which this file takes the place of a part (components)"
-        )
-    if not folder.is_dir():
-        if name in BUNDLED:
-            raise OpenSoraError(f"the bundled model {name!r} is not installed: {folder} is missing; reinstall")
-        raise unknown_model(name)
-    if not (folder / PIPELINE_INDEX).is_file():
-        raise OpenSoraError(f"{folder} holds no {PIPELINE_INDEX}; expected the folder of a pipeline")
-    return folder
-
-
-def locate(name_or_path: str | Path) -> Path:
-    """The folder of a bundled model or of a repository in the local cache of the Hub; any other path as it is."""
-    name = str(name_or_path)
-    if name in BUNDLED:
-        return BUNDLED[name].folder
-    cached = hub.snapshot(name) if is_repository(name) else None
-    return cached or Path(name_or_path).expanduser()
-
-
 def _find_in_folder(name: str, folder: Path, components: Mapping[str, str | Path]) -> ModelSource:
     index = read_index(folder)
     named = {part: (entry[0], entry[1]) for part, entry in index.items() if _is_component(entry)}
     given = _check_components(components, named)
+    run = read_about(folder) if is_checkpoint(folder) else None
     parts: dict[str, Part] = {}
-    for part, own in component_folders(folder, named).items():
+    for part, own in component_folders(index_folder(folder), named).items():
         parts[part] = Part(part, own, named[part])
+        described = own / "config.json"
+        file = described if described.is_file() else None
         if part in given:
-            described = own / "config.json"
-            file = described if described.is_file() else None
-            stored = {} if file is None else read_object(file)
-            options = {key: value for key, value in stored.items() if not key.startswith("_")} or None
-            parts[part] = Part(part, given[part], named[part], options, replaced=True, config_file=file)
+            parts[part] = Part(part, given[part], named[part], _options(file), replaced=True, config_file=file)
+        elif run is not None and part in run.trained:
+            parts[part] = Part(part, folder, named[part], _options(file), config_file=file)
+        elif run is not None and part in run.origins:
+            parts[part] = find_part(run.origins[part], part)
     defaults = {key: value for key, value in index.items() if key not in named and value != [None, None]}
     return ModelSource(name, parts, defaults, folder)
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says: components as [module, class], and the pipeline's defaults.
-
-    Raises:
-        OpenSoraError: unreadable, or the index of another pipeline.
-    """
-    index = read_object(folder / PIPELINE_INDEX)
-    named = index.get("_class_name")
-    class_name = named[-1] if isinstance(named, list) and named else named  # [module in the folder, class], or a class
-    if class_name != PIPELINE_CLASS:
-        raise OpenSoraError(f"{folder / PIPELINE_INDEX} describes a {class_name}; expected an {PIPELINE_CLASS}")
-    return {key: value for key, value in index.items() if not key.startswith("_")}
+def _options(file: Path | None) -> dict[str, Any] | None:
+    """The keywords in a `config.json`."""
+    stored = {} if file is None else read_object(file)
+    return {key: value for key, value in stored.items() if not key.startswith("_")} or None
 
 
 def _is_component(value: Any) -> bool:
@@ -385,7 +361,7 @@ def _check_components(components: Mapping[str, str | Path], names: Mapping[str, 
     for name, given in components.items():
         if name not in names:
             raise OpenSoraError(f"unknown component {name!r}{nearest_name(name, names)}")
-        paths[name] = Path(given).expanduser()
-        if not paths[name].exists():
+        paths[name] = resolve_run(Path(given).expanduser())
+        if not is_there(paths[name]):
             raise OpenSoraError(f"{given}, given as {name}, does not exist")
     return paths

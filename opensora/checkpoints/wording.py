@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from opensora.checkpoints.adapters import AdapterReport
+from opensora.checkpoints.catalogue import describe_figures
 from opensora.checkpoints.fit import PipelineReport
 from opensora.checkpoints.report import ComponentReport
 
@@ -16,6 +17,13 @@ def report_lines(report: AdapterReport | PipelineReport | ComponentReport) -> Li
     if isinstance(report, AdapterReport):
         return adapter_lines(report)
     return pipeline_lines(report) if isinstance(report, PipelineReport) else component_lines(report)
+
+
+def verdict(report: AdapterReport | PipelineReport | ComponentReport) -> str:
+    """The last line of a report of which nothing is wrong."""
+    if isinstance(report, ComponentReport) and not report.compared:
+        return "nothing wrong was seen; whether all of its tensors are there cannot be told without a config.json"
+    return "nothing is wrong with it"
 
 
 def pipeline_lines(report: PipelineReport) -> Lines:
@@ -44,16 +52,27 @@ def adapter_lines(report: AdapterReport) -> Lines:
         ("adapter", f"LoRA of rank {report.rank} {what}"),
         ("at", report.path),
         ("size", f"{count(report.num_parameters)} parameters beside {report.num_layers} layers"),
+        ("strength", f"alpha / rank is {_range(*report.strength)}, {_stated(report.stated)}"),
         ("sha256", report.sha256),
     ]
+    lines += [("note", note) for note in report.notes]
     if origin is None:
-        lines.append(("cannot tell", "which model it belongs to; the file does not say"))
+        fits = f"; by names and sizes it fits {', '.join(report.fits)}" if report.fits else "; no bundled model fits"
+        lines.append(("cannot tell", f"which model it belongs to; the file does not say{fits}"))
         return lines
     lines.append(("base", f"{describe_config(origin.config)}; weights {origin.fingerprint[:16]}..."))
     lines.append(("fits", ", ".join(report.fits) or f"{origin.base}, if it has these weights; no bundled model has"))
     if diffusion := origin.training.get("diffusion"):
         lines.append(("trained with", describe_config(diffusion)))
     return lines
+
+
+def _range(least: float, most: float) -> str:
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+def _stated(where: str | None) -> str:
+    return "which nothing states" if where is None else f"as stated in {where}"
 
 
 def component_lines(report: ComponentReport, what: str = "weights") -> Lines:
@@ -71,8 +90,9 @@ def component_lines(report: ComponentReport, what: str = "weights") -> Lines:
         lines.append(("sha256", report.sha256))
     if report.config:
         lines.append(("built as", describe_config(report.config)))
+    lines += [("fused", "adapter {name} at {scale:g}, hash {sha256}".format(**adapter)) for adapter in report.fused]
     if report.kind == "transformer" and report.config:
-        null_text = "present, {} tokens of width {}".format(*report.null_text) if report.null_text else "missing"
+        null_text = "present, {} tokens of width {}".format(*report.null_text) if report.null_text else "none"
         lines.append(("null text", null_text))
     if report.latent_space is not None:
         lines.append(("latent space", describe_latent_space(report.latent_space)))
@@ -88,13 +108,16 @@ def component_lines(report: ComponentReport, what: str = "weights") -> Lines:
 
 def defaults_lines(defaults: dict[str, Any]) -> Lines:
     """How a pipeline samples where nothing else is asked for."""
-    known = {"num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "cfg_channels"}
-    if not known <= set(defaults):
+    numbers = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
+    whole = "cfg_channels" in defaults and all(isinstance(defaults.get(name), int | float) for name in numbers)
+    if not whole:  # what a damaged file declares is told as it stands
         return [("defaults", describe_config(defaults))]
     channels = defaults["cfg_channels"]
     guided = "all latent channels" if channels is None else f"the first {channels} latent channels"
     if isinstance(channels, list | tuple):
         guided = f"latent channels {', '.join(map(str, channels))}"
+    elif isinstance(channels, dict):
+        guided = "latent channels " + ", ".join(f"{channel} (by {weight})" for channel, weight in channels.items())
     return [
         ("makes", "{num_frames} frames of {width}x{height} at {fps:g} fps".format(**defaults)),
         ("samples", "{num_inference_steps} steps, guidance {guidance_scale:g} on ".format(**defaults) + guided),
@@ -122,7 +145,7 @@ def describe_latent_space(space: dict[str, Any]) -> str:
     parts = [f"scaling factor {space.get('scaling_factor', 1.0):g} ({space.get('convention', 'multiply')})"]
     for name in ("shift", "scale"):
         if space.get(name) is not None:
-            parts.append(f"{name} {' '.join(f'{value:.4g}' for value in space[name])}")
+            parts.append(f"{name} {' '.join(describe_figures(space[name]))}")
     if space.get("replaces"):
         parts.append(f"a user's, in place of {describe_latent_space(space['replaces'])}")
     return ", ".join(parts)

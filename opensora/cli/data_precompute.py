@@ -4,13 +4,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from opensora.cli.options import FLAG, option
+from opensora.cli.options import FLAG, option, refuse_idle
 from opensora.cli.parallel import speaking_once
-from opensora.cli.progress import Progress
+from opensora.cli.progress import Progress, quiet_libraries
+from opensora.errors import saying_what_is_kept
 from opensora.files import check_writable
 
 
@@ -23,6 +24,9 @@ class DataPrecompute:
     is missing. Clips that cannot be read are left out and named.
     """
 
+    # Words of the form KEY=VALUE may stand anywhere.
+    SETTINGS: ClassVar[bool] = True
+
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
     """Name of the recipe."""
     overrides: Annotated[
@@ -31,7 +35,7 @@ class DataPrecompute:
     """Settings to change, as KEY=VALUE."""
     manifest: Annotated[Path | None, option("FILE", "the recipe's")] = None
     """Table of clips, .csv or .parquet, as opensora data manifest makes it."""
-    output: Annotated[Path, option("FOLDER")] = Path("cache")
+    output: Annotated[Path, option("FOLDER", aliases=["--cache"])] = Path("cache")
     """Folder of the cache; what it holds is resumed."""
     contents: Literal["posterior", "mean"] = "posterior"
     """What is kept of a clip: mean and variance, to draw from as training on clips does, or the mean alone."""
@@ -55,8 +59,8 @@ class DataPrecompute:
     def run(self) -> None:
         from opensora.checkpoints.loading import choose_device
         from opensora.distributed.mesh import launched
+        from opensora.overrides import apply_overrides
         from opensora.recipes import find_recipe
-        from opensora.settings import apply_overrides
         from opensora.training.diffusion.precompute import (
             CacheOptions,
             make_cache,
@@ -66,10 +70,15 @@ class DataPrecompute:
         )
 
         options = CacheOptions(**{field.name: getattr(self, field.name) for field in fields(CacheOptions)})
+        if not self.text:
+            refuse_idle(self, ("text_dtype",), "--no-text leaves the captions alone")
         check_writable(self.output / "cache.json")
-        config = apply_overrides(find_recipe(self.recipe), self.overrides).objective
+        quiet_libraries()
+        recipe = find_recipe(self.recipe)
+        config = apply_overrides(recipe, self.overrides).objective
         config, clips = task_on_clips(self.recipe, config, self.manifest)
-        with launched() as launch, speaking_once(launch):
+        kept = lambda: f"what {self.output} holds is whole, and the same command makes the rest"  # noqa: E731
+        with launched() as launch, speaking_once(launch), saying_what_is_kept(kept):
             device = str(choose_device(self.device))
             index = make_cache(
                 self.output,
@@ -82,7 +91,7 @@ class DataPrecompute:
                 progress=_shown if launch.rank == 0 else silent,
             )
             if index is not None:
-                print("\n".join(summary(self.output, index, config)))
+                print("\n".join(summary(self.output, index, config, recipe.objective)))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from opensora.cli.options import FLAG, flag, given_options, option, with_flags
 from opensora.errors import OpenSoraError
-from opensora.settings import assignments
+from opensora.overrides import assignments
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from opensora.cli.options import FLAG, option
+from opensora import limits
+from opensora.cli.options import FLAG, option, refuse_idle
 from opensora.cli.progress import Progress
-from opensora.errors import OpenSoraError
+from opensora.errors import OpenSoraError, saying_what_is_kept
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class EvaluateToybox:
     """Adapters merged into it, as PATH or PATH:SCALE."""
     num_prompts: int = 500
     """How many held-out prompts; 0 generates none and judges real clips and reconstructions alone."""
+    language: Literal["en", "zh"] = "en"
+    """Of the prompts: English or Chinese."""
     seed: int = 0
     """Chooses prompts and noise."""
     batch_size: int = 20
@@ -46,7 +49,7 @@ class EvaluateToybox:
         from opensora.checkpoints.loading import choose_device
         from opensora.evaluation import toybox
         from opensora.evaluation.judge import load_judge
-        from opensora.generation.loading import parse_adapter
+        from opensora.generation.loading import adapter_scales
 
         check_count("--num-prompts", self.num_prompts, least=0)
         check_count("--batch-size", self.batch_size)
@@ -55,14 +58,14 @@ class EvaluateToybox:
         check_output("--contact-sheet", self.contact_sheet, ".png")
         device = choose_device(self.device)
         judge = load_judge(device=device)
-        asked_for = map(parse_adapter, self.adapter)
-        adapters = {adapter.path: 1.0 if adapter.scale is None else adapter.scale for adapter in asked_for}
+        adapters = adapter_scales(self.adapter)
         pipeline = opensora.load_pipeline(self.model, device=device, adapters=adapters)
-        samples = toybox.held_out_samples(self.num_prompts, self.seed)
-        results = toybox.Results(toybox.describe(pipeline, self.model, self.seed, adapters), samples)
+        samples = toybox.held_out_samples(self.num_prompts, self.seed, language=self.language)
+        settings = toybox.describe(pipeline, self.model, self.seed, adapters, self.language)
+        results = toybox.Results(settings, samples)
         if self.output is not None:
             results.resume(self.output)
-        with Progress("generating") as progress:
+        with saying_what_is_kept(lambda: _kept_in(self.output)), Progress("generating") as progress:
             toybox.evaluate(pipeline, judge, results, self.output, self.batch_size, progress.update)
         if self.gates:
             size = toybox.clip_size(pipeline)
@@ -74,9 +77,10 @@ class EvaluateToybox:
         if self.output is not None:
             print(f"results: {self.output}")
         if self.contact_sheet is not None:
-            chosen = toybox.held_out_samples(12, self.seed)
+            chosen = toybox.held_out_samples(12, self.seed, language=self.language)
             clips = toybox.generate(pipeline, chosen)
-            toybox.contact_sheet([(s.prompt, clip) for s, clip in zip(chosen, clips, strict=True)], self.contact_sheet)
+            english = toybox.held_out_samples(12, self.seed)  # the font of the sheet has no Chinese
+            toybox.contact_sheet([(s.prompt, clip) for s, clip in zip(english, clips, strict=True)], self.contact_sheet)
             print(f"contact sheet: {self.contact_sheet}")
 
 
@@ -116,6 +120,7 @@ class EvaluateToyboxVae:
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
         print_accuracy(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
+        print(f"PSNR: {toybox.reconstruction_psnr(autoencoder, self.num_clips, self.seed, size=size):.1f} dB")
 
 
 @dataclass(frozen=True)
@@ -187,15 +192,19 @@ class EvaluateLoss:
     def run(self) -> None:
         import opensora
         from opensora.checkpoints.loading import choose_device
+        from opensora.contents import read_object
         from opensora.evaluation import held_out, loss
-        from opensora.settings import read_json
 
         check_count("--num-clips", self.num_clips)
         check_count("--batch-size", self.batch_size)
         check_output("--output", self.output, ".json")
+        if self.manifest is not None or self.cache is not None:
+            refuse_idle(self, ("sizes", "lengths", "batch_size"), "it is for toy clips, and there are others")
+        if self.manifest is None:
+            refuse_idle(self, ("buckets", "frame_interval", "scores"), "it is for the clips of --manifest")
         chosen = held_out.HeldOutClips(
             self.manifest,
-            None if self.buckets is None else read_json(self.buckets),
+            None if self.buckets is None else read_object(self.buckets),
             self.frame_interval,
             self.scores,
             self.cache,
@@ -207,7 +216,7 @@ class EvaluateLoss:
         results = loss.new_results(pipeline, settings)
         if self.output is not None:
             results.resume(self.output)
-        with Progress("measuring") as progress:
+        with saying_what_is_kept(lambda: _kept_in(self.output)), Progress("measuring") as progress:
             loss.measure(pipeline, portions, results, self.output, self.seed, progress.update)
         head = ("clips", "size", *(f"t={t:.0f}" for t in results.timesteps), "mean")
         table = results.table().items()
@@ -232,6 +241,13 @@ def check_count(option: str, value: int, least: int = 1) -> None:
     """Raises `OpenSoraError` for a number below `least`."""
     if value < least:
         raise OpenSoraError(f"{option} is {value}; give {least} or more")
+    limits.check_count(option, value, limits.WORKERS if option == "--workers" else limits.CLIPS, least)
+
+
+def _kept_in(output: Path | None) -> str:
+    """What an evaluation that ended early has found."""
+    there = output is not None and output.exists()
+    return f"what was found until then is in {output}, and the same command goes on from there" if there else ""
 
 
 def check_output(option: str, path: Path | None, suffix: str) -> None:

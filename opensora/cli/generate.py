@@ -7,14 +7,16 @@ need the model (sizes, channels, frames that do not fit) before sampling starts.
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from opensora.checkpoints.published import BUNDLED
 from opensora.cli.generate_options import (
+    PARTS,
     FrameOptions,
     LoopOptions,
     MachineOptions,
@@ -29,9 +31,17 @@ from opensora.cli.generate_options import (
 from opensora.cli.options import FLAG, flag, given_options, option
 from opensora.cli.parallel import ParallelOptions, own_device
 from opensora.cli.progress import StepBar, quiet_libraries, say
-from opensora.errors import OpenSoraError
+from opensora.errors import OpenSoraError, saying_what_is_kept
 from opensora.files import check_writable
-from opensora.generation.batch import output_paths, read_prompts, requests_of
+from opensora.generation.batch import (
+    STANDARD_INPUT,
+    Prompts,
+    output_paths,
+    random_seed,
+    read_prompts,
+    requests_of,
+    written_of,
+)
 from opensora.generation.inputs import InputFiles, find_files
 from opensora.generation.loading import locate_model
 from opensora.generation.record import Record, changed_versions, read_record, request_of, sidecar_path
@@ -39,10 +49,11 @@ from opensora.generation.request import DEFAULT_SEED, ClipRequest, split_paths
 from opensora.generation.resolve import describe_size
 from opensora.generation.words import check_bundled_words
 from opensora.geometry import VideoSize
-from opensora.media.write import FORMATS, check_fps, check_size, format_of
+from opensora.media.write import FORMATS, check_fps, check_output, check_size, format_of, timing_note
 from opensora.settings import nearest_name
 
 if TYPE_CHECKING:
+    from opensora.cli.first_images import Artist
     from opensora.generation.engine import Engine, PreparedClip
 
 DEFAULT_FOLDER = "outputs/"
@@ -51,9 +62,9 @@ DEFAULT_FOLDER = "outputs/"
 _FILES_WITH_FROM = ("image", "last_image", "extend", "edit", "reference_path")
 _FREE_WITH_FROM = (
     "from_",
-    *("model", "download", "transformer", "autoencoder", "text_encoder", "tokenizer", "adapter"),
+    *("model", "download", *PARTS, "adapter"),
     *("output", "format", "no_metadata", "device", "dtype"),
-    *("offload", "sequential_guidance", "micro_batch_size", "sequence_parallel", "parallel_guidance"),
+    *("offload", "sequential_guidance", "micro_batch_size", "tile_frames", "sequence_parallel", "parallel_guidance"),
     *_FILES_WITH_FROM,
 )
 
@@ -70,30 +81,37 @@ class Generate:
         "--batch-size": "every clip is made by itself, so that it can be made again; leave it out",
         "--llm-refine": "name a language model with --refine-endpoint URL --refine-model NAME",
         "--sample-name": "name the file with --output",
+        "--duration": "seconds are a number of frames too: --num-frames 2s",
+        "--steps": "write --num-inference-steps N",
+        "--size": "height and width are two numbers: --image-size H W",
+        "--negative": "write --negative-prompt TEXT",
+        "--scale": "how strongly the prompt is followed is --guidance-scale S",
     }
 
     prompt: Annotated[Positional[str | None], option("PROMPT")] = None
-    """What to show."""
+    """What to show; - reads prompts from standard input, one a line."""
     prompts: Annotated[tuple[str, ...] | None, option("TEXT ...", name="prompt")] = None
     """The same, for one prompt or several."""
     prompt_path: Annotated[Path | None, option("FILE")] = None
-    """Text file with one prompt a line, in place of PROMPT."""
+    """Text file with one prompt a line, in place of PROMPT; - for standard input."""
+    skip_comments: Annotated[bool, FLAG] = False
+    """Lines of the file that begin with # are no prompts."""
     start_index: Annotated[int | None, option("N", "0")] = None
     """First line of the file that is made, counted from 0."""
     end_index: Annotated[int | None, option("N", "all")] = None
     """One past the last line that is made."""
     negative_prompt: Annotated[str | None, option("TEXT", "none")] = None
     """What to steer away from."""
-    seed: Annotated[int | None, option("N", str(DEFAULT_SEED))] = None
+    seed: Annotated[int | Literal["random"] | None, option("N|random", str(DEFAULT_SEED))] = None
     """Clip number k (counted over all prompts, from 0) has the seed N + k; each can be made again alone."""
     num_videos: Annotated[int | None, option("N", "1", aliases=["--num-sample"])] = None
     """Clips per prompt."""
     from_: Annotated[Path | None, option("FILE", name="from")] = None
     """Make the clip again that this file (or its .json) tells of: the same frames, bit for bit, on the same machine."""
     output: Annotated[str | None, option("PATH", DEFAULT_FOLDER, aliases=["--save-dir"])] = None
-    """File (several clips: numbered), or a folder if the name has no ending."""
+    """File (several clips: numbered), a folder if the name has no ending or ends in /, or FOLDER/%04d.png."""
     format: Annotated[str | None, option("|".join(FORMATS), "by the output's ending, else mp4")] = None
-    """File format; png is one sheet of all frames."""
+    """File format; mkv and png keep exact pixels, png as one sheet, frames as a folder of numbered png files."""
     no_metadata: Annotated[bool, FLAG] = False
     """Keep no record of how the clip was made, neither inside the file nor beside it."""
     model: OmitArgPrefixes[Annotated[ModelOptions, arg(name="model")]] = field(default_factory=ModelOptions)
@@ -141,16 +159,19 @@ class Generate:
         for one, path in zip(requests, paths, strict=True):
             files.read(one)
             files.check_not_overwritten(path)
-            check_writable(path)
+            check_output(path, kind)
             check_writable(sidecar_path(path))
+        artist = self._artist(requests, paths)
         self._locate(request, record)
         if refiner is not None:
-            from opensora.distributed.mesh import from_first
-
-            refined = from_first(lambda: {text: refiner.refine(text) for text in {one.prompt: 0 for one in requests}})
+            refined = self.parallel.from_first(
+                lambda: {text: refiner.refine(text) for text in {one.prompt: 0 for one in requests}}
+            )
             requests = [dataclasses.replace(one, refined_prompt=refined[one.prompt]) for one in requests]
             for prompt in refined.values():
                 say(f"refined prompt: {prompt}")
+        if artist is not None:
+            requests = artist.draw(requests, self.parallel, offload=self.memory.offload is not None)
         engine = self._engine(request, record)
         if record and (changed := changed_versions(record)):
             say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
@@ -158,14 +179,16 @@ class Generate:
         size = self._say_what_is_made(clips, kind)
 
         sampling_s, metadata = 0.0, not self.no_metadata
-        for clip, path in zip(clips, paths, strict=True):
-            before = time.perf_counter()
-            with StepBar() as bar:
-                made = engine.make(clip, on_progress=bar.update)
-            sampling_s += time.perf_counter() - before
-            if is_first:
-                made.save(path, format=kind, metadata=metadata)
-                print(path, flush=True)
+        written: list[Path] = []
+        with saying_what_is_kept(lambda: written_of(written, paths)):
+            for clip, path in zip(clips, paths, strict=True):
+                before = time.perf_counter()
+                with StepBar() as bar:
+                    made = engine.make(clip, on_progress=bar.update)
+                sampling_s += time.perf_counter() - before
+                if is_first:
+                    written.append(made.save(path, format=kind, metadata=metadata))
+                    print(path, flush=True)
         from opensora.generation.measure import peak_memory, process_seconds
 
         sampling = clips[0].sampling
@@ -196,19 +219,32 @@ class Generate:
         if self.prompt is not None and self.prompts is not None:
             raise OpenSoraError("PROMPT and --prompt both say what to show; give one of them")
         given = self.prompts or (() if self.prompt is None else (self.prompt,))
-        prompts = read_prompts(given, self.prompt_path, self.start_index, self.end_index)
+        if given == (str(STANDARD_INPUT),) and self.prompt_path is None:
+            prompts = self._read_prompts((), STANDARD_INPUT)
+        else:
+            prompts = self._read_prompts(given, self.prompt_path)
         num_videos = 1 if self.num_videos is None else self.num_videos
         requests = requests_of(prompts, self._request(), num_videos)
         numbers = range(prompts.start * num_videos, prompts.end * num_videos)
         several = num_videos * len(prompts.texts) > 1
         return requests, output_paths(requests, output, self.format, ".mp4", numbers=numbers if several else None)
 
+    def _read_prompts(self, given: Sequence[str], path: Path | None) -> Prompts:
+        """The same ones on every process, of which the first reads standard input."""
+
+        def read() -> Prompts:
+            return read_prompts(given, path, self.start_index, self.end_index, skip_comments=self.skip_comments)
+
+        return self.parallel.from_first(read) if path == STANDARD_INPUT else read()
+
     def _request(self) -> ClipRequest:
         """What the options say of every clip."""
         names = {field.name for field in dataclasses.fields(ClipRequest)} - {"prompt", "model"}
         wishes: dict[str, Any] = {name: value for name, value in given_options(self) if name in names}
         wishes |= self.model.wishes() | {"scores": self.scores.parse()}
-        wishes["reference_path"] = split_paths(self.references.reference_path or "")
+        if self.seed == "random":
+            wishes["seed"] = self.parallel.from_first(random_seed)
+        wishes |= self.references.wishes()
         return ClipRequest("", **wishes)
 
     def _request_of(self, record: Record, clip: Path) -> ClipRequest:
@@ -227,12 +263,18 @@ class Generate:
                 raise
             raise OpenSoraError(f"{error}; --model says where the model is that made this clip") from error
 
+    def _artist(self, requests: list[ClipRequest], paths: list[Path]) -> "Artist | None":
+        if self.frames.text_to_image is None:
+            return None
+        from opensora.cli.first_images import Artist
+
+        return Artist.find(self.frames.text_to_image, requests, paths, self.parallel, download=self.model.download)
+
     def _engine(self, request: ClipRequest, record: Record | None) -> "Engine":
         from opensora.generation.engine import Engine
 
         quiet_libraries()
-        memory = {name: getattr(self.memory, name) for name in ("offload", "sequential_guidance", "micro_batch_size")}
-        engine = Engine.load(request, **memory, record=record)
+        engine = Engine.load(request, **vars(self.memory), record=record)
         self.parallel.set_up(engine.pipeline)
         return engine
 
@@ -248,7 +290,10 @@ class Generate:
         size = describe_size(VideoSize(num_frames, sampling.height, sampling.width), sampling.nominal_size)
         if self.size.names_a_size:
             say(f"making {size}")
-        for note in dict.fromkeys(note for clip in clips for note in clip.notes):
+        notes = [note for clip in clips for note in clip.notes]
+        if timing := timing_note(sampling.file_fps, kind):
+            notes.append(timing)
+        for note in dict.fromkeys(notes):
             say(f"note: {note}")
         return size
 

@@ -6,18 +6,21 @@ What they say is a `generation.request.ClipRequest`, whose fields have the same 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
 from opensora.cli.options import FLAG, given_options, option
 from opensora.errors import OpenSoraError
 from opensora.generation.loading import parse_adapter
-from opensora.generation.request import DEFAULT_MODEL
+from opensora.generation.request import DEFAULT_MODEL, split_paths
 from opensora.models.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
     from opensora.refinement import Refiner
+
+PARTS = ("transformer", "autoencoder", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+"""Of a model, each of which can be replaced by an option of that name."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,27 @@ class ModelOptions:
     """What `opensora models` lists, or a folder; each part of it can be replaced."""
 
     model: Annotated[str | None, option("NAME|PATH", DEFAULT_MODEL)] = None
-    """toybox, toybox-iddpm, opensora-1.0, opensora-1.1, opensora-1.2, ..., or a model's folder."""
+    """toybox, toybox-iddpm, opensora-1.0, ..., a model's folder, or a training run (RUN, RUN@STEP)."""
     download: Annotated[bool, FLAG] = False
     """Fetch what this machine lacks of a published model."""
     transformer: Annotated[Path | None, option("PATH", aliases=["--ckpt-path"])] = None
-    """Weights (file or folder) in place of the model's diffusion transformer."""
+    """Weights (file, folder, RUN@STEP, or FILE@WHICH of several) in place of the model's diffusion transformer."""
     autoencoder: Annotated[Path | None, option("PATH", aliases=["--vae-path"])] = None
     """Likewise, its autoencoder."""
     text_encoder: Annotated[Path | None, option("PATH", aliases=["--text-encoder-path"])] = None
     """Likewise, its text encoder."""
     tokenizer: Annotated[Path | None, option("PATH", aliases=["--tokenizer-path"])] = None
     """Likewise, its tokenizer."""
+    text_encoder_2: Annotated[Path | None, option("PATH")] = None
+    """Likewise, the second text encoder of 2.0 (CLIP)."""
+    tokenizer_2: Annotated[Path | None, option("PATH")] = None
+    """Likewise, its tokenizer."""
     adapter: Annotated[UseAppendAction[tuple[str, ...]], option("PATH[:SCALE]", "none")] = ()
     """Fine-tuning beside the transformer's weights (LoRA), half as strong with :0.5; may be given several times."""
 
     def wishes(self) -> dict[str, Any]:
         """As fields of a request."""
-        parts = {name: getattr(self, name) for name in ("transformer", "autoencoder", "text_encoder", "tokenizer")}
+        parts = {name: getattr(self, name) for name in PARTS}
         components = {name: path for name, path in parts.items() if path is not None}
         model = {} if self.model is None else {"model": self.model}
         return {**model, "components": components, "adapters": tuple(map(parse_adapter, self.adapter))}
@@ -54,7 +61,7 @@ class SizeOptions:
     num_frames: Annotated[str | None, option("N|4s|2x")] = None
     """Frames (of each loop), seconds, or for 1.2 clips of 51 frames; an edited clip keeps its own number."""
     resolution: Annotated[str | None, option("NAME")] = None
-    """Named number of pixels: 144p, 240p, 256, 360p, 480p, 512, 720p, ..."""
+    """Named number of pixels: 144p, 240p, 256, 360p, 480p, 512, 720p, ...; 256px, 768px, ... for 2.0."""
     aspect_ratio: Annotated[str | None, option("A:B")] = None
     """Width to height, 16:9 is landscape; for 1.1 and 1.2 height to width as in their tables: 9:16 is landscape."""
     height: Annotated[int | None, option("PX")] = None
@@ -84,22 +91,26 @@ class SamplingOptions:
     """Sampling steps; for IDDPM models also a respacing such as ddim50."""
     guidance_scale: Annotated[float | None, option("S", aliases=["--cfg-scale"])] = None
     """How strongly the prompt is followed; 1 switches guidance off."""
-    cfg_channels: Annotated[str | None, option("K|0,2|all", aliases=["--cfg-channel"])] = None
-    """Latent channels that guidance touches: the first K, a list of indices ("2," for one), or all."""
+    image_guidance_scale: Annotated[float | None, option("S", aliases=["--image-cfg-scale", "--guidance-img"])] = None
+    """How strongly pictures and clips are followed that are given, by models that are guided by them."""
+    cfg_channels: Annotated[str | None, option("K|0,2|0:1,2:.5|all", aliases=["--cfg-channel"])] = None
+    """Latent channels that guidance touches: the first K, indices ("2," for one), these with a weight each, or all."""
     sampler: Annotated[str | None, option("|".join(SAMPLERS))] = None
     """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What the captions that 1.2 was trained on ended in; "none" switches a default off."""
+    """What the captions that a model was trained on ended in; "none" switches a default off."""
 
     aes: Annotated[str | None, option("SCORE")] = None
-    """How beautiful, about 4 to 7."""
+    """How beautiful, about 4 to 7; for 1.3 also in words, from "terrible" to "excellent"."""
     flow: Annotated[str | None, option("SCORE")] = None
-    """How much moves, 0 and up."""
+    """How much moves, 0 and up; for 1.3 also in words, from "very low" to "extremely high"."""
     camera_motion: Annotated[str | None, option("WORDS")] = None
     """How the camera moves: "pan left", "zoom in", "static", ..."""
+    motion: Annotated[str | None, option("SCORE", aliases=["--motion-score"])] = None
+    """For 2.0, how much moves, about 1 to 15."""
 
     def parse(self) -> dict[str, float | str | None]:
         """What was given, by the names that pipelines know.
@@ -116,21 +127,27 @@ class ScoreOptions:
         return given
 
 
-def _score(name: str, text: str) -> float:
-    score = float("nan")
+def _score(name: str, text: str) -> float | str:
+    from opensora.models.text.prompts import SCORE_SCALES, score_word
+
+    scale = {"aes": "aesthetic"}.get(name, name)
     with contextlib.suppress(ValueError):
-        score = float(text)
-    if not abs(score) < float("inf"):
-        raise OpenSoraError(f"`{name}` is {text!r}, expected a number such as 6.5, or none")
-    return score
+        if abs(score := float(text)) < float("inf"):
+            return score
+    with contextlib.suppress(OpenSoraError, KeyError):
+        return score_word(scale, text)
+    words = f", a word such as {SCORE_SCALES[scale][-1][1]!r}" if scale in SCORE_SCALES else ""
+    raise OpenSoraError(f"`{name}` is {text!r}, expected a number such as 6.5{words}, or none")
 
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """Resized and cropped to the clip's size. Pictures, or any video: mp4, gif, webp, our png sheets."""
+    """Resized and cropped to the clip's size. Photos of cameras and phones, and any video, told by their content."""
 
     image: Annotated[Path | None, option("FILE")] = None
     """The clip begins with this picture."""
+    text_to_image: Annotated[str | None, option("NAME|PATH")] = None
+    """First make that picture of the prompt: flux.1-dev, or the folder of a text-to-image pipeline of diffusers."""
     last_image: Annotated[Path | None, option("FILE")] = None
     """The clip ends with this picture; with --image it connects the two."""
     extend: Annotated[Path | None, option("FILE")] = None
@@ -141,6 +158,8 @@ class FrameOptions:
     """This video is denoised again after the prompt; needs --strength."""
     strength: Annotated[float | None, option("S")] = None
     """Denoising strength of the edited video: 0 keeps it, 1 generates from noise."""
+    input_fps: Annotated[float | None, option("N", "every frame, by time where its rate varies")] = None
+    """Take frames of a video by time, so many a second."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,12 @@ class ReferenceOptions:
     """Each entry: N latent frames of reference R, from frame S on, at frame T of loop L, with denoising strength E."""
     align: Annotated[int | None, option("N")] = None
     """Starts move to the nearest multiple of so many latent frames."""
+    cond_type: Annotated[str | None, option("i2v_head|i2v_tail|i2v_loop|v2v_head|v2v_tail|...")] = None
+    """Where frames of references go, in the words of 1.3 and 2.0 (there also v2v_head_easy, v2v_tail_easy)."""
+
+    def wishes(self) -> dict[str, Any]:
+        """As fields of a request."""
+        return {"reference_path": split_paths(self.reference_path or "")}
 
 
 @dataclass(frozen=True)
@@ -195,16 +220,18 @@ class MachineOptions:
     device: Annotated[str | None, option("NAME", "an accelerator if there is one, else cpu")] = None
     """cpu, cuda, cuda:1, mps."""
     dtype: Annotated[str | None, option("NAME", "float32 on the cpu, else bfloat16")] = None
-    """Numbers the networks compute in: float32, bfloat16, float16."""
+    """Numbers the networks compute in: float32, bfloat16, float16; int8: bfloat16 with weights in eight bits."""
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
     """For what would not fit otherwise; `opensora plan` says which of them a clip needs."""
 
-    offload: Annotated[bool, FLAG] = False
-    """Each network is in memory only while it works."""
+    offload: Annotated[Literal["networks", "blocks"] | None, option("[networks|blocks]")] = None
+    """Each network is in memory only while it works; blocks: of the large ones besides only the block that works."""
     sequential_guidance: Annotated[bool, FLAG] = False
     """The branches of guidance one after the other instead of at once."""
     micro_batch_size: Annotated[int | None, option("N")] = None
     """Frames that the 2D autoencoder works on at once."""
+    tile_frames: Annotated[int | None, option("N", "the model's")] = None
+    """Frames that an autoencoder of 2.0 works on at once, in tiles that overlap; not quite the same video."""

@@ -29,9 +29,10 @@ class Inspect:
     """Print JSON, for programs."""
 
     def run(self) -> None:
-        from opensora.checkpoints.adapters import inspect_adapter, is_adapter
+        from opensora.adapters.reading import is_adapter
+        from opensora.checkpoints.adapters import inspect_adapter
         from opensora.checkpoints.fit import inspect_model
-        from opensora.checkpoints.wording import report_lines
+        from opensora.checkpoints.wording import report_lines, verdict
 
         if is_adapter(self.model):
             report = inspect_adapter(self.model)
@@ -41,14 +42,14 @@ class Inspect:
         if self.json:
             print(json.dumps(report.to_dict(), indent=2, default=list))
         else:
-            print_lines(report_lines(report), report.problems)
+            print_lines(report_lines(report), report.problems, verdict(report))
         if report.problems:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise OpenSoraError(report.problems[0] + more)
 
 
-def print_lines(lines: "Lines", problems: list[str]) -> None:
-    """Prints aligned lines, then what is wrong."""
+def print_lines(lines: "Lines", problems: list[str], verdict: str) -> None:
+    """Prints aligned lines, then what is wrong, or else the verdict."""
     from rich.console import Console
 
     width = max(len(label) for label, _ in lines) + 2
@@ -59,4 +60,4 @@ def print_lines(lines: "Lines", problems: list[str]) -> None:
     for problem in problems:
         console.print(f"{'problem':<{width}}{problem}", style="red", **plain)
     if not problems:
-        console.print(f"{'verdict':<{width}}nothing is wrong with it", style="green", **plain)
+        console.print(f"{'verdict':<{width}}{verdict}", style="green", **plain)

@@ -5,13 +5,23 @@ A subcommand is one line in `COMMANDS` and one module of this package with a dat
 The module is imported only when it is called, and should import what is heavy only in `run()`.
 """
 
+import contextlib
+import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from opensora import __version__
-from opensora.errors import OpenSoraError
+from opensora.cli.surroundings import (
+    check_working_folder,
+    drop_output,
+    open_standard_streams,
+    signals_raised,
+    threads_quiet_about_files,
+    with_home,
+)
+from opensora.contents import shown
+from opensora.errors import OpenSoraError, Terminated, is_out_of_memory
 
 COMMANDS = {
     "generate": "turn a prompt into a video",
@@ -24,68 +34,106 @@ COMMANDS = {
     "convert": "write a checkpoint as a folder of this package",
 }
 
+_LONGEST_MESSAGE = 1500  # it quotes what came, which may be megabytes
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LESS_MEMORY = {
+    "generate": "choose fewer frames, a smaller size, --offload or --dtype bfloat16; opensora plan tells what fits",
+    "train": "choose smaller buckets or batches, or loop.activation_checkpointing=true; --dry-run tells more",
+    "data": "choose fewer --workers, smaller buckets or a smaller --shard-mb",
+    "evaluate": "choose a smaller --batch-size, or fewer clips",
+}
+
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C.
+    """Runs one command line and returns its exit code.
 
-    141 if nobody reads the output any more, as in `opensora models | head -1`.
+    0; 2 for what the user can mend; 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP; 141 if nobody reads the output any more,
+    as in `opensora models | head -1`.
     """
     args = list(sys.argv[1:] if args is None else args)
+    closed = open_standard_streams()
     try:
-        try:
-            return _exit_code(args)
-        finally:
-            sys.stdout.flush()  # a pipe that was closed is noticed here, and not when the interpreter ends
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes what is left
-        return EXIT_CLOSED_PIPE
-
-
-def _exit_code(args: list[str]) -> int:
-    """The exit code; mistakes of the user's are told on stderr."""
-    try:
-        return _run(args)
+        with signals_raised(), threads_quiet_about_files():
+            if closed:
+                raise OpenSoraError("standard output is closed, so nothing could be told; /dev/null would do")
+            try:
+                _run(args)
+            except SystemExit as end:  # after a help page
+                sys.stdout.flush()
+                if end.code == 1:  # of rich, which has found the pipe closed
+                    return EXIT_CLOSED_PIPE
+                raise
+            sys.stdout.flush()  # what cannot be written is noticed here, and not when the interpreter ends
+            return 0
     except OpenSoraError as error:
-        print(f"opensora: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:  # not about a file, so no mistake of the user's
-            raise
-        print(f"opensora: {' '.join(f'{error.filename}: {error.strerror}'.split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _told(error, str(error), EXIT_USER_ERROR)
+    except Terminated as signal:
+        return _told(signal, str(signal), 128 + signal.number)
     except KeyboardInterrupt as interrupt:
-        print(f"opensora: {interrupt.args[0] if interrupt.args else 'interrupted'}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _told(interrupt, str(interrupt) or "interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            drop_output()
+            return EXIT_CLOSED_PIPE
+        statement = _statement(error, args)
+        if statement is None:
+            raise
+        return _told(error, statement, EXIT_USER_ERROR)
 
 
-def _run(args: list[str]) -> int:
+def _statement(error: Exception, args: list[str]) -> str | None:
+    """What happened, and what to do; None for mistakes of ours, which show where they are."""
+    if is_out_of_memory(error):
+        advice = _LESS_MEMORY.get(args[0] if args else "", "end other programs, or use a machine with more of it")
+        return f"out of memory; {advice}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and drop_output():
+        return f"standard output cannot be written: {error.strerror or error}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"cannot write: {error.strerror}; make room, or send the output elsewhere"
+    return None
+
+
+def _told(reason: BaseException, statement: str, code: int) -> int:
+    """Says it in one line, with what was written until then, and returns the exit code."""
+    statement = "; ".join([statement, *getattr(reason, "__notes__", ())])
+    with contextlib.suppress(OSError):  # nobody listens
+        print(f"opensora: {shown(' '.join(statement.split()), _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+    drop_output()
+    return code
+
+
+def _run(args: list[str]) -> None:
     command = args[0] if args else "--help"
     if command in ("-h", "--help", "help"):
-        print(_help())
-        return 0
+        return print(_help())
     if command in ("-V", "--version"):
-        print(f"opensora {__version__}")
-        return 0
+        return print(f"opensora {__version__}")
     if command not in COMMANDS:
         from opensora.settings import nearest_name
 
         what = "option" if command.startswith("-") else "command"
         known = ["--help", "--version"] if command.startswith("-") else COMMANDS
         raise OpenSoraError(f"unknown {what} {command!r}{nearest_name(command, known)}")
+    check_working_folder()
     from opensora.cli.options import with_flags
     from opensora.cli.parsing import parse
 
     kind = getattr(importlib.import_module(f"opensora.cli.{command}"), command.capitalize())
-    options = parse(kind, args[1:], f"opensora {command}")
+    options = parse(kind, [with_home(word) for word in args[1:]], f"opensora {command}")
     try:
         options.run()
     except OpenSoraError as error:
-        raise OpenSoraError(with_flags(str(error), options)) from error
-    return 0
+        renamed = OpenSoraError(with_flags(str(error), options))
+        for note in getattr(error, "__notes__", ()):
+            renamed.add_note(note)
+        raise renamed from error
 
 
 def _help() -> str:

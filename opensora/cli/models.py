@@ -10,7 +10,8 @@ import tyro
 
 from opensora.checkpoints import hub
 from opensora.checkpoints.catalogue import describe_model, list_models, settings_in_words, summarize
-from opensora.checkpoints.published import ALIASES, SVD_AUTOENCODER
+from opensora.checkpoints.published import ALIASES
+from opensora.checkpoints.published_parts import SVD_AUTOENCODER
 
 WIDTH = 100
 

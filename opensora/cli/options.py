@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tyro.conf import arg
+
+from opensora.errors import OpenSoraError
 
 FLAG: Any = arg(help_behavior_hint="")
 
@@ -20,6 +22,13 @@ def given_options(options: Any) -> Iterator[tuple[str, Any]]:
     for name, value in _fields(options):
         if value is not None and value is not False and value != ():
             yield name, value
+
+
+def refuse_idle(options: Any, names: Iterable[str], reason: str) -> None:
+    """Raises `OpenSoraError` for the first of these options that was given: beside others it would change nothing."""
+    for field in dataclasses.fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise OpenSoraError(f"{flag(field.name)} has no effect: {reason}; leave it out")
 
 
 def flag(field: str) -> str:

@@ -3,29 +3,29 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from opensora.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from opensora.cli.options import FLAG, option
-from opensora.errors import OpenSoraError
+from opensora.errors import OpenSoraError, Terminated
 
 if TYPE_CHECKING:
     from opensora.distributed.mesh import Launch
     from opensora.pipeline import OpenSoraPipeline
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
     """For torchrun --nproc-per-node N -m opensora.cli.main generate ...: how N processes share each clip."""
 
-    sequence_parallel: Annotated[int | None, option("N", "all processes, or half of them with --parallel-guidance")] = (
-        None
-    )
+    sequence_parallel: Annotated[int | None, option("N", "all, or half or a third with --parallel-guidance")] = None
     """Processes that share a clip's tokens."""
     parallel_guidance: Annotated[bool, FLAG] = False
-    """The two branches of guidance on two processes, or two groups of them."""
+    """The branches of guidance on two processes, or two groups of them; 1.3 and 2.0 may have three."""
 
     def check(self, *, device: str | None, sequential_guidance: bool) -> None:
         """Raises `OpenSoraError` for options that exclude each other."""
@@ -56,6 +56,14 @@ class ParallelOptions:
             sequence_ranks(launch.num_ranks, guidance=self.parallel_guidance, sequence=self.sequence_parallel)
             yield launch.rank == 0
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first process, for all of them; without torch where there is one alone."""
+        if not started_by_torchrun():
+            return make()
+        from opensora.distributed.mesh import from_first
+
+        return from_first(make)
+
     def set_up(self, pipe: "OpenSoraPipeline") -> None:
         """Makes the pipeline work so."""
         if started_by_torchrun():
@@ -74,6 +82,8 @@ def speaking_once(launch: "Launch") -> Iterator[None]:
     except (OpenSoraError, KeyboardInterrupt) as reason:
         if launch.is_first_to_say(str(reason)):
             raise
+        if isinstance(reason, Terminated):
+            raise SystemExit(128 + reason.number) from None
         raise SystemExit(EXIT_USER_ERROR if isinstance(reason, OpenSoraError) else EXIT_INTERRUPTED) from None
     except Exception:
         if launch.has_heard():  # a rank that is gone breaks what the others do together

@@ -24,7 +24,9 @@ class Plan:
     model: OmitArgPrefixes[Annotated[ModelOptions, arg(name="model")]] = field(default_factory=ModelOptions)
     size: OmitArgPrefixes[Annotated[SizeOptions, arg(name="size")]] = field(default_factory=SizeOptions)
     guidance_scale: Annotated[float | None, option("S", "the model's")] = None
-    """How strongly the prompt is followed; 1 switches guidance off, and with it one of the two branches."""
+    """How strongly the prompt is followed; 1 switches guidance off, and with it all branches but one."""
+    known_frames: Annotated[bool, FLAG] = False
+    """The clip is made from pictures or clips too; models that are shown them beside the noise guide by them."""
     machine: OmitArgPrefixes[Annotated[MachineOptions, arg(name="machine")]] = field(default_factory=MachineOptions)
     device_memory: Annotated[str | None, option("24GB")] = None
     """What the device has; one that is not in this machine is taken for an accelerator."""
@@ -67,7 +69,8 @@ class Plan:
         config = meta.pipeline.config
         made = resolve_size(request, config, meta.pipeline.size_rule())
         scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1)
+        conditioned = self.known_frames and meta.pipeline.transformer.reads_channels
+        clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1, conditioned=conditioned)
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
         plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
         return {**plan, "clip": describe_size(clip.size, made.nominal_size)}

@@ -1,5 +1,6 @@
 """How far long work is: bars in a terminal, lines now and then or nothing elsewhere; and what else goes to stderr."""
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -53,14 +54,15 @@ class Progress(Bar):
     def __init__(self, what: str) -> None:
         super().__init__(what, "MofNComplete", "TimeRemaining")
         self.what, self.lines = what, not sys.stderr.isatty()
-        self.first: int | None = None  # done when it began
-        self.started = self.told = time.monotonic()
+        self.first: int | None = None  # done at the first update, from which the estimate counts
+        self.started = self.told = 0.0
 
     def update(self, done: int, total: int) -> None:
         """So much is done, of so much."""
         self.show(done, total)
-        self.first = done if self.first is None else self.first
         now = time.monotonic()
+        if self.first is None:
+            self.first, self.started, self.told = done, now, now
         if self.lines and now - self.told >= self.seconds_between_lines and done > self.first:
             left_s = (now - self.started) / (done - self.first) * (total - done)
             say(f"{self.what}: {done} of {total}, {left_s:.0f} s left")
@@ -92,15 +94,19 @@ class StepBar(Bar):
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line to stderr; where that is closed or full, the work goes on."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
-    """diffusers and transformers say nothing but errors, and show no bars of their own."""
+    """diffusers and transformers say nothing but errors, and show no bars of their own; notes on prompts come once."""
+    import logging as standard_logging
+
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    standard_logging.getLogger("opensora.sampling.prompting").setLevel(standard_logging.ERROR)

@@ -2,18 +2,18 @@
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from opensora.cli.dry_run import DryRunOptions
 from opensora.cli.options import option
 from opensora.cli.parallel import speaking_once
-from opensora.cli.progress import Bar
-from opensora.errors import OpenSoraError
+from opensora.cli.progress import Bar, quiet_libraries
 from opensora.files import owned
+from opensora.limits import WORKERS, check_count
 
 if TYPE_CHECKING:
     from opensora.training.trainer import Trainer
@@ -27,6 +27,9 @@ class Train:
     Settings of the recipe are changed by KEY=VALUE after its name, such as loop.steps=100; `--settings` lists them all.
     """
 
+    # Words of the form KEY=VALUE may stand anywhere.
+    SETTINGS: ClassVar[bool] = True
+
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
     """Name of the recipe."""
     overrides: Annotated[
@@ -35,6 +38,8 @@ class Train:
     """Settings to change, as KEY=VALUE."""
     output: Annotated[Path | None, option("FOLDER", "runs/RECIPE")] = None
     """Folder of the run. What it holds is resumed."""
+    cache: Annotated[Path | None, option("FOLDER", "none")] = None
+    """Latents and text states that opensora data precompute made for this recipe, in place of its clips."""
     device: Annotated[str | None, option("DEVICE", "an accelerator if there is one")] = None
     """cpu, cuda or mps. With --dry-run also h100-80g and others."""
     threads: Annotated[int | None, option("N", "all cores")] = None
@@ -55,16 +60,19 @@ class Train:
         import torch
 
         from opensora.checkpoints.loading import choose_device
+        from opensora.overrides import apply_overrides
         from opensora.recipes import find_recipe
-        from opensora.settings import apply_overrides
+        from opensora.training.diffusion.precompute import on_cache
         from opensora.training.interrupts import stopping_between_steps
         from opensora.training.trainer import Trainer
 
         if self.threads is not None:
-            if self.threads < 1:
-                raise OpenSoraError(f"--threads is {self.threads}; give 1 or more")
-            torch.set_num_threads(self.threads)
-        recipe = apply_overrides(find_recipe(self.recipe), self.overrides)
+            torch.set_num_threads(check_count("`threads`", self.threads, WORKERS))
+        quiet_libraries()
+        recipe = find_recipe(self.recipe)
+        if self.cache is not None:
+            recipe = replace(recipe, objective=on_cache(recipe.name, recipe.objective, self.cache))
+        recipe = apply_overrides(recipe, self.overrides)
         folder = self.output or Path("runs") / recipe.name
         if self.plan.wanted:
             if is_first:

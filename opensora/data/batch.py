@@ -83,6 +83,7 @@ class LatentBatch:
         label: see `BatchShape`.
         text: of the captions where they were encoded beforehand; None elsewhere.
         object_mask: (B, 1, T, h, w), 1 where an object touches the cell; None where nobody knows.
+        video: (B, 3, frames, H, W) in [-1, 1], what was encoded, on the autoencoder's device, where it was asked for.
     """
 
     latents: Tensor
@@ -91,6 +92,7 @@ class LatentBatch:
     label: str
     text: TextStates | None = None
     object_mask: Tensor | None = None
+    video: Tensor | None = None
 
     @classmethod
     def meta(cls, shape: BatchShape, autoencoder: VideoCodec, device: torch.device | str) -> "LatentBatch":
@@ -101,7 +103,7 @@ class LatentBatch:
         return cls(latents, [""] * shape.batch_size, meta_conditions(shape, device), shape.label)
 
     def to(self, device: torch.device | str) -> "LatentBatch":
-        """The same latents on another device; the text moves when it is read."""
+        """The same latents on another device; text and video move when they are read."""
         mask = None if self.object_mask is None else self.object_mask.to(device)
         return replace(self, latents=self.latents.to(device), conditions=self.conditions.to(device), object_mask=mask)
 
@@ -136,8 +138,8 @@ class CaptionCheck(Protocol):
     def check_words(self, captions: Iterable[str]) -> None:
         """Of a table whose captions will be encoded."""
 
-    def check_cache(self, cache: Any) -> None:
-        """Of a `data.cache.Cache` whose text states will be read."""
+    def use_cache(self, cache: Any) -> None:
+        """Of a `data.cache.Cache` whose text states will be read; also that of no text, later."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class DataContext:
     Attributes:
         autoencoder: makes latents of the clips, on its own device and in its own precision; None for clips as video.
         sample_posterior: draw latents from its posterior; otherwise take the mean.
+        keep_video: hand the clips on beside their latents, if they are at hand.
         frame_interval: of the model: it is told the rate of its clips times this, see `OpenSoraPipeline`.
         cache: folder of the run for what is made once; None where nothing is kept.
         captions: who reads them; None for nobody.
@@ -155,6 +158,7 @@ class DataContext:
 
     autoencoder: VideoCodec | None = None
     sample_posterior: bool = True
+    keep_video: bool = False
     frame_interval: int = 1
     cache: Path | None = None
     captions: CaptionCheck | None = None

@@ -14,11 +14,14 @@ does not, it tries the next smaller resolution. Where `keep` is a pair, its seco
 of frames is considered at all, before the next smaller one is. Images go to 1 and nowhere else.
 
 Every clip draws for itself, by numpy's generator of its own seed plus the number of resolution and frames.
+
+Resolutions by pixels are Open-Sora 2.0's, and follow its rules: `256px` has the sizes of `pixel_grid` in cells of 16
+px, `768px_32d` in cells of 32, `512px_ar1:1` one of them. As many frames as are taken are enough; where `keep` is a
+pair, its second number is the chance that the number of frames is passed over; and every clip draws from one generator,
+number after number.
 """
 
 import itertools
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -27,13 +30,9 @@ from typing import Any
 import numpy as np
 
 from opensora.data.batch import BatchShape
+from opensora.data.bucket_config import checked_names, follows_pixels, landscape, lengths_of, pixels_of, sizes_of
 from opensora.data.seeded_draws import first_uniforms
 from opensora.errors import OpenSoraError
-from opensora.geometry import aspect_table, closest_size, num_pixels, resolution_names
-from opensora.settings import nearest_name
-
-BucketConfig = dict[str, dict[str, Any]]
-"""Resolution -> frames, as text -> (keep, batch size); keep is a chance, or a pair of them, see above."""
 
 _FILLED = 0.8
 
@@ -88,6 +87,11 @@ class _Rule:
     first: int
 
     @property
+    def exactly(self) -> bool:
+        """Whether as many frames as are taken are enough."""
+        return follows_pixels(self.resolution)
+
+    @property
     def chance(self) -> float:
         return self.keep * (1.0 if self.considered is None else self.considered)
 
@@ -97,6 +101,13 @@ class _Clips:
     frames: np.ndarray
     pixels: np.ndarray
     seeds: np.ndarray
+    drawn: np.ndarray  # how many numbers, where one generator gives all of them
+
+    def uniform(self, clips: np.ndarray) -> np.ndarray:
+        """(len(clips),) the next number of each of these clips."""
+        self.drawn[clips] += 1
+        numbers = first_uniforms(self.seeds[clips], int(self.drawn[clips].max(initial=1)))
+        return numbers[self.drawn[clips] - 1, np.arange(len(clips))]
 
     def uniforms(self, clips: np.ndarray, number: int, count: int) -> np.ndarray:
         """(count, len(clips)) what these clips draw for a rule."""
@@ -137,11 +148,11 @@ class Buckets:
     def __init__(self, config: Mapping[str, Mapping[Any, Any]]) -> None:
         self.rules: list[_Rule] = []
         self.buckets: list[Bucket] = []
-        for resolution in sorted(_checked_names(config), key=_pixels, reverse=True):
-            for num_frames, keep, considered, batch_size in _lengths(resolution, config[resolution]):
+        for resolution in sorted(checked_names(config), key=pixels_of, reverse=True):
+            for num_frames, keep, considered, batch_size in lengths_of(resolution, config[resolution]):
                 rule = _Rule(resolution, num_frames, keep, considered, batch_size, len(self.buckets))
                 self.rules.append(rule)
-                for ratio, (height, width) in _sizes(resolution).items():
+                for ratio, (height, width) in sizes_of(resolution).items():
                     self.buckets.append(Bucket(resolution, num_frames, ratio, height, width, batch_size))
         if not any(rule.chance for rule in self.rules):
             raise OpenSoraError("the buckets keep nothing: every keep probability is 0")
@@ -152,6 +163,15 @@ class Buckets:
     def index(self, resolution: str, num_frames: int) -> int:
         """The number of resolution and frames, which is added to a clip's seed."""
         return [(rule.resolution, rule.num_frames) for rule in self.rules].index((resolution, num_frames))
+
+    def frames_needed(self, num_frames: int, frame_interval: int = 1) -> int:
+        """How many frames a clip has to have for a length: see the top of the file; 1 for images."""
+        return 1 if num_frames == 1 else num_frames * frame_interval + (0 if self.rules[0].exactly else 1)
+
+    def least_pixels(self, num_frames: int) -> float:
+        """How many pixels a frame has to have for the smallest resolution that a length is kept at."""
+        kept = (rule for rule in self.rules if rule.num_frames == num_frames and rule.chance)
+        return min(pixels_of(rule.resolution) for rule in kept) * _FILLED
 
     @property
     def by_chance(self) -> bool:
@@ -167,9 +187,9 @@ class Buckets:
         """
         shapes = []
         for rule in self.rules:
-            ratios = len(_sizes(rule.resolution))
+            ratios = len(sizes_of(rule.resolution))
             if num_batches is None:
-                weight, (height, width) = rule.chance, _landscape(rule.resolution)
+                weight, (height, width) = rule.chance, landscape(rule.resolution)
             else:
                 here = num_batches[rule.first : rule.first + ratios]
                 common = self.buckets[rule.first + int(here.argmax())]
@@ -197,11 +217,12 @@ class Buckets:
             seeds: (n,) integers, 0 or more; each clip draws with its own.
             frame_interval: every how manieth frame of a video is taken.
         """
-        clips = _Clips(np.asarray(num_frames), np.asarray(height) * np.asarray(width), np.asarray(seeds))
+        frames, pixels = np.asarray(num_frames), np.asarray(height) * np.asarray(width)
+        clips = _Clips(frames, pixels, np.asarray(seeds), np.zeros(len(frames), int))
         chosen = np.full(len(clips.frames), -1)  # the rule
         reason = np.full(len(clips.frames), _REASONS.index(Dropped.TOO_SMALL))
         for resolution in dict.fromkeys(rule.resolution for rule in self.rules):
-            large = np.flatnonzero((chosen < 0) & (clips.pixels >= _pixels(resolution) * _FILLED))
+            large = np.flatnonzero((chosen < 0) & (clips.pixels >= pixels_of(resolution) * _FILLED))
             is_image = clips.frames[large] == 1
             self._choose(resolution, clips, large[is_image], None, chosen, reason)
             self._choose(resolution, clips, large[~is_image], frame_interval, chosen, reason)
@@ -210,7 +231,7 @@ class Buckets:
         bucket = np.full(len(chosen), -1)
         for number, rule in enumerate(self.rules):
             here = np.flatnonzero(chosen == number)
-            known = np.array(list(_sizes(rule.resolution)))
+            known = np.array(list(sizes_of(rule.resolution)))
             bucket[here] = rule.first + np.abs(known - ratio[here, None]).argmin(axis=1)
         return Assignment(bucket, reason)
 
@@ -218,13 +239,14 @@ class Buckets:
         """Numbers of all buckets that a clip may ever be in, whatever it draws, in the order in which it tries them."""
         found = []
         for resolution, rules in itertools.groupby(self.rules, lambda rule: rule.resolution):
-            if height * width < _pixels(resolution) * _FILLED:
+            if height * width < pixels_of(resolution) * _FILLED:
                 continue
             for rule in rules:
-                if (rule.num_frames == 1) != (num_frames == 1) or 1 < num_frames <= rule.num_frames * frame_interval:
+                needed = self.frames_needed(rule.num_frames, frame_interval)
+                if (rule.num_frames == 1) != (num_frames == 1) or num_frames < needed:
                     continue
                 if rule.chance:
-                    known = np.array(list(_sizes(resolution)))
+                    known = np.array(list(sizes_of(resolution)))
                     found.append(rule.first + int(np.abs(known - height / width).argmin()))
                 if rule.chance == 1:
                     return found
@@ -257,82 +279,31 @@ class Buckets:
         for number, rule in rules:
             long_enough = np.full(len(waiting), is_image)
             if frame_interval is not None:
-                long_enough = clips.frames[waiting] > rule.num_frames * frame_interval
+                long_enough = clips.frames[waiting] >= self.frames_needed(rule.num_frames, frame_interval)
             candidates = waiting[long_enough]
             reason[candidates] = _REASONS.index(Dropped.NOT_KEPT)
-            is_pair = rule.considered is not None
-            draws = np.zeros((2, len(candidates)))
-            if is_pair or 0 < rule.keep < 1:
-                draws = clips.uniforms(candidates, number, 1 + is_pair)
-            considered = draws[0] <= rule.considered if is_pair else np.ones(len(candidates), bool)
-            kept = considered & (draws[-1] < rule.keep)
+            draw = _draw_in_turn if rule.exactly else _draw
+            considered, kept = draw(rule, number, clips, candidates)
             chosen[candidates[kept]] = number
             # Whoever is drawn out here tries the next resolution, not a smaller number of frames.
             waiting = np.concatenate([waiting[~long_enough], candidates[~considered]])
 
 
-# --- resolutions ------------------------------------------------------------------------------------------------------
+def _draw(rule: _Rule, number: int, clips: _Clips, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which candidates a rule considers, and which of these it keeps."""
+    is_pair = rule.considered is not None
+    draws = np.zeros((2, len(candidates)))
+    if is_pair or 0 < rule.keep < 1:
+        draws = clips.uniforms(candidates, number, 1 + is_pair)
+    considered = draws[0] <= rule.considered if is_pair else np.ones(len(candidates), bool)
+    return considered, considered & (draws[-1] < rule.keep)
 
 
-def _single_size(resolution: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", resolution)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _sizes(resolution: str) -> dict[float, tuple[int, int]]:
-    """{height / width: (height, width)}."""
-    if (size := _single_size(resolution)) is not None:
-        return {size[0] / size[1]: size}
-    return aspect_table(resolution)
-
-
-def _pixels(resolution: str) -> int:
-    size = _single_size(resolution)
-    return num_pixels(resolution) if size is None else size[0] * size[1]
-
-
-def _landscape(resolution: str) -> tuple[int, int]:
-    """The size nearest to 16:9."""
-    return _single_size(resolution) or closest_size(resolution, 9, 16)
-
-
-# --- reading the configuration ----------------------------------------------------------------------------------------
-
-
-def _checked_names(config: Mapping[str, Any]) -> list[str]:
-    if not config:
-        raise OpenSoraError('no buckets; give at least one resolution, such as {"240p": {"51": [1.0, 2]}}')
-    for name, lengths in config.items():
-        if name not in resolution_names() and _single_size(name) is None:
-            near = nearest_name(name, resolution_names())
-            raise OpenSoraError(f"buckets have the unknown resolution {name!r}{near}, or a size such as 256x256")
-        if not isinstance(lengths, Mapping) or not lengths:
-            raise OpenSoraError(f"buckets of {name} are {lengths!r}, expected {{frames: [keep, batch size]}}")
-    return list(config)
-
-
-def _lengths(resolution: str, lengths: Mapping[Any, Any]) -> list[tuple[int, float, float | None, int]]:
-    """(frames, keep, considered, batch size), by descending frames."""
-    found = []
-    for frames, rule in lengths.items():
-        where = f"bucket {resolution} {frames}"
-        if not re.fullmatch(r"[1-9]\d*", str(frames)):
-            raise OpenSoraError(f"{where}: {frames!r} is no number of frames, expected a whole number, 1 or more")
-        if not isinstance(rule, (list, tuple)) or len(rule) != 2:
-            raise OpenSoraError(f"{where} is {rule!r}, expected [keep, batch size]")
-        keep, batch_size = rule
-        is_pair = isinstance(keep, (list, tuple))
-        chances = keep if is_pair else [keep]
-        if is_pair and (len(keep) != 2 or int(frames) == 1):
-            raise OpenSoraError(f"{where} has keep {keep!r}, expected one chance{' or two' * (int(frames) > 1)}")
-        if not all(isinstance(c, (int, float)) and not isinstance(c, bool) and 0 <= c <= 1 for c in chances):
-            raise OpenSoraError(f"{where} has keep {keep!r}, expected a chance from 0 to 1")
-        if batch_size is None and chances[0] == 0:
-            batch_size = 0
-        elif isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise OpenSoraError(f"{where} has batch size {batch_size!r}, expected a whole number, 1 or more")
-        found.append((int(frames), float(chances[0]), float(chances[1]) if is_pair else None, batch_size))
-    repeated = [frames for frames, count in Counter(entry[0] for entry in found).items() if count > 1]
-    if repeated:
-        raise OpenSoraError(f"bucket {resolution} {repeated[0]} is given twice; give it once")
-    return sorted(found, key=lambda entry: entry[0], reverse=True)
+def _draw_in_turn(rule: _Rule, number: int, clips: _Clips, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same where every clip has one generator, which is asked for what chance decides alone."""
+    considered, kept = np.ones(len(candidates), bool), np.ones(len(candidates), bool)
+    if rule.considered is not None:
+        considered = clips.uniform(candidates) > 1 - rule.considered if rule.considered else ~considered
+    if rule.keep < 1 or rule.num_frames == 1:
+        kept[considered] = clips.uniform(candidates[considered]) <= rule.keep
+    return considered, considered & kept

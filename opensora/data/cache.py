@@ -8,12 +8,13 @@ A cache is a folder:
     text/00000.safetensors ...
 
 A latent shard holds clips of one bucket: `I.mean` and `I.logvar` of the normalised latents (C, T, h, w) of its I-th
-clip, and a note that tells each one's row and frame rate. A text shard holds `I.states` (L, D), the states of its I-th
-caption without padding. Latents only mean something to a transformer together with the autoencoder and latent space
-that they were made with, so both are on record, and a run with others is refused.
+clip, and a note that tells each one's row, frame rate and what its file held. A text shard holds `I.states` (L, D), the
+states of its I-th caption without padding, and `I.pooled` (P) where networks read a pooled text. Latents only mean
+something to a transformer together with the autoencoder and latent space that they were made with, so both are on
+record, and a run with others is refused.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from opensora.clip_rows import ClipRow
 from opensora.data.buckets import Bucket
-from opensora.data.shards import ShardReader, read_note
+from opensora.data.file_states import FileState
+from opensora.data.shards import ShardReader, noted, read_note
 from opensora.errors import OpenSoraError
-from opensora.manifest import ClipRow, read_manifest
+from opensora.manifest import read_manifest
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.text.conditioner import TextStates
 from opensora.settings import load_settings
 
 INDEX, MANIFEST = "cache.json", "manifest.csv"
@@ -39,7 +43,7 @@ class LatentsMadeFrom:
     """What decides the latents of a cache besides the clips.
 
     Attributes:
-        autoencoder: fingerprint of its weights (see `checkpoints.weights.fingerprint`).
+        autoencoder: fingerprint of its weights (see `weights.fingerprint`).
         origin: where it came from, in the words of whoever made the cache.
         latent_space: the declaration that was in force, see `LatentSpace`.
         contents: mean and log-variance of the posterior, or the mean alone.
@@ -60,7 +64,7 @@ class TextMadeFrom:
     """What decides the text states of a cache besides the captions.
 
     Attributes:
-        encoder: fingerprint of its weights.
+        encoder: fingerprint of its weights, or of those of both encoders.
         origin: where it came from.
         max_tokens: at which captions are cut.
         clean: whether captions were spelled as those of the published models.
@@ -91,6 +95,7 @@ class MadeFrom:
         latents: see there.
         text: see there; None for a cache of latents alone.
         scores: whether captions end in the scores of the manifest.
+        max_fps, rate_told: see `ManifestClips`.
     """
 
     clips: str
@@ -103,6 +108,8 @@ class MadeFrom:
     latents: LatentsMadeFrom
     text: TextMadeFrom | None
     scores: bool = False
+    max_fps: float | None = None
+    rate_told: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -165,17 +172,22 @@ class Cache:
             state = "is not finished" if (folder / MANIFEST).exists() else "holds no cache"
             raise OpenSoraError(f"{folder} {state}: there is no {INDEX}; make it with opensora data precompute")
         self.index = load_settings(Index, folder / INDEX)
-        self.rows: list[ClipRow] = read_manifest(folder / MANIFEST, text_required=False).rows
+        self.rows = read_manifest(folder / MANIFEST, text_required=False).rows
         self._clips: dict[tuple[int, str], list[CachedClip]] = {}
         self._captions: dict[str, tuple[str, int]] = {}
         for shard in self.index.latents:
-            note = read_note(folder / shard)
-            for number, clip in enumerate(note["clips"]):
-                places = self._clips.setdefault((clip["row"], note["bucket"]), [])
-                places.append(CachedClip(shard, number, clip["fps"]))
+            path = folder / shard
+            note = read_note(path)
+            bucket = noted(path, note, "bucket", str)
+            for number, clip in enumerate(clip_notes(path, note, len(self.rows))):
+                fps = noted(path, clip, "fps", float)
+                if not fps > 0:
+                    raise OpenSoraError(f"{path} is damaged: its note says that a clip has {fps:g} fps")
+                self._clips.setdefault((clip["row"], bucket), []).append(CachedClip(shard, number, fps))
         for shard in self.index.text:
-            for number, caption in enumerate(read_note(folder / shard)["captions"]):
-                self._captions[caption] = (shard, number)
+            path = folder / shard
+            for number, caption in enumerate(noted(path, read_note(path), "captions", list)):
+                self._captions[str(caption)] = (shard, number)
         self._reader = ShardReader(folder)
 
     def windows(self, row: int, bucket: Bucket) -> list[CachedClip]:
@@ -190,11 +202,21 @@ class Cache:
         """Mean and log-variance (C, T, h, w) of the normalised latents, float32; no variance where none was kept."""
         mean = self._reader.read(clip.shard, f"{clip.number}.mean").float()
         if self.index.made_from.latents.contents == "mean":
-            return mean, None
-        return mean, self._reader.read(clip.shard, f"{clip.number}.logvar").float()
+            return self._checked(clip, mean), None
+        logvar = self._reader.read(clip.shard, f"{clip.number}.logvar").float()
+        return self._checked(clip, mean), self._checked(clip, logvar, mean.shape)
 
-    def text(self, captions: Iterable[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) and mask (B, L) of captions, L as the longest has.
+    def _checked(self, clip: CachedClip, latents: Tensor, shape: torch.Size | None = None) -> Tensor:
+        if latents.ndim != 4 or (shape is not None and latents.shape != shape):
+            expected = "(C, T, h, w)" if shape is None else tuple(shape)
+            raise OpenSoraError(
+                f"{self.folder / clip.shard} is damaged: clip {clip.number} has latents of shape "
+                f"{tuple(latents.shape)}, expected {expected}; delete it and make the cache again, the rest is kept"
+            )
+        return latents
+
+    def text(self, captions: Iterable[str]) -> TextStates:
+        """The text of captions, L as the longest has.
 
         Raises:
             OpenSoraError: a caption that the cache was not made with, or a cache without text.
@@ -205,13 +227,28 @@ class Cache:
                 what = f"the caption {caption[:40]!r}" if self.index.text else "text states"
                 raise OpenSoraError(f"the cache {self.folder} does not hold {what}; make it again with this text")
             shard, number = self._captions[caption]
-            found.append(self._reader.read(shard, f"{number}.states"))
-        length = max(len(states) for states in found)
-        states = torch.stack([torch.nn.functional.pad(s.float(), (0, 0, 0, length - len(s))) for s in found])
-        mask = torch.arange(length) < torch.tensor([[len(s)] for s in found])
-        return states, mask
+            states, pooled = self._reader.read(shard, f"{number}.states")[None].float(), None
+            if self._reader.has(shard, f"{number}.pooled"):
+                pooled = self._reader.read(shard, f"{number}.pooled")[None].float()
+            found.append(TextStates(states, pooled=pooled))
+        length = max(text.states.shape[1] for text in found)
+        return TextStates.cat([text.padded(length) for text in found])
 
     # ---- may a run use it?
+
+    def check_files(self) -> None:
+        """Refuses latents of files that were replaced since; those that are not here any more cannot be asked.
+
+        Raises:
+            OpenSoraError: naming one of them and what to do.
+        """
+        shards = (read_note(self.folder / shard)["clips"] for shard in self.index.latents)
+        if others := {clip["row"]: clip["path"] for clips in shards for clip in clips if replaced(clip, self.rows)}:
+            raise OpenSoraError(
+                f"the cache {self.folder} was made of other files than lie there now: {len(others)} of "
+                f"{len(self.rows)} clips were replaced, such as {next(iter(others.values()))}; run opensora data "
+                "precompute again as before, it encodes these alone"
+            )
 
     def check_autoencoder(self, fingerprint: str, latent_space: LatentSpace) -> None:
         """Refuses latents that another autoencoder or another latent space made.
@@ -272,3 +309,32 @@ class Cache:
 def bucket_key(bucket: Bucket) -> str:
     """How a shard names the size of its clips: length and pixels, whatever the resolution is called."""
     return f"{bucket.num_frames}x{bucket.height}x{bucket.width}"
+
+
+def clip_notes(path: Path, note: Any, num_rows: int) -> list[dict[str, Any]]:
+    """What a shard notes of each of its clips: which row of the table it is, and which window of that, if it was read.
+
+    Raises:
+        OpenSoraError: an entry that is none, or of a row that there is not.
+    """
+    clips = noted(path, note, "clips", list)
+    for clip in clips:
+        row = noted(path, clip, "row", int)
+        if not 0 <= row < num_rows:
+            raise OpenSoraError(
+                f"{path} is damaged: its note says row {row}, and the table of its cache has {num_rows}"
+            )
+        if "window" in clip:
+            noted(path, clip, "window", int)
+    return clips
+
+
+def replaced(clip: Mapping[str, Any], rows: Sequence[ClipRow]) -> bool:
+    """Whether another file lies in the place of one that latents were made of.
+
+    Args:
+        clip: what a shard notes of it.
+        rows: the clips.
+    """
+    state = FileState.noted(clip.get("file", {}))
+    return state is not None and state.differs_from(rows[clip["row"]].path)

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.checkpoints.weights import fingerprint
 from opensora.data.batch import BatchShape, DataContext, LatentBatch
-from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.bucket_config import BucketConfig
+from opensora.data.buckets import Bucket, Buckets
 from opensora.data.cache import MANIFEST, Cache, bucket_key
 from opensora.data.clips import ManifestClips, ManifestSource, bucket_conditions
 from opensora.data.sampler import SampledBatch
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.posterior import Posterior
-from opensora.models.text.conditioner import TextStates
+from opensora.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class CachedLatents:
             told_fps=made_from.told_fps,
             text_required=False,
             scores=made_from.scores,
+            max_fps=made_from.max_fps,
+            rate_told=made_from.rate_told,
             batches_in_a_row=self.batches_in_a_row,
             num_workers=self.num_workers,
             max_broken_share=self.max_broken_share,
@@ -79,12 +81,13 @@ class CachedLatents:
         """
         source = CachedSource(self, sample=context.sample_posterior)
         source.check_sizes()
+        source.cache.check_files()
         autoencoder = context.autoencoder
         if autoencoder is None:
             raise OpenSoraError(f"the cache {self.folder} holds latents, not clips; train on their manifest")
         source.cache.check_autoencoder(fingerprint(autoencoder.state_dict()), autoencoder.latent_space)
         if context.captions is not None:
-            context.captions.check_cache(source.cache)
+            context.captions.use_cache(source.cache)
         return source
 
 
@@ -109,8 +112,9 @@ class CachedSource(ManifestSource):
             )
         self.sample = sample
         self._failed = {(clip.row, clip.bucket): clip.reason for clip in self.cache.index.failed}
-        # The captions of its table have their scores already.
-        super().__init__(replace(config.made_of(), manifest=config.folder / MANIFEST, scores=False))
+        # The clips of its table are as they were taken, and their captions have their scores already.
+        as_taken = {"scores": False, "max_fps": None, "rate_told": None}
+        super().__init__(replace(config.made_of(), manifest=config.folder / MANIFEST, **as_taken))
 
     def check_sizes(self) -> None:
         """Refuses buckets that clips may fall into and that the cache has not."""
@@ -147,7 +151,7 @@ class CachedSource(ManifestSource):
     def batch_of(self, latents: Tensor, fps: list[float], numbers: Sequence[int], bucket: Bucket) -> LatentBatch:
         """Latents (B, C, T, h, w) of these rows, with the rates they are told, as a batch."""
         captions = [self.rows[number].text for number in numbers]
-        text = TextStates(*self.cache.text(captions)) if self.cache.index.text else None
+        text = self.cache.text(captions) if self.cache.index.text else None
         return LatentBatch(
             latents=latents,
             captions=captions,

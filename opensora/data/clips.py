@@ -8,11 +8,13 @@ so far are broken the run stops.
 Letters: B clips, T frames, H, W pixels.
 """
 
+import functools
 import logging
+import math
 import random
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,23 +22,27 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from opensora.clip_rows import ClipRow, ClipRows
 from opensora.data.batch import BatchShape, ClipBatch, DataContext, Source, batch_conditions
-from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.bucket_config import BucketConfig
+from opensora.data.buckets import Bucket, Buckets
 from opensora.data.encoding import EncodedClips
+from opensora.data.presence import check_presence, missing_files
 from opensora.data.sampler import BucketSampler, SampledBatch
 from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
-from opensora.manifest import SCORES, ClipRow, read_manifest
-from opensora.media.frames import is_picture, read_frames, read_picture
+from opensora.manifest import read_manifest
+from opensora.media.frames import ClipFile, check_length
 from opensora.media.transforms import fill_image, fill_video, random_window, spread_frames, to_video
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.text.prompts import append_scores
+from opensora.models.text.prompts import append_scores, caption_of_2_0
 
 logger = logging.getLogger(__name__)
 
-# Before so many clips were met, a few broken ones say nothing about the others.
+# Before so many clips were met, or all there are, a few broken ones say nothing about the others.
 _ENOUGH_CLIPS = 100
 # How many replacements are tried in a bucket, and then among all clips that are long enough.
 _MOST_REPLACEMENTS = 100
@@ -54,10 +60,15 @@ class ManifestClips:
             whatever the interval (1.1). Images are told 120.
         text_required: set rows without a caption aside.
         scores: end captions in the scores of the table, for a model that is to know them; see `models.text.prompts`.
+        max_fps: of a video of more frames a second than this, so many are left out between two that it has no more
+            (2.0); None takes them as they are.
+        rate_told: end captions in the rate of the frames that are taken and in the motion score of the table, as those
+            of 2.0 do; None for not.
         batches_in_a_row: how many batches of one size follow each other; a multiple of the number of ranks keeps the
             work of a step equal.
         num_workers: threads that read clips; 0 reads when asked.
-        max_broken_share: of the clips met so far; the run stops when more are broken.
+        max_broken_share: of the clips met so far; the run stops when more are broken, and does not start when the
+            files of more are missing.
     """
 
     buckets: BucketConfig
@@ -66,6 +77,8 @@ class ManifestClips:
     told_fps: Literal["taken", "file"] = "taken"
     text_required: bool = True
     scores: bool = False
+    max_fps: float | None = None
+    rate_told: bool | None = None
     batches_in_a_row: int = 8
     num_workers: int = 4
     max_broken_share: float = 0.05
@@ -76,6 +89,8 @@ class ManifestClips:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise OpenSoraError(f"{name} is {getattr(self, name)}, expected {smallest} or more")
+        if self.max_fps is not None and not self.max_fps > 0:
+            raise OpenSoraError(f"max_fps is {self.max_fps:g}, expected a number above 0, such as 24")
         if not 0 <= self.max_broken_share <= 1:
             raise OpenSoraError(f"max_broken_share is {self.max_broken_share:g}, expected a share from 0 to 1")
 
@@ -91,15 +106,16 @@ class ManifestClips:
         """The clips, or their latents.
 
         Raises:
-            OpenSoraError: a manifest that cannot be read, none of whose clips is in any bucket, or whose captions
-                cannot be read.
+            OpenSoraError: a manifest that cannot be read, none of whose clips is in any bucket, of whose files too many
+                are missing, or whose captions cannot be read.
         """
         source = ClipSource(self)
+        check_presence(missing_files(source.rows), source.rows, self.max_broken_share)
         if context.captions is not None:
-            context.captions.check_words(row.text for row in source.rows)
+            context.captions.check_words(source.rows.texts())
         if context.autoencoder is None:
             return source
-        return EncodedClips(source, context.autoencoder, sample=context.sample_posterior)
+        return EncodedClips(source, context.autoencoder, sample=context.sample_posterior, keep_video=context.keep_video)
 
 
 class ManifestSource(Source):
@@ -114,7 +130,7 @@ class ManifestSource(Source):
 
     def __init__(self, config: ManifestClips) -> None:
         self.config, self.buckets = config, Buckets(config.buckets)
-        self.rows: list[ClipRow] = []
+        self.rows = ClipRows()
         self.broken: dict[int, str] = {}
         self._met: set[int] = set()
         self._lock = threading.RLock()
@@ -194,7 +210,7 @@ class ManifestSource(Source):
 
     def _read_manifest(self, path: Path) -> None:
         manifest = read_manifest(path, text_required=self.config.text_required)
-        self.rows = [told_scores(row) for row in manifest.rows] if self.config.scores else manifest.rows
+        self.rows = rows_as_taken(manifest.rows, self.config)
         if manifest.rejected:
             logger.warning(
                 "%s: %d rows set aside, %s", path, len(manifest.rejected), "; ".join(map(str, manifest.rejected[:3]))
@@ -239,7 +255,7 @@ class ManifestSource(Source):
             sampler = self.sampler(key.seed)
             same = sampler.epoch(sampled.epoch).clips_of(sampled.bucket)
         num_frames = self.buckets.buckets[sampled.bucket].num_frames
-        needed = 1 if num_frames == 1 else num_frames * self.config.frame_interval + 1
+        needed = self.buckets.frames_needed(num_frames, self.config.frame_interval)
         for others in (same, np.flatnonzero(sampler.num_frames >= needed)):
             for index in rng.sample(range(len(others)), min(len(others), _MOST_REPLACEMENTS)):
                 yield int(others[index])
@@ -253,7 +269,8 @@ class ManifestSource(Source):
     def _check_share(self) -> None:
         with self._lock:
             met, broken = len(self._met), dict(self.broken)
-        if met >= _ENOUGH_CLIPS and len(broken) > self.config.max_broken_share * met:
+        enough = min(_ENOUGH_CLIPS, len(self.rows))
+        if met >= enough and len(broken) > self.config.max_broken_share * met:
             number, reason = next(reversed(broken.items()))
             raise OpenSoraError(
                 f"{len(broken)} of {met} clips are broken, more than max_broken_share {self.config.max_broken_share:g} "
@@ -285,14 +302,44 @@ def bucket_conditions(fps: Sequence[float | None], bucket: Bucket) -> ClipCondit
     return batch_conditions(fps, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
 
 
+def rows_as_taken(rows: ClipRows, config: ManifestClips) -> ClipRows:
+    """Clips with what their captions end in, at the rates at which their frames are taken."""
+    changes: list[Callable[[ClipRow], ClipRow]] = [told_scores] if config.scores else []
+    if config.max_fps is not None or config.rate_told:
+        changes.append(lambda row: slowed(row, config.max_fps or math.inf, tell=bool(config.rate_told)))
+    return (
+        ClipRows(functools.reduce(lambda row, change: change(row), changes, row) for row in rows) if changes else rows
+    )
+
+
 def told_scores(row: ClipRow) -> ClipRow:
     """The clip with its scores at the end of its caption."""
-    scores = {name: getattr(row, name) for name in SCORES.values()}
+    scores = {name: getattr(row, name) for name in ("aesthetic", "flow", "camera_motion")}
     return replace(row, text=append_scores(row.text, **scores))
+
+
+def slowed(row: ClipRow, max_fps: float, *, tell: bool) -> ClipRow:
+    """The clip of every frame, every second one or every third one, and so on, so that it has at most so many a second.
+
+    Args:
+        row: the clip; images stay as they are.
+        max_fps: frames a second.
+        tell: whether its caption ends in its rate and its motion score, see `caption_of_2_0`.
+    """
+    fps = None if row.num_frames == 1 else row.fps
+    interval = 1 if fps is None else math.ceil(fps / max_fps)
+    if tell:
+        told = fps if fps is None or interval == 1 else fps // interval
+        row = replace(row, text=caption_of_2_0(row.text, fps=told, motion=row.motion))
+    if fps is None or interval == 1:
+        return row
+    return replace(row, num_frames=max(1, row.num_frames // interval), fps=fps / interval)
 
 
 def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Random) -> Tensor:
     """A clip, or a window of one, at a bucket's size.
+
+    Where the file's rate varies, or is not the table's, frames are those that are seen at the times of the table's.
 
     Args:
         row: the clip.
@@ -306,21 +353,23 @@ def read_clip(row: ClipRow, bucket: Bucket, frame_interval: int, rng: random.Ran
     Raises:
         OpenSoraError: the reason why it cannot be read; the message does not name the file.
     """
-    if is_picture(row.path):
-        image = read_picture(row.path)
-        _check_size(row, image.height, image.width)
+    clip = ClipFile(row.path)
+    if clip.is_picture:
         if bucket.num_frames > 1:
             raise OpenSoraError(f"a picture, but the manifest says {row.num_frames} frames")
-        return to_video(np.asarray(fill_image(image, bucket.height, bucket.width))[None])
+        (picture,) = clip.frames([0])
+        _check_size(row, *picture.shape[:2])
+        return to_video(np.asarray(fill_image(Image.fromarray(picture), bucket.height, bucket.width))[None])
+    check_length(clip.timeline, row.num_frames, row.fps)
     first, end = random_window(
         bucket.num_frames * (frame_interval if bucket.num_frames > 1 else 1), row.num_frames, rng
     )
     indices = spread_frames(first, end, bucket.num_frames).tolist()
     frames = []
-    for frame in read_frames(row.path, indices, row.num_frames):
+    for frame in clip.frames(indices, row.fps):
         _check_size(row, *frame.shape[:2])
         # One by one and resized first, because a clip at its full size may be far larger than what is left of it.
-        pixels = torch.from_numpy(frame).permute(2, 0, 1).float()
+        pixels = torch.tensor(frame).permute(2, 0, 1).float()
         frames.append(fill_video(pixels, bucket.height, bucket.width))
     return torch.stack(frames, dim=1).div_(255).sub_(0.5).div_(0.5)
 

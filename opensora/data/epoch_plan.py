@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from opensora.clip_rows import ClipRow, ClipRows
 from opensora.data.sampler import BucketSampler
-from opensora.manifest import ClipRow
 
 _NUM_EXAMPLES = 3
 _MOST_REJECTED = 20
+_FEW_FRAMES = 3  # that a clip may lack and still be told of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,38 @@ class DroppedClips:
 
 
 @dataclass(frozen=True)
+class NearMiss:
+    """Clips that are a few frames too short for a length that they else would have.
+
+    Attributes:
+        num_frames: the length.
+        needs: frames that a clip has to have for it.
+        has: frames -> how many clips have so many, those that miss the least first.
+        example: one of them.
+    """
+
+    num_frames: int
+    needs: int
+    has: dict[int, int]
+    example: str
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """Clips that are smaller than the size they are brought to.
+
+    Attributes:
+        clips: how many.
+        factor: by which the smallest is enlarged.
+        example: that one.
+    """
+
+    clips: int
+    factor: float
+    example: str
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """One epoch.
 
@@ -72,6 +105,8 @@ class EpochPlan:
         mixed_steps: steps whose ranks work on different buckets, and wait for the largest.
         buckets: those that have clips.
         dropped: those that are in none.
+        near_misses: those that would be in a longer one with a few frames more, by length.
+        enlarged: those that are smaller than their bucket; None without.
     """
 
     rows: int
@@ -82,6 +117,8 @@ class EpochPlan:
     mixed_steps: int
     buckets: list[BucketPlan]
     dropped: list[DroppedClips]
+    near_misses: list[NearMiss]
+    enlarged: Enlarged | None
 
 
 def plan_epoch(rows: Sequence[ClipRow], sampler: BucketSampler, *, ranks: int = 1, microbatches: int = 1) -> EpochPlan:
@@ -118,7 +155,7 @@ def plan_epoch(rows: Sequence[ClipRow], sampler: BucketSampler, *, ranks: int = 
     whole = total - total % ranks
     at_once = epoch.batch_bucket[:whole].reshape(-1, ranks)
     dropped = [
-        DroppedClips(reason.value, len(who), [_describe(rows[clip]) for clip in who[:_NUM_EXAMPLES]])
+        DroppedClips(reason.value, len(who), [_describe(rows[int(clip)]) for clip in who[:_NUM_EXAMPLES]])
         for reason, who in epoch.assignment.dropped().items()
     ]
     return EpochPlan(
@@ -130,7 +167,41 @@ def plan_epoch(rows: Sequence[ClipRow], sampler: BucketSampler, *, ranks: int = 
         mixed_steps=int((at_once != at_once[:, :1]).any(axis=1).sum()),
         buckets=plans,
         dropped=dropped,
+        near_misses=_near_misses(rows, sampler, epoch.assignment.bucket),
+        enlarged=_enlarged(rows, sampler, epoch.assignment.bucket),
     )
+
+
+def _near_misses(rows: Sequence[ClipRow], sampler: BucketSampler, bucket: np.ndarray) -> list[NearMiss]:
+    own = np.array([0, *(each.num_frames for each in sampler.buckets.buckets)])[bucket + 1]
+    pixels, few = sampler.height * sampler.width, max(_FEW_FRAMES, sampler.frame_interval)
+    found = []
+    for num_frames in sorted(
+        {rule.num_frames for rule in sampler.buckets.rules if rule.chance and rule.num_frames > 1}
+    ):
+        needs = sampler.buckets.frames_needed(num_frames, sampler.frame_interval)
+        missing = needs - sampler.num_frames
+        near = (missing > 0) & (missing <= few) & (sampler.num_frames > 1) & (own < num_frames)
+        near &= pixels >= sampler.buckets.least_pixels(num_frames)
+        clips = np.flatnonzero(near)
+        if len(clips):
+            has = Counter(sampler.num_frames[clips].tolist())
+            found.append(
+                NearMiss(num_frames, needs, dict(sorted(has.items(), reverse=True)), _describe(rows[clips[0]]))
+            )
+    return found
+
+
+def _enlarged(rows: Sequence[ClipRow], sampler: BucketSampler, bucket: np.ndarray) -> Enlarged | None:
+    clips = np.flatnonzero(bucket >= 0)
+    sizes = np.array([(each.height, each.width) for each in sampler.buckets.buckets]).reshape(-1, 2)[bucket[clips]]
+    own = np.stack([sampler.height, sampler.width], axis=1)[clips]
+    factors = (sizes / own).max(axis=1, initial=0)
+    count = int((factors > 1).sum())
+    if not count:
+        return None
+    smallest = int(factors.argmax())
+    return Enlarged(count, float(factors[smallest]), _describe(rows[int(clips[smallest])]))
 
 
 def _describe(row: ClipRow) -> str:
@@ -150,6 +221,30 @@ def plan_lines(plan: EpochPlan, ranks: int, microbatches: int, batches_in_a_row:
     for dropped in plan.dropped:
         yield f"dropped: {dropped.clips:,} {dropped.reason}, such as"
         yield from (f"  {example}" for example in dropped.examples)
+    for near in plan.near_misses:
+        have = ", ".join(f"{clips:,} have {frames}" for frames, clips in near.has.items())
+        yield f"{near.num_frames} frames are taken of clips that have {near.needs} at least: {have}, such as"
+        yield f"  {near.example}"
+    if plan.enlarged is not None:
+        small = plan.enlarged
+        yield f"enlarged to their size: {small.clips:,}, the smallest {small.factor:.2f} times:"
+        yield f"  {small.example}"
+
+
+def missing_lines(missing: Mapping[int, str], rows: ClipRows, max_share: float) -> Iterator[str]:
+    """Clips whose files are not there, and whether a run would begin without them."""
+    if missing:
+        yield f"missing: {len(missing):,} of {len(rows):,} clips"
+        told: dict[Path, str] = {}
+        for number, reason in missing.items():  # rows may come several times
+            if len(told) == _MOST_REJECTED:
+                break
+            told.setdefault(rows[number].path, reason)
+        yield from (f"  {path}: {reason}" for path, reason in told.items())
+        if len(missing) > len(told) == _MOST_REJECTED:
+            yield "  and so on (--json names all)"
+        if len(missing) > max_share * len(rows):
+            yield f"  a run would not begin: more than `max_broken_share` {max_share:g} are missing"
 
 
 def why_nothing(plan: EpochPlan, num_broken: int, num_rejected: int) -> str:
@@ -159,8 +254,12 @@ def why_nothing(plan: EpochPlan, num_broken: int, num_rejected: int) -> str:
     return ", ".join(reasons) or "the manifest has no rows"
 
 
-def left_out_lines(broken: Mapping[Path, str], rejected: Sequence[object]) -> Iterator[str]:
-    """Clips that are broken, and the first rows of the manifest that were set aside."""
+def left_out_lines(
+    broken: Mapping[Path, str], rejected: Sequence[object], num_duplicates: int = 0, duplicate: str = ""
+) -> Iterator[str]:
+    """Clips that are broken, the first rows of the manifest that were set aside, and files that several rows name."""
+    if num_duplicates:
+        yield f"rows about a file that another row is about: {num_duplicates:,}, such as {duplicate}"
     if broken:
         yield from [f"broken: {len(broken)}", *(f"  {path}: {reason}" for path, reason in broken.items())]
     if rejected:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opensora.clip_rows import ClipRow, ClipRows
 from opensora.data.buckets import Assignment, Buckets, Dropped
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
-from opensora.manifest import ClipRow
 
 # With keep probabilities an epoch of a few clips may be empty by chance. So many in a row are no chance any more.
 _MOST_EMPTY_EPOCHS = 1000
@@ -94,8 +94,8 @@ class BucketSampler:
                 raise OpenSoraError(f"{name} is {value}, expected 1 or more")
         self.buckets, self.seed = buckets, seed
         self.frame_interval, self.batches_in_a_row = frame_interval, batches_in_a_row
-        sizes = np.array([(row.num_frames, row.height, row.width) for row in rows], np.int64).reshape(-1, 3)
-        self.num_frames, self.height, self.width = sizes.T
+        columns = rows if isinstance(rows, ClipRows) else ClipRows(rows)
+        self.num_frames, self.height, self.width = columns.sizes().T
         self._ends: list[int] = []  # of the epochs so far, in batches
         self._recent: dict[int, Epoch] = {}
         self._assigned: dict[int, Assignment] = {}  # the last one

@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora.checkpoints.weights import fingerprint
 from opensora.data.batch import BatchShape, ClipBatch, DataContext, LatentBatch, Source, batch_conditions
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import ClipConditions
-from opensora.toybox.captions import caption
-from opensora.toybox.world import EASY_WORLD, ClipSpec, World, render, sample_specs
+from opensora.toybox.captions import Language, caption
+from opensora.toybox.world import EASY_WORLD, GROWTH, ClipSpec, World, render, sample_specs
+from opensora.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,9 @@ class ToyboxLatents:
         other_lengths: clips of other lengths, which some steps have.
         num_clips_of_other_lengths: clips of each.
         batch_size: B, clips a step.
+        chinese: share of the captions that are in Chinese, the others being in English; None for none.
+        plain: share of the captions in the plain wording of evaluations; None for none but by chance.
+        motion_weights: motion -> how often its clips are drawn, relative to those of motions that are not named.
     """
 
     clips: ToyboxClips = field(default_factory=ToyboxClips)
@@ -92,14 +94,26 @@ class ToyboxLatents:
     other_lengths: tuple[OtherLength, ...] = ()
     num_clips_of_other_lengths: int = 5_000
     batch_size: int = 48
+    chinese: float | None = None
+    plain: float | None = None
+    motion_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_clips", "num_clips_of_other_lengths", "batch_size"):
             if getattr(self, name) < 1:
                 raise OpenSoraError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("chinese", "plain"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise OpenSoraError(f"{name} is {share:g}; give a share from 0 to 1")
         total = sum(length.share for length in self.other_lengths)
         if total > 1 or any(length.share < 0 for length in self.other_lengths):
             raise OpenSoraError(f"other_lengths have shares that sum to {total:g}; expected shares from 0 to 1 in all")
+
+    def carried_over(self) -> dict[str, Any]:
+        """What clips of a table take over where they take the place of these: sizes and batches."""
+        clips = self.clips
+        return {"buckets": {f"{clips.height}x{clips.width}": {str(clips.num_frames): (1.0, self.batch_size)}}}
 
     def shapes(self) -> list[BatchShape]:
         """The sizes that batches have."""
@@ -147,7 +161,7 @@ class ToyboxSource(Source):
         shapes = self.shapes()
         (which,) = rng.choices(range(len(shapes)), [shape.share for shape in shapes])
         size = self.config.batch_size
-        latents, object_mask, captions = self.latents[which].sample(size, key.generator("clips"))
+        latents, object_mask, captions = self.latents[which].sample(size, key.generator("clips"), self.config)
         return LatentBatch(
             latents=latents,
             captions=captions,
@@ -168,6 +182,11 @@ class ToyboxVideos:
 
     clips: ToyboxClips = field(default_factory=ToyboxClips)
     batch_size: int = 8
+
+    def carried_over(self) -> dict[str, Any]:
+        """What clips of a table take over where they take the place of these: sizes and batches."""
+        clips = self.clips
+        return {"buckets": {f"{clips.height}x{clips.width}": {str(clips.num_frames): (1.0, self.batch_size)}}}
 
     def shapes(self) -> list[BatchShape]:
         """The size that batches have."""
@@ -210,11 +229,27 @@ class CaptionedLatents:
     def __init__(self, specs: list[ClipSpec], latents: Tensor, object_mask: Tensor) -> None:
         self.specs, self.latents, self.object_mask = specs, latents, object_mask
 
-    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """`n` clips with repetition, freshly captioned, all drawn with `generator`: latents, object mask, captions."""
-        rows = torch.randint(len(self.specs), (n,), generator=generator)
+    def sample(
+        self, n: int, generator: torch.Generator, config: ToyboxLatents | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """`n` clips with repetition, freshly captioned, all drawn with `generator`: latents, object mask, captions.
+
+        `config` says which clips are drawn how often, and how they are worded.
+        """
+        config = config or ToyboxLatents()
+        if config.motion_weights:
+            weights = torch.tensor([config.motion_weights.get(spec.motion, 1.0) for spec in self.specs])
+            rows = torch.multinomial(weights, n, replacement=True, generator=generator)
+        else:
+            rows = torch.randint(len(self.specs), (n,), generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        captions = [caption(self.specs[row], rng) for row in rows.tolist()]
+        languages: list[Language] = [
+            "zh" if config.chinese and rng.random() < config.chinese else "en" for _ in range(n)
+        ]
+        captions = [
+            caption(self.specs[row], rng, language, config.plain or 0.0)
+            for row, language in zip(rows.tolist(), languages, strict=True)
+        ]
         return self.latents[rows].float(), self.object_mask[rows].float(), captions
 
     @classmethod
@@ -228,6 +263,7 @@ class CaptionedLatents:
             {
                 "clips": asdict(clips),
                 "n": n,
+                "growth": GROWTH,
                 "autoencoder": fingerprint(autoencoder.state_dict()),
                 "latent_space": autoencoder.latent_space.to_dict(),
             }
@@ -265,6 +301,6 @@ def latent_cells(mask: Tensor, autoencoder: VideoCodec) -> Tensor:
     """Latent cells that an object covers to more than a tenth at some time; (B, 1, T, h, w) uint8."""
     space, num_frames = autoencoder.spatial_factor, mask.shape[2]
     cells = F.avg_pool3d(mask, (1, space, space))
-    starts = [autoencoder.frames_before(k, num_frames) for k in range(autoencoder.latent_frames(num_frames) + 1)]
-    at_some_time = [cells[:, :, start:end].amax(dim=2) for start, end in pairwise(starts)]
+    spans = (autoencoder.frame_span(k, num_frames) for k in range(autoencoder.latent_frames(num_frames)))
+    at_some_time = [cells[:, :, start:end].amax(dim=2) for start, end in spans]
     return (torch.stack(at_some_time, dim=2) > 0.1).to(torch.uint8)

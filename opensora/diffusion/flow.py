@@ -1,8 +1,9 @@
 """Rectified flow in pure functions: a straight line from data to noise, and the velocity that walks it back.
 
 The convention is Open-Sora's: t = 0 is data and t = 1 pure noise, x_t = (1 - t) x + t e, and the network predicts the
-velocity *towards the data*, v = x - e, so a step from t down to s adds (t - s) v. Larger and longer videos stay
-recognisable under more noise; the time shift spends more of the steps (and of training) near t = 1 for them.
+velocity *towards the data*, v = x - e, so a step from t down to s adds (t - s) v; that of 2.0 predicts its negative
+(:data:`Velocity`). Larger and longer videos stay recognisable under more noise; the time shift spends more of the steps
+(and of training) near t = 1 for them.
 
 Letters: x clean latents, e standard normal noise, t time in [0, 1], v velocity, r shift ratio, B batch, T frames.
 Papers: Liu et al. 2022, https://arxiv.org/abs/2209.03003 (flow); Esser et al. 2024, https://arxiv.org/abs/2403.03206
@@ -10,6 +11,7 @@ Papers: Liu et al. 2022, https://arxiv.org/abs/2209.03003 (flow); Esser et al. 2
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,26 +23,38 @@ from opensora.errors import OpenSoraError
 # --- the path and its velocity ----------------------------------------------------------------------------------------
 
 
-def interpolate(clean: Tensor, noise: Tensor, t: Tensor | float, frame_mask: Tensor | None = None) -> Tensor:
-    """Noisy latents x_t = (1 - t) x + t e.
+def interpolate(
+    clean: Tensor, noise: Tensor, t: Tensor | float, frame_mask: Tensor | None = None, *, sigma_min: float = 0.0
+) -> Tensor:
+    """Noisy latents x_t = (1 - t) x + t e, or with a rest of noise s at t = 0, (1 - t) x + (t + (1 - t) s) e.
 
     Args:
         clean: x, (B, C, T, H, W).
         noise: e, same shape.
         t: in [0, 1], a number or (B,).
         frame_mask: (B, T) bool; frames where it is False are conditioned on, that is, returned clean.
+        sigma_min: s.
 
     Returns:
         Shape and dtype of ``clean``.
     """
     t = _per_sample(t, clean)
-    noisy = (1 - t) * clean + t * noise
+    noisy = (1 - t) * clean + (t + (1 - t) * sigma_min) * noise
     return noisy if frame_mask is None else torch.where(_per_frame(frame_mask, clean), noisy, clean)
 
 
-def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the network learns to predict, v = x - e: the negative of dx_t/dt, constant along the path."""
-    return clean - noise
+Velocity = Literal["data - noise", "noise - data"]
+"""Which of the two velocities a network predicts: the first until Open-Sora 1.3, the second in 2.0 and FLUX."""
+
+
+def velocity_target(clean: Tensor, noise: Tensor, *, sigma_min: float = 0.0) -> Tensor:
+    """The velocity towards the data, v = x - (1 - s) e: the negative of dx_t/dt, constant along the path."""
+    return clean - (1 - sigma_min) * noise
+
+
+def towards_data(prediction: Tensor, velocity: Velocity) -> Tensor:
+    """The velocity towards the data that a network predicts which was trained on this one."""
+    return prediction if velocity == "data - noise" else -prediction
 
 
 def euler_step(sample: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:
@@ -99,36 +113,46 @@ def time_shift_ratio(
     return scale * math.sqrt(height * width) / base_size * math.sqrt(shift_frames)
 
 
-@dataclass(frozen=True)
-class TimeShift:
-    """The shift of a model by size and length of the video, for sampling and for training alike.
+TOKEN_LINE = ((256.0, 1.0), (4096.0, 3.0))
+"""Two points (tokens of a frame, shift ratio) of FLUX and Open-Sora 2.0."""
 
-    Attributes:
-        scale: a further factor on the ratio.
-        base_size: side in pixels of the square image that is not shifted.
-        frames: "latent" counts the autoencoder's latent frames (Open-Sora 1.2), "after_first" those after the first,
-            and applies ``scale`` to videos only (1.3).
-        temporal_factor: video frames to one latent frame of the autoencoder.
-        micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
+
+def token_shift_ratio(
+    tokens: float, num_latents: int, *, line: tuple[tuple[float, float], tuple[float, float]] = TOKEN_LINE
+) -> float:
+    """Shift ratio r of Open-Sora 2.0: linear in the tokens of a frame, times sqrt(num_latents).
+
+    Args:
+        tokens: of one latent frame.
+        num_latents: latent frames of the video.
+        line: two points (tokens, r) of one latent frame.
     """
+    (first, low), (second, high) = line
+    return (low + (high - low) * (tokens - first) / (second - first)) * math.sqrt(num_latents)
 
-    scale: float = 1.0
-    base_size: int = 512
-    frames: Literal["latent", "after_first"] = "latent"
-    temporal_factor: int = 4
-    micro_frame_size: int | None = 17
 
-    def ratio(self, height: float, width: float, num_frames: int) -> float:
-        """Shift ratio of a video of this size, in pixels and video frames."""
-        scale = self.scale
-        if self.frames == "latent":
-            frames = latent_frames(num_frames, self.temporal_factor, self.micro_frame_size)
-        else:
-            frames = frames_after_first(num_frames, self.temporal_factor)
-            scale = scale if num_frames > 1 else 1.0
-        return time_shift_ratio(height, width, frames, scale=scale, base_size=self.base_size)
+class TimeShift(ABC):
+    """The shift of a model by size and length of the video, for sampling and for training alike."""
 
-    def __call__(self, t: Tensor, height: float | None, width: float | None, num_frames: int | None) -> Tensor:
+    @abstractmethod
+    def ratio(self, height: float, width: float, num_frames: int, num_latents: int | None = None) -> float:
+        """Shift ratio of a video.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            num_frames: of the video, before encoding.
+            num_latents: latent frames that the autoencoder makes of it; ``None`` for what the shift knows of that.
+        """
+
+    def __call__(
+        self,
+        t: Tensor,
+        height: float | None,
+        width: float | None,
+        num_frames: int | None,
+        num_latents: int | None = None,
+    ) -> Tensor:
         """Times in [0, 1], any shape, shifted for a video of this size.
 
         Raises:
@@ -139,7 +163,80 @@ class TimeShift:
                 f"got height={height}, width={width}, num_frames={num_frames}; this model's timesteps are shifted by "
                 "the size of the video, which needs all three, in pixels and video frames"
             )
-        return time_shift(t, self.ratio(height, width, num_frames))
+        return time_shift(t, self.ratio(height, width, num_frames, num_latents))
+
+
+@dataclass(frozen=True)
+class AreaShift(TimeShift):
+    """Open-Sora 1.2 and 1.3: by the side of a square of the same area, and by the root of the length.
+
+    Attributes:
+        scale: a further factor on the ratio.
+        base_size: side in pixels of the square image that is not shifted.
+        frames: "latent" counts the autoencoder's latent frames (Open-Sora 1.2), "after_first" those after the first,
+            and applies ``scale`` to videos only (1.3).
+        temporal_factor: video frames to one latent frame of the autoencoder.
+        micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
+        bf16: the ratio is rounded to bfloat16 in every step of its computation, as the scripts of 1.3 do; for
+            comparisons with them.
+    """
+
+    scale: float = 1.0
+    base_size: int = 512
+    frames: Literal["latent", "after_first"] = "latent"
+    temporal_factor: int = 4
+    micro_frame_size: int | None = 17
+    bf16: bool = False
+
+    def ratio(self, height: float, width: float, num_frames: int, num_latents: int | None = None) -> float:
+        """See :meth:`TimeShift.ratio`."""
+        scale = self.scale
+        if self.frames == "latent":
+            frames = num_latents or latent_frames(num_frames, self.temporal_factor, self.micro_frame_size)
+        else:
+            frames = frames_after_first(num_frames, self.temporal_factor)
+            scale = scale if num_frames > 1 else 1.0
+        exact = time_shift_ratio(height, width, frames, scale=scale, base_size=self.base_size)
+        if not self.bf16:
+            return exact
+        height_, width_, frames_ = torch.tensor([height, width, frames], dtype=torch.bfloat16)
+        return float((height_ * width_ / self.base_size**2).sqrt() * frames_.sqrt() * scale)
+
+
+@dataclass(frozen=True)
+class TokenShift(TimeShift):
+    """Open-Sora 2.0: by the tokens of a frame, see :func:`token_shift_ratio`.
+
+    Attributes:
+        token_px: side in pixels of the square that a token stands for.
+        temporal_factor: video frames to one latent frame of the autoencoder.
+        micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
+    """
+
+    token_px: int = 16
+    temporal_factor: int = 4
+    micro_frame_size: int | None = None
+
+    def ratio(self, height: float, width: float, num_frames: int, num_latents: int | None = None) -> float:
+        """See :meth:`TimeShift.ratio`."""
+        frames = num_latents or latent_frames(num_frames, self.temporal_factor, self.micro_frame_size)
+        tokens = math.ceil(height / self.token_px) * math.ceil(width / self.token_px)
+        return token_shift_ratio(tokens, frames)
+
+
+@dataclass(frozen=True)
+class FixedShift(TimeShift):
+    """The same for all videos.
+
+    Attributes:
+        value: r.
+    """
+
+    value: float
+
+    def ratio(self, height: float, width: float, num_frames: int, num_latents: int | None = None) -> float:
+        """See :meth:`TimeShift.ratio`."""
+        return self.value
 
 
 def latent_frames(num_frames: int, temporal_factor: int, micro_frame_size: int | None = None) -> int:
@@ -202,6 +299,17 @@ def sample_logit_normal(
     if not scale > 0:
         raise OpenSoraError(f"got scale={scale} for the logit-normal times; expected a positive number")
     return torch.sigmoid(loc + scale * torch.randn(batch_size, generator=generator, device=device))
+
+
+def redraw_above(t: Tensor, threshold: float, uniform: Tensor) -> Tensor:
+    """Times above a threshold drawn anew, uniformly from there to 1.
+
+    Args:
+        t: in [0, 1], any shape.
+        threshold: in [0, 1].
+        uniform: numbers in [0, 1) that they are drawn by, of the same shape.
+    """
+    return torch.where(t > threshold, threshold + (1 - threshold) * uniform, t)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

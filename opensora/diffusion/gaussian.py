@@ -20,7 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from opensora import limits
 from opensora.errors import OpenSoraError
+from opensora.limits import parse_count
 
 PredictionType = Literal["epsilon", "sample"]
 """What the first C channels of the network's output are: the noise e, or the clean latents x."""
@@ -93,23 +95,24 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
 def _strided_timesteps(num_steps: int, spec: str) -> list[int]:
     lengths = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
     count = spec.removeprefix("ddim")
-    if not (count.isdecimal() and int(count) in lengths):
-        near = min(lengths, key=lambda n: abs(n - int(count))) if count.isdecimal() and lengths else 50
+    wanted = parse_count("the number of steps", count, limits.STEPS, least=0) if count.isdecimal() else None
+    if wanted not in lengths:
+        near = min(lengths, key=lambda n: abs(n - wanted)) if wanted is not None and lengths else 50
         raise OpenSoraError(
             f"got steps {spec!r}; expected 'ddimN' for an N that a whole stride through {num_steps} steps gives, such "
             f"as 'ddim{near}'"
         )
-    return list(range(0, num_steps, lengths[int(count)]))
+    return list(range(0, num_steps, lengths[wanted]))
 
 
 def _section_counts(spec: str | int | Sequence[int]) -> list[int]:
     parts = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, int) else list(spec)
     texts = ["" if isinstance(part, bool) else str(part).strip() for part in parts]
-    if not texts or not all(text.isdecimal() and int(text) > 0 for text in texts):
+    if not texts or not all(text.isdecimal() and text.strip("0") for text in texts):
         raise OpenSoraError(
             f"got steps {spec!r}; expected a number such as 100, or text such as 'ddim50' or '10,15,20'"
         )
-    return [int(text) for text in texts]
+    return [parse_count("the number of steps", text, limits.STEPS) for text in texts]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,24 @@ def variational_bound(
     return torch.where((t == 0).to(kl.device), nll, kl) / LN2
 
 
+def known_frame_weights(known: Tensor, weight: float) -> Tensor:
+    """Weights of squared errors where known frames count `weight`, and all frames together as many as there are.
+
+    Open-Sora 1.3, whose known frames are generated as all others are (`ChannelConditioning`).
+
+    Args:
+        known: (B, T) bool, True where a frame is known.
+        weight: of such a frame, 0 to 1.
+
+    Returns:
+        (B, 1, T, 1, 1) float32; of a clip whose frames are all known all weights are 1.
+    """
+    num_frames, num_known = known.shape[1], known.sum(dim=1, keepdim=True)
+    others = (num_frames - num_known * weight) / (num_frames - num_known).clamp(min=1)
+    weights = torch.where(known, weight, others)
+    return torch.where(num_known < num_frames, weights, 1.0)[:, None, :, None, None]
+
+
 def mean_per_sample(values: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """Mean of every sample, (B,), over all of it or over the frames, (B, C, T, H, W), where ``frame_mask`` is True.
 

@@ -32,6 +32,7 @@ class NoiseProcess(ABC):
         height: float | None = None,
         width: float | None = None,
         num_frames: int | None = None,
+        num_latents: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Times to train on, (num,) on the CPU, for clips of one size.
@@ -40,6 +41,7 @@ class NoiseProcess(ABC):
             num: of clips.
             height, width: in pixels.
             num_frames: of the video, before encoding.
+            num_latents: latent frames that the autoencoder makes of it; None for what the process knows of that.
             generator: source of the random numbers.
 
         Raises:
@@ -67,6 +69,10 @@ class NoiseProcess(ABC):
             t: (B,).
             frame_mask: (B, T) bool; frames where it is False are conditioning frames, and stay clean or nearly so.
         """
+
+    @abstractmethod
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the clean latents and of the noise in noisy ones, float32, each (B,)."""
 
     @abstractmethod
     def losses(
@@ -99,13 +105,17 @@ class NoiseProcess(ABC):
 
 @dataclass(frozen=True)
 class RectifiedFlowProcess(NoiseProcess):
-    """Rectified flow: the network predicts the velocity from noise to data. Times are numbers from 0 to N.
+    """Rectified flow: the network predicts the velocity between noise and data. Times are numbers from 0 to N.
 
     Attributes:
         num_train_timesteps: N.
         times: how they are drawn: "uniform", "discrete" (uniform among the whole numbers) or "logit-normal".
         loc, scale: of the logit of logit-normal times.
         time_shift: by size and length of the clips; None for none.
+        velocity: which of the two is predicted.
+        sigma_min: noise that is left where time is 0 (Open-Sora 2.0 trains with 1e-5).
+        uniform_above: times of videos above this part of the way, after the shift, are drawn anew, uniformly from there
+            to noise (Open-Sora 1.3); None for no such part.
     """
 
     num_train_timesteps: int = 1000
@@ -113,6 +123,9 @@ class RectifiedFlowProcess(NoiseProcess):
     loc: float = 0.0
     scale: float = 1.0
     time_shift: flow.TimeShift | None = None
+    velocity: flow.Velocity = "data - noise"
+    sigma_min: float = 0.0
+    uniform_above: float | None = None
 
     def draw_times(
         self,
@@ -121,6 +134,7 @@ class RectifiedFlowProcess(NoiseProcess):
         height: float | None = None,
         width: float | None = None,
         num_frames: int | None = None,
+        num_latents: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         if self.times == "discrete":
@@ -130,14 +144,20 @@ class RectifiedFlowProcess(NoiseProcess):
         else:
             t = flow.sample_logit_normal(num, loc=self.loc, scale=self.scale, generator=generator)
         if self.time_shift is not None:
-            t = self.time_shift(t, height, width, num_frames)
+            t = self.time_shift(t, height, width, num_frames, num_latents)
+        if self.uniform_above is not None and num_frames != 1:
+            t = flow.redraw_above(t, self.uniform_above, flow.sample_uniform(num, generator=generator))
         return t * self.num_train_timesteps
 
     def fixed_timesteps(self, n: int) -> Tensor:
         return _evenly_spaced(self.num_train_timesteps, n)
 
     def corrupt(self, clean: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        return flow.interpolate(clean, noise, t / self.num_train_timesteps, frame_mask)
+        return flow.interpolate(clean, noise, t / self.num_train_timesteps, frame_mask, sigma_min=self.sigma_min)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = (t / self.num_train_timesteps).float()
+        return 1 - t, t + (1 - t) * self.sigma_min
 
     def losses(
         self,
@@ -150,7 +170,8 @@ class RectifiedFlowProcess(NoiseProcess):
         frame_mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        error = _squared_error(prediction, flow.velocity_target(clean, noise), frame_mask)
+        target = flow.velocity_target(clean, noise, sigma_min=self.sigma_min)
+        error = _squared_error(flow.towards_data(prediction, self.velocity), target, frame_mask)
         plain = mean_per_sample(error, frame_mask)
         if weights is None:
             return {"velocity": plain}
@@ -188,6 +209,7 @@ class GaussianProcess(NoiseProcess):
         height: float | None = None,
         width: float | None = None,
         num_frames: int | None = None,
+        num_latents: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         num_steps = len(self.tables)
@@ -204,6 +226,10 @@ class GaussianProcess(NoiseProcess):
     def corrupt(self, clean: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         steps = t if frame_mask is None else gaussian.frame_timesteps(t, frame_mask)
         return gaussian.q_sample(self.tables, clean, steps, noise)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.tables.alphas_cumprod[t]
+        return kept.sqrt().float(), (1 - kept).sqrt().float()
 
     def losses(
         self,

@@ -6,20 +6,24 @@ is written under a temporary name, flushed to disk, and renamed when every rank 
 moment leaves the previous one as the newest. Any number of ranks reads it, each what it needs.
 """
 
+import errno
 import json
+import os
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from opensora.contents import describe_value, read_object
 from opensora.distributed.mesh import Mesh
 from opensora.errors import OpenSoraError
 from opensora.files import flush_folder
@@ -104,7 +108,7 @@ class Checkpoints:
                 flush_folder(self.folder)
                 whole = list_checkpoints(self.folder)
                 newer = [other for other in whole if other.name > path.name]  # damaged ones, which were passed over
-                for other in (*newer, *whole[: len(whole) - len(newer) - self.keep]):
+                for other in (*newer, *whole[: max(0, len(whole) - len(newer) - self.keep)]):
                     remove(other)
         except (CheckpointException, OSError, SafetensorError) as failure:
             if self.mesh.is_first:
@@ -151,9 +155,13 @@ def check_checkpoint(path: Path) -> None:
 
     Raises:
         OpenSoraError: it is not.
+        PermissionError: nobody can tell.
     """
+    for file in (path, *path.glob("*")):
+        if not os.access(file, os.R_OK):
+            raise PermissionError(errno.EACCES, "permission denied; change its permissions (chmod u+r)", str(file))
     try:
-        index = json.loads((path / "index.json").read_text())
+        index = read_object(path / "index.json")
         for name, size in index["files"].items():
             found = (path / name).stat().st_size
             if found != size:
@@ -178,19 +186,83 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, damages
     if damages:
-        raise OpenSoraError(f"no whole checkpoint in {folder}: {damages[0]}; restore one, or start in another folder")
+        raise OpenSoraError(
+            f"no whole checkpoint in {folder}: {damages[0]}; restore one from a copy; another `output` would begin anew"
+        )
     return None, []
 
 
-def read_counters(path: Path) -> dict[str, int]:
-    """What `Checkpoints.save` was given as `counters`, and the step."""
-    index = json.loads((path / "index.json").read_text())
+def read_counters(path: Path, names: Sequence[str] = ()) -> dict[str, int]:
+    """What `Checkpoints.save` was given as `counters`, and the step.
+
+    Raises:
+        OpenSoraError: one of `names`, or the step, is missing or no whole number.
+    """
+    index = read_object(path / "index.json")
+    for name in ("step", *names):
+        value = index.get(name)
+        if type(value) is not int or value < 0:
+            what = f"{name} is {describe_value(value)}, expected a whole number"
+            raise OpenSoraError(f"{path / 'index.json'} is damaged: {what}; delete {path.name} to go on from another")
     return {name: value for name, value in index.items() if name != "files"}
 
 
 def read_names(path: Path) -> list[str]:
     """Names of a checkpoint's tensors."""
     return list(dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint in one piece each, read when they are asked for, by one process alone.
+
+    Args:
+        path: of the checkpoint.
+
+    Raises:
+        OpenSoraError: it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_checkpoint(path)
+        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
+        self._path = path
+        self._entries = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._files: dict[str, list[tuple[Path, torch.Size]]] = {}
+        for index, stored in (metadata.storage_data or {}).items():
+            place = (Path(stored.relative_path), torch.Size(index.offset or ()))
+            self._files.setdefault(index.fqn, []).append(place)
+
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor."""
+        entry = self._entries[name]
+        return tuple(entry.size), entry.properties.dtype
+
+    def files_of(self, name: str) -> list[Path]:
+        """Where its shares lie."""
+        return [file for file, _ in self._files[name]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self.shape_of(name)
+        whole = torch.empty(shape, dtype=dtype)
+        for file, offset in self._files[name]:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    share = opened.get_tensor(name)
+            except (OSError, SafetensorError) as failure:
+                raise OpenSoraError(f"{self._path} is damaged ({reason(failure)})") from None
+            place = tuple(slice(start, start + size) for start, size in zip(offset, share.shape, strict=True))
+            whole[place] = share
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def read_tensors(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:

@@ -1,8 +1,8 @@
-"""One clip sampled by several ranks: some share its tokens, and two may share the branches of guidance.
+"""One clip sampled by several ranks: some share its tokens, and two or three may share the branches of guidance.
 
 Every rank runs the same loop on the same noise. Ranks that share tokens each return the whole prediction (see
-`sequence_parallel`). Ranks that share guidance compute one branch each, with the text or without, tell each other, and
-then guide and step alike; rank k of the first half and rank k of the second belong together.
+`sequence_parallel`). Ranks that share guidance compute some branches each, tell each other, and then guide and step
+alike; rank k of every group that shares tokens belongs together.
 """
 
 import math
@@ -23,7 +23,7 @@ class SamplingRanks:
 
     Attributes:
         sequence: the ranks that share this rank's tokens; None where they are not shared.
-        branches: the two ranks that share the branches of guidance; None where each rank computes both.
+        branches: the ranks that share the branches of guidance; None where each rank computes all.
     """
 
     sequence: ProcessGroup | None
@@ -71,13 +71,14 @@ def sequence_ranks(num_ranks: int, *, guidance: bool, sequence: int | None) -> i
     Raises:
         OpenSoraError: the number of ranks is another.
     """
-    branches = 2 if guidance else 1
+    groups = (2, 3) if guidance else (1,)  # that share the branches
     if sequence is None:
-        sequence = max(1, num_ranks // branches)
-    if sequence < 1 or branches * sequence != num_ranks:
+        sequence = max(1, num_ranks // next((count for count in groups if num_ranks % count == 0), groups[0]))
+    if sequence < 1 or num_ranks not in [count * sequence for count in groups]:
         wanted = ["parallel guidance"] * guidance + [f"sequence parallelism over {sequence}"] * (sequence != 1)
+        expected = " or ".join(str(count * max(1, sequence)) for count in groups)
         raise OpenSoraError(
-            f"{' and '.join(wanted) or 'one process'} takes {max(1, sequence) * branches} ranks, this run has "
+            f"{' and '.join(wanted) or 'one process'} takes {expected} ranks, this run has "
             f"{num_ranks}; start as many with torchrun --nproc-per-node"
         )
     return sequence
@@ -87,8 +88,9 @@ def sampling_ranks(*, guidance: bool, sequence: int | None) -> SamplingRanks:
     """Divides the initialised ranks; called by all of them.
 
     Args:
-        guidance: the two branches of guidance on two ranks, or two groups of them.
-        sequence: ranks that share a clip's tokens; None for all there are, or half of them with `guidance`.
+        guidance: the branches of guidance on two ranks or on three, or on as many groups of them.
+        sequence: ranks that share a clip's tokens; None for all there are, or with `guidance` for half of them, or a
+            third where they are odd.
 
     Raises:
         OpenSoraError: the number of ranks is another.
@@ -100,6 +102,7 @@ def sampling_ranks(*, guidance: bool, sequence: int | None) -> SamplingRanks:
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)
     if guidance:
-        pair, _ = dist.new_subgroups_by_enumeration([[rank, sequence + rank] for rank in range(sequence)])
+        ranks = range(dist.get_world_size())
+        pair, _ = dist.new_subgroups_by_enumeration([list(ranks[first::sequence]) for first in range(sequence)])
     assert not isinstance(group, int) and not isinstance(pair, int)
     return SamplingRanks(group, pair)

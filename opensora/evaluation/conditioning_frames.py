@@ -172,7 +172,8 @@ def _reconstructed(
     latents, autoencoder = conditioning.latents, pipeline.autoencoder
     frames = [autoencoder.frames_before(k, size.num_frames) for k in range(latents.shape[2] + 1)]
     begin = autoencoder.chunk_start(first, size.num_frames)
-    decoded = autoencoder.decode_latents(latents[:, :, frames.index(begin) : frames.index(end)], end - begin)
+    start = next(k for k, before in enumerate(frames) if before >= begin)
+    decoded = autoencoder.decode_latents(latents[:, :, start : frames.index(end)], end - begin)
     return decoded[:, :, first - begin :].clamp(-1, 1).cpu()
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from opensora.checkpoints.weights import fingerprint
+from opensora import limits
 from opensora.data.batch import LatentBatch
-from opensora.data.buckets import Bucket, BucketConfig, Buckets
+from opensora.data.bucket_config import BucketConfig
+from opensora.data.buckets import Bucket, Buckets
 from opensora.data.cache import Cache
 from opensora.data.cached import CachedLatents, CachedSource
 from opensora.data.clips import ClipSource, ManifestClips, ManifestSource, read_clip
@@ -24,8 +25,10 @@ from opensora.data.toybox import ToyboxClips
 from opensora.distributed.seeding import derive_seed
 from opensora.errors import OpenSoraError
 from opensora.evaluation.loss import Portion
+from opensora.limits import check_count, parse_count
 from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import ClipSpec, sample_specs
+from opensora.weights import fingerprint
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -179,12 +182,14 @@ def toybox_sizes(sizes: tuple[str, ...], lengths: tuple[int, ...]) -> list[Toybo
     for length in lengths:
         if length < 1:
             raise OpenSoraError(f"`lengths` is {length}; give 1 or more")
+        check_count("`lengths`", length, limits.FRAMES)
     clips = []
     for size in sizes:
         height, x, width = size.partition("x")
         if not (x and height.isdecimal() and width.isdecimal()):
             raise OpenSoraError(f"`sizes` is {size!r}; give height and width in pixels, such as 64x64")
-        clips += [ToyboxClips(num_frames=n, height=int(height), width=int(width)) for n in lengths]
+        rows, columns = (parse_count(f"a side of `sizes` {size}", side, limits.SIDE_PX) for side in (height, width))
+        clips += [ToyboxClips(num_frames=n, height=rows, width=columns) for n in lengths]
     return clips
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opensora.checkpoints.source import ModelSource
+from opensora.contents import read_json
 from opensora.data.batch import LatentBatch
 from opensora.denoiser import predict
 from opensora.diffusion.process import NoiseProcess
@@ -77,12 +78,12 @@ class LossResults:
         if not path.exists():
             return
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             settings, timesteps = content["settings"], content["timesteps"]
             losses = {
                 str(label): [list(map(float, clip)) for clip in clips] for label, clips in content["losses"].items()
             }
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
         mine, theirs = {**self.settings, "timesteps": self.timesteps}, {**settings, "timesteps": timesteps}
         check_same_settings(path, mine, theirs)

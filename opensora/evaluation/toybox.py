@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from opensora.checkpoints.adapters import adapter_hash
+from opensora.adapters.reading import adapter_hash
 from opensora.checkpoints.source import ModelSource
+from opensora.contents import read_json
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
+from opensora.evaluation.psnr import frame_psnr
 from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
-from opensora.toybox.captions import plain_caption
+from opensora.toybox.captions import Language, plain_caption
 from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
 
 if TYPE_CHECKING:
@@ -99,21 +101,21 @@ class Results:
         if not path.exists():
             return
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             settings = content["settings"]
             read = {row["id"]: row["read"] for row in content["samples"]}
             gates = dict(content["gates"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
         check_same_settings(path, self.settings, settings)
         self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
         self.gates = gates | self.gates
 
 
-def held_out_samples(n: int, seed: int = 0, world: World = EASY_WORLD) -> list[Sample]:
-    """The first `n` held-out prompts of a seed, plainly worded."""
+def held_out_samples(n: int, seed: int = 0, world: World = EASY_WORLD, language: Language = "en") -> list[Sample]:
+    """The first `n` held-out prompts of a seed, plainly worded; the same clips are asked for in every language."""
     return [
-        Sample(f"held_out-{seed}-{i:05d}", plain_caption(spec), label_words(spec))
+        Sample(f"held_out-{seed}-{i:05d}", plain_caption(spec, language), label_words(spec))
         for i, spec in enumerate(sample_specs(n, seed, world, "held_out"))
     ]
 
@@ -184,6 +186,25 @@ def reconstruction_accuracy(
     return real_accuracy(judge, n, seed, world, reconstruct, size, batch_size)
 
 
+@torch.no_grad()
+def reconstruction_psnr(
+    autoencoder: Autoencoder,
+    n: int = 500,
+    seed: int = 0,
+    world: World = EASY_WORLD,
+    size: tuple[int, int, int] = (17, 64, 64),
+    batch_size: int = 10,
+) -> float:
+    """Mean peak signal-to-noise ratio of the frames of `n` held-out clips after encoding and decoding, in decibels."""
+    specs, decibels = sample_specs(n, seed, world, "held_out"), []
+    for start in range(0, n, batch_size):
+        video, _ = render(specs[start : start + batch_size], *size)
+        video = video.to(getattr(autoencoder, "device", "cpu"))
+        made = autoencoder.decode_latents(autoencoder.encode_video(video), video.shape[2])
+        decibels.append(frame_psnr(made, video).flatten())
+    return float(torch.cat(decibels).mean())
+
+
 def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
     """(T, H, W) of the clips that a pipeline makes by default."""
     config = pipeline.config
@@ -191,14 +212,20 @@ def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
 
 
 def describe(
-    pipeline: "OpenSoraPipeline", model: str, seed: int, adapters: Mapping[Path, float] | None = None
+    pipeline: "OpenSoraPipeline",
+    model: str,
+    seed: int,
+    adapters: Mapping[Path, float] | None = None,
+    language: Language = "en",
 ) -> dict[str, Any]:
-    """What decides the outcome of an evaluation: the weights, the sampling defaults, the seed, and the arithmetic."""
+    """What decides the outcome of an evaluation: weights, defaults, seed, language of the prompts, arithmetic."""
     names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
     defaults = {name: pipeline.config[name] for name in names}
     arithmetic = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": pipeline.device.type}
     merged = {adapter_hash(path): scale for path, scale in (adapters or {}).items()}
-    adapted = {"adapters": merged} if merged else {}
+    adapted: dict[str, Any] = {"adapters": merged} if merged else {}
+    if language != "en":  # which results of before did not name
+        adapted["language"] = language
     return {
         "model": model,
         "weights": ModelSource.find(model).hash(),

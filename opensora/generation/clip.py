@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opensora.errors import OpenSoraError
-from opensora.files import check_writable
+from opensora.files import check_writable, replacing
 from opensora.generation.record import Record, sidecar_path
 from opensora.media.transforms import to_pixels
 from opensora.media.write import write_video
-from opensora.settings import save_settings
+from opensora.settings import as_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,20 +59,22 @@ class Clip:
         """Writes the clip, with its record inside the file and beside it (`clip.mp4.json`), and returns its path.
 
         Args:
-            path: where; the ending names the format unless `format` does.
-            format: mp4, gif, webp or png (one sheet of all frames).
+            path: where; the ending names the format unless `format` does; `frames/%04d.png` writes numbered frames.
+            format: mp4, mov, webm, mkv (lossless), gif, webp, png (one sheet of all frames), or frames (a folder).
             metadata: keep the record; otherwise no record is left, nor that of a clip that was there.
 
         Raises:
             OpenSoraError: an unknown format, one that cannot hold the clip, or a place that cannot be written.
         """
         path, record = Path(path), self.record if metadata else None
+        if record is None:
+            write_video(path, self.frames, self.fps, format=format)
+            sidecar_path(path).unlink(missing_ok=True)  # one that is there tells of the clip that was there
+            return path
         check_writable(sidecar_path(path))
-        write_video(path, self.frames, self.fps, record.as_metadata() if record else None, format=format)
-        if record:
-            save_settings(record, sidecar_path(path))
-        else:  # one that is there tells of the clip that was there
-            sidecar_path(path).unlink(missing_ok=True)
+        with replacing(sidecar_path(path)) as sidecar:  # both or none
+            sidecar.write_bytes(as_json(record))
+            write_video(path, self.frames, self.fps, record.as_metadata(), format=format)
         return path
 
 

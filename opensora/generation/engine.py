@@ -14,18 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from opensora.errors import OpenSoraError
+from opensora.errors import OpenSoraError, is_out_of_memory
 from opensora.generation.clip import Clip, to_uint8
-from opensora.generation.inputs import InputFiles, Inputs, frames_of_loops, notes_on_files
+from opensora.generation.inputs import (
+    InputFiles,
+    Inputs,
+    edited_length,
+    frames_of_loops,
+    notes_on_files,
+    placed_by_type,
+)
 from opensora.generation.loading import LoadedModel, load_model
-from opensora.generation.loops import generate_loops
+from opensora.generation.loops import generate_loops, still_frames
 from opensora.generation.record import NamedFrames, PlacedReferences, Record, Sampling, versions
-from opensora.generation.request import ClipRequest
-from opensora.generation.resolve import resolve, total_frames
+from opensora.generation.request import ClipRequest, guided_channels
+from opensora.generation.resolve import check_effects, resolve, total_frames
 from opensora.generation.words import check_words
+from opensora.models.autoencoders.tiles import TiledCodec
+from opensora.models.text.condition_types import former_name
 
 if TYPE_CHECKING:
     from opensora.conditioning.frames import FrameConditioning
+    from opensora.offloading import Offload
     from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
 
 Stage = Literal["encoding", "denoising", "decoding"]
@@ -68,6 +78,8 @@ class PreparedClip:
         num_frames: of the whole video, all loops together.
         inputs: what it is made from besides text, as its record tells it.
         conditioning: the frames of `inputs`, encoded, for each loop.
+        spelled: what the text encoder is given for each text of the prompt,
+        spelled_negative: and for the negative prompt, if there is one.
         notes: what may be otherwise than the user expects, a sentence each.
     """
 
@@ -77,6 +89,8 @@ class PreparedClip:
     num_frames: int
     inputs: Inputs
     conditioning: "list[FrameConditioning | None]"
+    spelled: tuple[str, ...]
+    spelled_negative: str | None
     notes: tuple[str, ...]
 
 
@@ -88,6 +102,7 @@ class Engine:
         model: what records say of the model; None for a pipeline that the caller put together, of whose clips no record
             is kept.
         loaded_for: the request that the model was loaded for.
+        repeats: clips are made again from their records, which may hold what has no effect.
     """
 
     def __init__(
@@ -95,17 +110,19 @@ class Engine:
         pipeline: "OpenSoraPipeline",
         model: LoadedModel | None = None,
         loaded_for: ClipRequest | None = None,
+        repeats: bool = False,
     ) -> None:
-        self.pipeline, self.model, self._loaded_for = pipeline, model, loaded_for
+        self.pipeline, self.model, self._loaded_for, self._repeats = pipeline, model, loaded_for, repeats
 
     @classmethod
     def load(
         cls,
         request: ClipRequest,
         *,
-        offload: bool = False,
+        offload: "Offload | bool | None" = None,
         sequential_guidance: bool = False,
         micro_batch_size: int | None = None,
+        tile_frames: int | None = None,
         record: Record | None = None,
     ) -> "Engine":
         """An engine for requests of one model.
@@ -113,9 +130,10 @@ class Engine:
         Args:
             request: names model, replaced components, adapters, device and dtype; what this machine lacks of a
                 published model is fetched by `loading.locate_model`.
-            offload: each network is in memory only while it works.
+            offload: what is in memory only while it works, see `load_pipeline`.
             sequential_guidance: the branches of guidance one after the other instead of at once.
             micro_batch_size: frames that the 2D autoencoder works on at once; None for its own choice.
+            tile_frames: frames of a tile of an autoencoder that works in tiles; None for its own choice.
             record: of the clip that is made again; any other model or adapter is refused.
 
         Raises:
@@ -127,7 +145,14 @@ class Engine:
         pipeline.sequential_guidance = sequential_guidance
         if micro_batch_size is not None:
             pipeline.autoencoder.micro_batch_size = micro_batch_size
-        return cls(pipeline, model, request)
+        if tile_frames is not None:
+            if not isinstance(pipeline.autoencoder, TiledCodec):
+                raise OpenSoraError(
+                    "`tile_frames` is for autoencoders that work in tiles, those of Open-Sora 2.0; give "
+                    "`micro_batch_size` instead"
+                )
+            pipeline.autoencoder.enable_tiling(tile_sample_frames=tile_frames)
+        return cls(pipeline, model, request, repeats=record is not None)
 
     def generate(
         self,
@@ -175,14 +200,29 @@ class Engine:
             if isinstance(inputs, PlacedReferences) and inputs.alignment is None:
                 inputs = replace(inputs, alignment=pipeline.config.frame_alignment)
             edit = inputs.edit if isinstance(inputs, NamedFrames) else None
-            sampling = resolve(pipeline, request, len(files[edit].frames) if edit else None)
-            num_frames = total_frames(pipeline, sampling)
-            key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames)
+            sampling = resolve(pipeline, request, edited_length(files[edit], request) if edit else None)
+            if isinstance(inputs, PlacedReferences) and request.cond_type is not None:
+                inputs = placed_by_type(pipeline, inputs, files, request, sampling)
+            if not self._repeats:
+                check_effects(request, sampling)
+                if pipeline.sequential_guidance and sampling.guidance_scale == 1:
+                    raise OpenSoraError("`sequential_guidance` has no effect: `guidance_scale` is 1, no guidance")
+            num_frames = total_frames(pipeline, sampling)  # refuses frames to be carried over that are too many
+            rates = (sampling.input_fps, sampling.file_fps)
+            key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames, *rates)
             if key not in encoded:
                 with pipeline.on_device("autoencoder"):
                     encoded[key] = frames_of_loops(pipeline, inputs, files, sampling)
-            notes = tuple(notes_on_files(inputs, files, sampling))
-            prepared.append(PreparedClip(pipeline, request, sampling, num_frames, inputs, encoded[key], notes))
+            num_frames -= sum(still_frames(pipeline, sampling.size, encoded[key]))
+            texts, negatives = request.texts(), [request.negative_prompt] if request.negative_prompt else []
+            notes = [*former_name(request.cond_type), *pipeline.text_notes(texts, negatives, sampling.scores)]
+            notes += notes_on_files(inputs, files, sampling)
+            spelled = pipeline.spell(texts, sampling.scores)
+            negative = next(iter(pipeline.spell_negative(negatives)), None)
+            clip = PreparedClip(
+                pipeline, request, sampling, num_frames, inputs, encoded[key], tuple(spelled), negative, tuple(notes)
+            )
+            prepared.append(clip)
         return prepared
 
     def make(
@@ -198,7 +238,7 @@ class Engine:
         try:
             output = _sample(prepared, watch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OpenSoraError(
                 f"out of memory for {sampling.num_frames} frames of {sampling.height}x{sampling.width}; "
@@ -241,9 +281,13 @@ class Engine:
             pipeline={name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
             versions=versions(),
             refined_prompt=request.refined_prompt,
+            spelled_prompt=prepared.spelled,
+            spelled_negative_prompt=prepared.spelled_negative,
+            notes=prepared.notes,
             given=prepared.inputs,
             components=self.model.components,
             adapters=self.model.adapters,
+            image_origin=request.image_origin,
         )
 
 
@@ -299,12 +343,7 @@ def _sample(prepared: PreparedClip, watch: _Watch) -> "OpenSoraPipelineOutput":
         scores=sampling.scores,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
-        cfg_channels=sampling.cfg_channels,
+        image_guidance_scale=sampling.image_guidance_scale,
+        cfg_channels=guided_channels(sampling.cfg_channels),
         callback_on_step_end=watch.step_done,
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Accelerators have an exception of their own; the CPU's allocator and some backends only say it."""
-    said = ("can't allocate memory", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)

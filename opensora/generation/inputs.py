@@ -1,22 +1,29 @@
-"""Pictures and videos that frames of a clip are taken from: read before the model is loaded, known by their content.
+"""Pictures and videos that frames of a clip are taken from: looked into before the model is loaded, known by their
+content, and decoded where frames of them are needed.
 
 They are named in one of two ways: in words (`image`, `last_image`, `extend`, `edit`), or as references that a mask
 strategy places. In a long video the first loop begins with the image, or where the extended clip ends, and the last
 loop ends with the last image.
+
+A video of a constant rate gives its frames one by one. One whose rate varies is taken by time at the rate of the new
+clip, or any video at a rate that is asked for (`input_fps`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opensora.checkpoints.file_hashes import read_hash
+from opensora.contents import check_regular
 from opensora.errors import OpenSoraError
 from opensora.generation.record import InputFile, NamedFrames, PlacedReferences, Record, Sampling
 from opensora.generation.request import ClipRequest
-from opensora.media.read import read_video
+from opensora.media.frames import ClipFile
+from opensora.models.text.condition_types import V2V_LATENTS, frames_of_pieces, placements_of, placements_of_pieces
 from opensora.models.text.prompts import parse_mask_strategy
 
 if TYPE_CHECKING:
@@ -31,20 +38,77 @@ Inputs = NamedFrames | PlacedReferences | None
 
 @dataclass(frozen=True, eq=False)
 class InputClip:
-    """What a file holds: frames, uint8 (T, H, W, 3), and frames per second. A picture has one frame."""
+    """A file that was looked into, and what of it is seen.
 
-    frames: np.ndarray
-    fps: float
+    Attributes:
+        name: of the file.
+        clip: its frames, not decoded yet.
+        height, width: of its frames, in pixels.
+    """
 
-    def fill(self, height: int, width: int, chosen: slice = slice(None)) -> "torch.Tensor":
-        """The chosen frames as a video (3, T, height, width) in [-1, 1], resized and cropped around the centre."""
+    name: str
+    clip: ClipFile
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, path: Path) -> "InputClip":
+        """Looks into a file, and decodes its first frame.
+
+        Raises:
+            OpenSoraError: it cannot be read; the message does not name the file.
+        """
+        clip = ClipFile(path)
+        height, width = next(clip.frames([0])).shape[:2]
+        return cls(path.name, clip, height, width)
+
+    @property
+    def is_picture(self) -> bool:
+        """A single frame."""
+        return self.clip.num_frames() == 1
+
+    def taken_fps(self, input_fps: float | None, file_fps: float) -> float | None:
+        """The rate at which its frames are taken by time; None where they are taken one by one.
+
+        Args:
+            input_fps: asked for.
+            file_fps: that the new clip plays at.
+        """
+        if self.is_picture or self.clip.timeline.plays_at(input_fps):
+            return None
+        return input_fps or file_fps
+
+    def num_taken(self, sampling: Sampling) -> int:
+        """Frames that are taken of all of it."""
+        return self.clip.num_frames(self.taken_fps(sampling.input_fps, sampling.file_fps))
+
+    def fill(self, sampling: Sampling, chosen: slice = slice(None)) -> "torch.Tensor":
+        """Frames as a video (3, T, height, width) in [-1, 1], resized and cropped around the centre.
+
+        Args:
+            sampling: says size and rate of the new clip.
+            chosen: which of the frames that are taken; no others are decoded.
+
+        Raises:
+            OpenSoraError: one cannot be decoded.
+        """
+        import torch
         from PIL import Image
 
         from opensora.media.transforms import fill_image, fill_video, to_video
 
-        if len(self.frames) == 1:
-            return to_video(np.asarray(fill_image(Image.fromarray(self.frames[0]), height, width))[None])
-        return fill_video(to_video(self.frames[chosen]), height, width)
+        height, width = sampling.height, sampling.width
+        rate = self.taken_fps(sampling.input_fps, sampling.file_fps)
+        try:
+            if self.is_picture:
+                picture = Image.fromarray(next(self.clip.frames([0])))
+                return to_video(np.asarray(fill_image(picture, height, width))[None])
+            numbers = range(self.clip.num_frames(rate))[chosen]
+            # One by one, because a clip at its full size may be far larger than what is left of it.
+            frames = (to_video(frame[None]) for frame in self.clip.frames(numbers, rate))
+            return torch.cat([fill_video(frame, height, width) for frame in frames], dim=1)
+        except OpenSoraError as error:
+            raise OpenSoraError(f"{self.clip.path} cannot be read: {error}") from error
 
 
 class InputFiles:
@@ -68,6 +132,7 @@ class InputFiles:
         """
         if request.reference_path:
             files = tuple(self._read("reference_path", path) for path in request.reference_path)
+            self._check_moves(files, request.input_fps)
             return PlacedReferences(files, request.mask_strategy or "", request.align)
         named = NamedFrames(
             image=self._picture("image", request.image),
@@ -77,7 +142,12 @@ class InputFiles:
             edit=self._video("edit", request.edit),
             strength=request.strength,
         )
+        self._check_moves(named.files, request.input_fps)
         return named if named.files else None
+
+    def _check_moves(self, files: Sequence[InputFile], input_fps: float | None) -> None:
+        if input_fps is not None and all(self[file].is_picture for file in files):
+            raise OpenSoraError("`input_fps` says at which rate a video is taken; a picture has none, so leave it out")
 
     def check_not_overwritten(self, output: Path) -> None:
         """Raises `OpenSoraError` if a clip would take the place of a file that it is made from."""
@@ -87,10 +157,11 @@ class InputFiles:
     def _read(self, field: str, path: Path) -> InputFile:
         path = path.expanduser()
         if path not in self._files:
+            check_regular(path, f"`{field}`:")
             try:
-                clip = InputClip(*read_video(path))
+                clip = InputClip.of(path)
             except OpenSoraError as error:
-                raise OpenSoraError(f"`{field}`: {error}") from error
+                raise OpenSoraError(f"`{field}`: {path} cannot be read: {error}") from error
             file = InputFile(path.name, read_hash(path))
             self._files[path], self._clips[file] = file, clip
         return self._files[path]
@@ -99,8 +170,8 @@ class InputFiles:
         if path is None:
             return None
         file = self._read(field, path)
-        frames = len(self[file].frames)
-        if frames > 1:
+        if not self[file].is_picture:
+            frames = self[file].clip.num_frames()
             raise OpenSoraError(
                 f"`{field}`: {path} is a video of {frames} frames, expected a picture; `extend` goes on from a video"
             )
@@ -110,7 +181,7 @@ class InputFiles:
         if path is None:
             return None
         file = self._read(field, path)
-        if len(self[file].frames) == 1:
+        if self[file].is_picture:
             raise OpenSoraError(f"`{field}`: {path} is a single picture, expected a video; `image` takes a picture")
         return file
 
@@ -157,22 +228,62 @@ def frames_of_loops(
         return [None] * sampling.num_loops
     if isinstance(inputs, NamedFrames):
         return list(_named(pipe, inputs, files, sampling))
+    if pipe.transformer.known_frames_alone:
+        return list(_pieces(pipe, inputs, files, sampling))
     return list(_placed(pipe, inputs, files, sampling))
 
 
+def placed_by_type(
+    pipe: "OpenSoraPipeline", placed: PlacedReferences, files: InputFiles, request: ClipRequest, sampling: Sampling
+) -> PlacedReferences:
+    """The references of a request with a `cond_type`, placed as this model means that.
+
+    Raises:
+        OpenSoraError: this model does not know it.
+    """
+    condition_type, length, autoencoder = request.cond_type or "", request.condition_frame_length, pipe.autoencoder
+    count = (len(placed.files), sampling.num_loops)
+    if pipe.transformer.known_frames_alone:
+        num_frames = frames_of_pieces(condition_type, files[placed.files[0]].num_taken(sampling))
+        length = length or autoencoder.latent_frames(autoencoder.size_rule().frames_within(num_frames))
+        placements, alignment = placements_of_pieces(condition_type, *count, length), None
+    else:
+        placements, alignment = placements_of(condition_type, *count, length or V2V_LATENTS), 1
+    return PlacedReferences(placed.files, ";".join(map(str, placements)), alignment)
+
+
+def edited_length(edited: InputClip, request: ClipRequest) -> Callable[[float], int]:
+    """Frames that are taken of a clip that is edited, for a new one that plays at so many frames a second."""
+    return lambda file_fps: edited.clip.num_frames(edited.taken_fps(request.input_fps, file_fps))
+
+
 def notes_on_files(inputs: Inputs, files: InputFiles, sampling: Sampling) -> Iterator[str]:
-    """What happens to files that a user may not expect: cutting, cropping, and another speed."""
+    """What happens to files that a user may not expect: cutting, cropping, another speed; after they are encoded."""
     edit = inputs.edit if isinstance(inputs, NamedFrames) else None
-    if edit is not None and sampling.num_frames < len(files[edit].frames):
-        yield f"the first {sampling.num_frames} of {len(files[edit].frames)} frames are edited"
+    if edit is not None:
+        num_frames = files[edit].num_taken(sampling)
+        if sampling.num_frames < num_frames:
+            yield f"the first {sampling.num_frames} of {num_frames} frames are edited"
     for file in inputs.files if inputs else ():
-        clip = files[file]
-        height, width = clip.frames.shape[1:3]
-        if abs(height / width * sampling.width / sampling.height - 1) > 0.01:
+        given = files[file]
+        if abs(given.height / given.width * sampling.width / sampling.height - 1) > 0.01:
             made = f"{sampling.height}x{sampling.width}"
-            yield f"{file.name} is {height}x{width} (height x width), cropped to the shape of {made}"
-        if len(clip.frames) > 1 and abs(clip.fps / sampling.file_fps - 1) > 0.01:
-            yield f"{file.name} plays at {clip.fps:g} fps, the new clip at {sampling.file_fps:g}; no frame is left out"
+            yield f"{file.name} is {given.height}x{given.width} (height x width), cropped to the shape of {made}"
+        if not given.is_picture:
+            yield from (f"{file.name} {note}" for note in _notes_on_time(given, sampling))
+        yield from (f"{file.name}: {note}" for note in given.clip.notes)
+
+
+def _notes_on_time(given: InputClip, sampling: Sampling) -> Iterator[str]:
+    taken = given.taken_fps(sampling.input_fps, sampling.file_fps)
+    fps = taken or given.clip.fps or 0.0
+    if given.clip.timeline.is_variable:
+        yield f"has a frame rate that varies; its frames are taken by time, {fps:g} a second"
+    elif taken is not None:
+        yield f"plays at {given.clip.fps or 0:g} fps; its frames are taken by time, {taken:g} a second"
+    if abs(fps / sampling.file_fps - 1) > 0.01:
+        plays = "plays at" if taken is None else "is taken at"
+        yield f"{plays} {fps:g} fps, the new clip at {sampling.file_fps:g}; no frame is left out"
 
 
 def _named(
@@ -184,7 +295,7 @@ def _named(
     first_frames, last_frames = slice(size.num_frames), slice(-size.num_frames, None)
 
     def video(file, chosen=first_frames):
-        return None if file is None else files[file].fill(size.height, size.width, chosen)
+        return None if file is None else files[file].fill(sampling, chosen)
 
     for loop in range(sampling.num_loops):
         extended = named.extend if loop == (last if named.backwards else 0) else None
@@ -203,21 +314,25 @@ def _named(
             condition_frames=sampling.condition_frames,
             edit=video(named.edit),
             strength=named.strength,
+            alone=pipe.transformer.known_frames_alone,
         )
 
 
 def _placed(
     pipe: "OpenSoraPipeline", placed: PlacedReferences, files: InputFiles, sampling: Sampling
 ) -> "Iterator[FrameConditioning | None]":
-    import torch
-
-    from opensora.conditioning.frames import FrameConditioning, place_references
+    from opensora.conditioning.frames import FrameConditioning
+    from opensora.conditioning.references import encode_span, place_references, taken_latents
 
     autoencoder, size = pipe.autoencoder, sampling.size
     placements = parse_mask_strategy(placed.mask_strategy)
-    with torch.no_grad():
-        videos = (files[file].fill(size.height, size.width) for file in placed.files)
-        references = [autoencoder.encode_video(video[None].to(autoencoder.device))[0] for video in videos]
+    references = []
+    for number, file in enumerate(placed.files):
+        given = files[file]
+        num_frames = autoencoder.size_rule().frames_within(given.num_taken(sampling))
+        num_latents = autoencoder.latent_frames(num_frames)
+        span = taken_latents(placements, number, len(placed.files), num_latents, placed.alignment)
+        references.append(encode_span(autoencoder, partial(given.fill, sampling), num_frames, span))
     empty = FrameConditioning.none(autoencoder, size).latents[0]
     for loop in range(sampling.num_loops):
         if not any(placement.loop == loop for placement in placements):
@@ -225,6 +340,24 @@ def _placed(
             continue
         latents, strength = place_references(empty, references, placements, loop=loop, alignment=placed.alignment)
         yield FrameConditioning(latents[None], strength[None])
+
+
+def _pieces(
+    pipe: "OpenSoraPipeline", placed: PlacedReferences, files: InputFiles, sampling: Sampling
+) -> "Iterator[FrameConditioning | None]":
+    from opensora.conditioning.references import place_pieces
+
+    placements = parse_mask_strategy(placed.mask_strategy)
+    num_frames = [files[file].num_taken(sampling) for file in placed.files]
+
+    def read(number: int, chosen: slice) -> "torch.Tensor":
+        return files[placed.files[number]].fill(sampling, chosen)
+
+    for loop in range(sampling.num_loops):
+        if not any(placement.loop == loop for placement in placements):
+            yield None
+            continue
+        yield place_pieces(pipe.autoencoder, sampling.size, placements, num_frames, read, loop=loop)
 
 
 def _hash_if_there(path: Path) -> str | None:

@@ -1,16 +1,18 @@
 """The model of a request: found on this machine, checked against the record of a clip that is made again, loaded."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from opensora.errors import OpenSoraError
 from opensora.generation.record import Record, UsedAdapter, check_same_adapters, check_same_model
 from opensora.generation.request import Adapter, ClipRequest, check_dtype
 
 if TYPE_CHECKING:
+    from opensora.models.format import Kind
+    from opensora.offloading import Offload
     from opensora.pipeline import OpenSoraPipeline
 
 
@@ -49,21 +51,21 @@ def locate_model(
     Raises:
         OpenSoraError: no such model, or parts are missing.
     """
-    from opensora.checkpoints.adapters import read_adapter
-    from opensora.checkpoints.identify import read_header
+    from opensora.checkpoints.folders import is_repository
     from opensora.checkpoints.published import published_name
-    from opensora.checkpoints.source import ModelSource, is_repository
+    from opensora.checkpoints.source import ModelSource
+    from opensora.containers.files import is_there
+    from opensora.weights import read_header
 
     name, components = request.model_name, request.components
-    for path in used_adapters(request, record):
-        read_adapter(path)
+    used_adapters(request, record)
     for part, path in components.items():
-        if part != "tokenizer" and path.expanduser().exists():
-            read_header(path.expanduser())  # a wrong file is told before anything is fetched
+        if part != "tokenizer" and is_there(path.expanduser()):
+            read_header(path.expanduser(), cast("Kind", part))  # a wrong file is told before anything is fetched
     published = published_name(name) is not None
     if download and not published and not is_repository(name):
         raise OpenSoraError(f"`download` fetches published models, and {name} is none; leave it out")
-    can_ask = published and not download and all(path.expanduser().exists() for path in components.values())
+    can_ask = published and not download and all(is_there(path.expanduser()) for path in components.values())
     if ask is not None and can_ask:
         try:
             ModelSource.find(name, components)
@@ -75,13 +77,13 @@ def locate_model(
 
 
 def load_model(
-    request: ClipRequest, *, offload: bool = False, record: Record | None = None
+    request: ClipRequest, *, offload: "Offload | bool | None" = None, record: Record | None = None
 ) -> "tuple[OpenSoraPipeline, LoadedModel]":
     """The pipeline of a request, ready to run, and what records will say of it.
 
     Args:
         request: names the model, and where it runs.
-        offload: each network is in memory only while it works.
+        offload: what is in memory only while it works, see `load_pipeline`.
         record: of the clip that is made again.
 
     Raises:
@@ -117,7 +119,8 @@ def used_adapters(request: ClipRequest, record: Record | None = None) -> dict[Pa
     Raises:
         OpenSoraError: a file that is not there, one named twice, or not the ones of the record.
     """
-    from opensora.checkpoints.adapters import adapter_hash
+    from opensora.adapters.adapter import read_adapter
+    from opensora.adapters.reading import adapter_hash
 
     strengths = {used.sha256: used.scale for used in record.adapters} if record else {}
     used: dict[Path, UsedAdapter] = {}
@@ -125,9 +128,10 @@ def used_adapters(request: ClipRequest, record: Record | None = None) -> dict[Pa
         path = adapter.path.expanduser()
         if path in used:
             raise OpenSoraError(f"`adapter` {path} is given twice")
+        notes = read_adapter(path).notes
         sha256 = adapter_hash(path)
         scale = strengths.get(sha256, 1.0) if adapter.scale is None else adapter.scale
-        used[path] = UsedAdapter(path.resolve().name, sha256, scale)
+        used[path] = UsedAdapter(path.resolve().name, sha256, scale, notes)
     if record is not None:
         check_same_adapters(record, list(used.values()))
     return used
@@ -151,10 +155,24 @@ def parse_adapter(text: str) -> Adapter:
     return Adapter(Path(path).expanduser(), strength)
 
 
+def adapter_scales(texts: Sequence[str]) -> dict[Path, float]:
+    """Adapters as `parse_adapter` reads them -> their scales, 1 where none is given.
+
+    Raises:
+        OpenSoraError: a scale that is not finite, or an adapter that is named twice.
+    """
+    scales: dict[Path, float] = {}
+    for adapter in map(parse_adapter, texts):
+        if adapter.path in scales:
+            raise OpenSoraError(f"`adapter` {adapter.path} is given twice")
+        scales[adapter.path] = 1.0 if adapter.scale is None else adapter.scale
+    return scales
+
+
 def _recorded_name(name: str) -> str:
     """A name as it is; of a folder its name alone."""
+    from opensora.checkpoints.folders import is_repository
     from opensora.checkpoints.published import BUNDLED, published_name
-    from opensora.checkpoints.source import is_repository
 
     return (
         name

@@ -2,7 +2,7 @@
 
 Every loop is one call of the pipeline. It is conditioned on the last frames of the previous clip, and may have a text
 of its own (`|0|a cat|2|a dog`, see `models.text.prompts.split_loops`) and references of its own (mask strategies name a
-loop). The frames carried over are shown once.
+loop). The frames carried over are shown once. Open-Sora 1.3 goes on from latents, and the video is decoded at the end.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.conditioning.frames import FrameConditioning, encode_in_place
+from opensora.conditioning.frames import FrameConditioning, encode_known, frames_taken_over
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_list, prompt_of_loop
 from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
@@ -53,8 +54,8 @@ def generate_loops(
             `return_dict`.
 
     Returns:
-        As the pipeline, with frames (B, T, 3, H, W) of the whole videos and the settings of the first loop, but for
-        `prompt` and `negative_prompt`, which are as given here.
+        As the pipeline, with frames (B, T, 3, H, W) of the whole videos, without `still_frames`, and the settings of
+        the first loop, but for `prompt` and `negative_prompt`, which are as given here.
 
     Raises:
         OpenSoraError: as the pipeline; fewer than one loop, or more frames carried over than a clip has to spare.
@@ -79,7 +80,9 @@ def generate_loops(
         )
     repeated = autoencoder.frames_before(carried, size.num_frames) if num_loops > 1 else 0
     generators = generators_per_video(generator, len(prompts))
+    in_latents = num_loops > 1 and goes_on_in_latents(pipeline, size, carried)
     clips: list[Tensor] = []
+    given: list[FrameConditioning | None] = []
     settings: dict[str, Any] = {}
     for loop in range(num_loops):
         if on_loop is not None:
@@ -89,11 +92,10 @@ def generate_loops(
             encoded[texts], found = pipeline.encode_prompt(texts, None if encoded else negative_prompt, scores=scores)
             negative = found if negative is None else negative
         frames = conditioning(loop) if conditioning else None
+        given.append(frames)
         if clips:
-            end = clips[-1][:, -repeated:].transpose(1, 2) * 2 - 1
-            with pipeline.on_device("autoencoder"):
-                latents = encode_in_place(autoencoder, end, size.num_frames, 0, carried)
-            frames = (frames or FrameConditioning.none(autoencoder, size)).put(latents, 0, condition_strength)
+            end = clips[-1][:, :, -carried:] if in_latents else _end_of(pipeline, clips[-1], size, carried)
+            frames = (frames or FrameConditioning.none(autoencoder, size)).put(end, 0, condition_strength)
         output = pipeline(
             prompt_embeds=encoded[texts],
             negative_prompt_embeds=negative,
@@ -102,11 +104,88 @@ def generate_loops(
             num_frames=size.num_frames,
             conditioning=frames,
             generator=generators,
-            output_type="pt",
+            output_type="latent" if in_latents else "pt",
             **options,
         )
         clips.append(output.frames)
         settings = settings or output.settings
-    frames = torch.cat([clips[0], *(clip[:, repeated:] for clip in clips[1:])], dim=1)
+    if in_latents:
+        latents = torch.cat([clips[0], *(clip[:, :, carried:] for clip in clips[1:])], dim=2)
+        frames = _decoded(pipeline, latents, latent_frames)
+    else:
+        frames = torch.cat([clips[0], *(clip[:, repeated:] for clip in clips[1:])], dim=1)
+    head, tail = still_frames(pipeline, size, given)
+    frames = frames[:, head : frames.shape[1] - tail]
     said = {"prompt": prompts, "negative_prompt": negative_prompt}
     return OpenSoraPipelineOutput(frames, {**settings, **said})
+
+
+def goes_on_in_latents(pipeline: OpenSoraPipeline, size: VideoSize, carried: int) -> bool:
+    """Whether a clip is given the last latents of the one before as they are.
+
+    They must be whole chunks of the autoencoder, for a latent frame means something else at another place of one.
+
+    Args:
+        pipeline: makes the clips.
+        size: of each.
+        carried: latent frames.
+    """
+    if not pipeline.transformer.carries_latents:
+        return False
+    autoencoder, num_frames = pipeline.autoencoder, size.num_frames
+    first, _ = autoencoder.frame_span(autoencoder.latent_frames(num_frames) - carried, num_frames)
+    return autoencoder.chunk_start(first, num_frames) == first
+
+
+def _decoded(pipeline: OpenSoraPipeline, latents: Tensor, length: int) -> Tensor:
+    """Frames (B, T, 3, H, W) of latents, whole chunks of the autoencoder, as if they were decoded at once.
+
+    `length` latent frames at a time, so that a long video takes no more memory on the device than a clip. Of a frame
+    that two chunks share both must be there, so each piece has the next one's first chunk besides.
+    """
+    autoencoder, pieces = pipeline.autoencoder, []
+    chunk = autoencoder.latent_frames(autoencoder.micro_frame_size or 1)
+    shared = 2 * autoencoder.shortest_clip(chunk) - autoencoder.shortest_clip(2 * chunk)
+    for start in range(0, latents.shape[2], length):
+        piece = latents[:, :, start : start + length + chunk]
+        frames = pipeline.decode(piece, autoencoder.shortest_clip(piece.shape[2]))
+        end = autoencoder.shortest_clip(min(length, piece.shape[2]))
+        pieces.append(frames[:, shared if start else 0 : end])
+    return torch.cat(pieces, dim=1)
+
+
+def _end_of(pipeline: OpenSoraPipeline, clip: Tensor, size: VideoSize, carried: int) -> Tensor:
+    """Latents of the last frames of a clip (B, T, 3, H, W), as those of the next one's first frames."""
+    autoencoder, alone = pipeline.autoencoder, pipeline.transformer.known_frames_alone
+    taken = frames_taken_over(autoencoder, size.num_frames, 0, carried, alone=alone)
+    end = clip[:, -taken:].transpose(1, 2) * 2 - 1
+    with pipeline.on_device("autoencoder"):
+        return encode_known(autoencoder, end, size.num_frames, 0, carried, alone=alone)
+
+
+def still_frames(
+    pipeline: OpenSoraPipeline, size: VideoSize, given: Sequence[FrameConditioning | None]
+) -> tuple[int, int]:
+    """How many frames at the beginning and at the end of a video only repeat a picture that it was given there.
+
+    They come of autoencoders of which the first latent frame stands for several, and so does a picture that was encoded
+    alone; such models make a video that is so much shorter.
+
+    Args:
+        pipeline: makes the clips.
+        size: of each.
+        given: for each loop.
+    """
+    if not pipeline.transformer.known_frames_alone:
+        return 0, 0
+    first, end = pipeline.autoencoder.frame_span(0, size.num_frames)
+    repeats = [
+        end - first - 1 if frames is not None and _pictures(frames)[:, at].all() else 0
+        for frames, at in ((given[0], 0), (given[-1], -1))
+    ]
+    return repeats[0], repeats[1]
+
+
+def _pictures(frames: FrameConditioning) -> Tensor:
+    """(B, T) bool, where a latent frame is a picture."""
+    return ChannelConditioning(frames.latents, frames.strength == 0).single_frames

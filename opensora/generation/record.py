@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora import __version__
+from opensora.checkpoints.published import FORMER_BUNDLED
 from opensora.errors import OpenSoraError
-from opensora.generation.request import ClipRequest, DType
+from opensora.generation.request import ClipRequest, DType, ImageOrigin
 from opensora.geometry import VideoSize
 from opensora.media.read import read_metadata
+from opensora.media.write import frames_folder
 from opensora.settings import from_dict, to_dict
 
 # Libraries whose version can change the numbers.
@@ -33,6 +35,7 @@ class Sampling:
         fps: frames per second that the network was told.
         num_inference_steps: a number, or a respacing.
         guidance_scale: 1 = none.
+        image_guidance_scale: likewise, of known frames; None for models without.
         cfg_channels: as the pipeline takes them.
         nominal_size: (height, width) that the network was told; None for the size that was made.
         frame_interval: the file was written at `fps / frame_interval`,
@@ -43,6 +46,8 @@ class Sampling:
         condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended; None for
             the defaults of either.
         condition_strength: denoising strength of the frames carried over.
+        input_fps: rate at which videos were taken by time; None for one by one, or where their rate varies for that of
+            the file.
     """
 
     num_frames: int
@@ -60,6 +65,8 @@ class Sampling:
     num_loops: int = 1
     condition_frames: int | None = None
     condition_strength: float = 0.0
+    input_fps: float | None = None
+    image_guidance_scale: float | None = None
 
     @property
     def size(self) -> VideoSize:
@@ -108,11 +115,19 @@ class PlacedReferences:
 
 @dataclass(frozen=True)
 class UsedAdapter:
-    """An adapter that was merged into the transformer: its name, its file's SHA-256, and how strongly it acted."""
+    """An adapter that was merged into the transformer.
+
+    Attributes:
+        name: of its file or folder.
+        sha256: of its file.
+        scale: how strongly it acted, times the strength that its file states.
+        notes: what its file leaves open, such as a strength that had to be guessed.
+    """
 
     name: str
     sha256: str
     scale: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,9 +146,13 @@ class Record:
         pipeline: what the pipeline says of itself: scheduler, guider, latent space.
         versions: of this package, Python, the libraries and the operating system.
         refined_prompt: what a language model made of the prompt; then the clip shows this.
+        spelled_prompt: what the text encoder was given, for each text of the prompt: cleaned, with scores.
+        spelled_negative_prompt: likewise.
+        notes: what was otherwise than the user might expect, in sentences.
         given: the frame conditioning (saved under this name).
         components: parts that took the place of the model's own, by the name of their file or folder.
         adapters: adapters that were merged into the transformer.
+        image_origin: what drew the first picture; None for one from elsewhere.
     """
 
     prompt: str
@@ -147,9 +166,13 @@ class Record:
     pipeline: dict[str, Any]
     versions: dict[str, str]
     refined_prompt: str | None = None
+    spelled_prompt: tuple[str, ...] = ()
+    spelled_negative_prompt: str | None = None
+    notes: tuple[str, ...] = ()
     given: NamedFrames | PlacedReferences | None = None
     components: dict[str, str] = field(default_factory=dict)
     adapters: tuple[UsedAdapter, ...] = ()
+    image_origin: ImageOrigin | None = None
 
     def as_metadata(self) -> dict[str, Any]:
         """Plain data for `write_video` and the sidecar."""
@@ -178,15 +201,16 @@ def changed_versions(record: Record) -> list[str]:
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where a clip's record lies beside it: `clip.mp4` -> `clip.mp4.json`."""
+    """Where a clip's record lies beside it: `clip.mp4` -> `clip.mp4.json`, `frames/%04d.png` -> `frames.json`."""
+    path = frames_folder(path)
     return path.with_name(path.name + ".json")
 
 
 def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
     """The request that makes a clip again.
 
-    What the record holds by content alone, the request names: adapters and replaced components are left for the caller
-    to name.
+    What the record holds by content alone is left for the caller to name: adapters and replaced components. What has no
+    effect beside the rest is not asked for, see `resolve.check_effects`.
 
     Args:
         record: of the clip.
@@ -195,6 +219,8 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
     sampling, given = record.sampling, record.given
     named = given if isinstance(given, NamedFrames) else NamedFrames()
     placed = given if isinstance(given, PlacedReferences) else None
+    shows_frames = placed is not None or bool(named.image or named.last_image or named.extend) or sampling.num_loops > 1
+    carries_over = sampling.num_loops > 1 or named.extend is not None
 
     def place(file: InputFile | None) -> Path | None:
         return None if file is None else files[file]
@@ -212,25 +238,28 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         width=sampling.width,
         nominal_size=sampling.nominal_size,
         fps=sampling.fps,
-        frame_interval=sampling.frame_interval,
+        frame_interval=sampling.frame_interval if sampling.save_fps is None else None,
         save_fps=sampling.save_fps,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
-        cfg_channels=sampling.cfg_channels,
+        image_guidance_scale=sampling.image_guidance_scale if shows_frames else None,
+        cfg_channels="default" if sampling.guidance_scale == 1 else sampling.cfg_channels,
         sampler=sampling.sampler,
         scores=sampling.scores or {},
         image=place(named.image),
+        image_origin=record.image_origin,
         last_image=place(named.last_image),
         extend=place(named.extend),
         backwards=named.backwards,
         edit=place(named.edit),
         strength=named.strength,
+        input_fps=sampling.input_fps,
         reference_path=tuple(files[file] for file in placed.files) if placed else (),
         mask_strategy=placed.mask_strategy if placed else None,
         align=placed.alignment if placed else None,
         loop=sampling.num_loops,
-        condition_frame_length=sampling.condition_frames,
-        condition_frame_edit=sampling.condition_strength,
+        condition_frame_length=sampling.condition_frames if carries_over else None,
+        condition_frame_edit=sampling.condition_strength if sampling.num_loops > 1 else None,
     )
 
 
@@ -238,6 +267,9 @@ def check_same_model(record: Record, found: str) -> None:
     """Raises `OpenSoraError` if the model is not the one the clip was made with."""
     if record.model_hash != found:
         parts = "".join(f", its {name} was {file}" for name, file in record.components.items())
+        former = FORMER_BUNDLED.get(record.model_hash)
+        if former is not None:
+            parts += f" (those of {former}, see docs/log.md)"
         raise OpenSoraError(
             f"model {record.model} is not the one this clip was made with (hash {found[:12]}, was "
             f"{record.model_hash[:12]}); give the right one with `model`{parts}, or generate anew from the prompt"

@@ -13,18 +13,36 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from opensora import limits
+from opensora.contents import parse_json, shown
 from opensora.errors import OpenSoraError
 from opensora.geometry import num_pixels, parse_aspect_ratio
+from opensora.limits import check_count, parse_count
 from opensora.media.write import check_fps
 from opensora.models.schedulers import SAMPLERS
+from opensora.models.text.condition_types import check_condition_type
 from opensora.models.text.prompts import parse_mask_strategy, split_loops, split_references
 from opensora.settings import from_dict, nearest_name, to_dict
 
 DEFAULT_MODEL = "toybox"
 DEFAULT_SEED = 42
 
-DType = Literal["float32", "bfloat16", "float16"]
+StoredDType = Literal["float32", "bfloat16", "float16"]
+"""Numbers that weights are written in."""
+DType = Literal[StoredDType, "int8"]
 DTYPES: tuple[str, ...] = get_args(DType)
+_MOST_CHARACTERS = 1_000  # of a text that says numbers
+_LIMITS = {
+    "num_frames": limits.FRAMES,
+    "height": limits.SIDE_PX,
+    "width": limits.SIDE_PX,
+    "image_size": limits.SIDE_PX,
+    "nominal_size": limits.SIDE_PX,
+    "frame_interval": limits.FRAMES,
+    "align": limits.FRAMES,
+    "loop": limits.LOOPS,
+    "condition_frame_length": limits.FRAMES,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,26 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class ImageOrigin:
+    """What drew the picture that a clip begins with, see `generation.first_images`.
+
+    Attributes:
+        model: name of the pipeline, or of its folder.
+        sha256: over its files.
+        pipeline: class of diffusers.
+        height, width: of the picture, in pixels.
+        options: that it was called with besides; what is left out was the pipeline's own.
+    """
+
+    model: str
+    sha256: str
+    pipeline: str
+    height: int
+    width: int
+    options: dict[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ClipRequest:
     """One clip, as it is asked for. None stands for the model's own default unless it says otherwise.
 
@@ -54,7 +92,8 @@ class ClipRequest:
         components: parts that take the place of the model's own: transformer, autoencoder, text_encoder, tokenizer.
         adapters: merged into the transformer.
         device: where it is made; None for an accelerator if there is one.
-        dtype: numbers the networks compute in; None for float32 on a CPU, else bfloat16.
+        dtype: numbers the networks compute in; None for float32 on a CPU, else bfloat16. int8 is bfloat16 with weights
+            in eight bits.
         num_frames: of each loop: a number, or as its users say it ("4s", "2x").
         resolution: named number of pixels, such as "240p".
         aspect_ratio: "16:9", in the order in which the model's users write it.
@@ -67,19 +106,24 @@ class ClipRequest:
         save_fps: or at this rate.
         num_inference_steps: a number, or a respacing ("ddim50").
         guidance_scale: 1 = none.
-        cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), "all" or None for all;
-            "default" for the model's own.
+        image_guidance_scale: likewise, of the frames that the clip is conditioned on, for models that have one.
+        cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), weights by index
+            ("0:1,2:0.5", see `models.guidance.ChannelGuidance`), "all" or None for all; "default" for the model's own.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.
         scores: in place of the model's defaults, by name; None switches one off.
-        image: the clip begins with this picture.
+        image: the clip begins with this picture,
+        image_origin: which was drawn so; None for a picture from elsewhere.
         last_image: it ends with this one.
         extend: it goes on where this video ends,
         backwards: or ends where it begins.
         edit: this video is denoised again after the prompt,
         strength: from 0 (kept) to 1 (everything).
+        input_fps: at so many frames a second videos are taken by time; None for one by one, or for the new clip's rate
+            where theirs varies.
         reference_path: pictures and videos that `mask_strategy` places.
         mask_strategy: "L,R,S,T,N,E;...", see `models.text.prompts.FramePlacement`.
         align: starts move to the nearest multiple of so many latent frames.
+        cond_type: in place of both, how Open-Sora 1.3 and 2.0 call it, see `models.text.condition_types`.
         loop: number of clips that a long video is made of; None for one.
         condition_frame_length: latent frames carried over from loop to loop, or taken over from `extend`.
         condition_frame_edit: denoising strength of the frames carried over; None for 0.
@@ -109,19 +153,23 @@ class ClipRequest:
 
     num_inference_steps: int | str | None = None
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     cfg_channels: int | list[int] | str | None = "default"
     sampler: str | None = None
     scores: dict[str, float | str | None] = field(default_factory=dict)
 
     image: Path | None = None
+    image_origin: ImageOrigin | None = None
     last_image: Path | None = None
     extend: Path | None = None
     backwards: bool = False
     edit: Path | None = None
     strength: float | None = None
+    input_fps: float | None = None
     reference_path: tuple[Path, ...] = ()
     mask_strategy: str | None = None
     align: int | None = None
+    cond_type: str | None = None
 
     loop: int | None = None
     condition_frame_length: int | None = None
@@ -136,6 +184,16 @@ class ClipRequest:
     def num_loops(self) -> int:
         """As asked for, or 1."""
         return 1 if self.loop is None else self.loop
+
+    @property
+    def shows_frames(self) -> bool:
+        """Whether it has frames that are kept, from the first loop on or from the second."""
+        return bool(self.image or self.last_image or self.extend or self.reference_path) or self.num_loops > 1
+
+    @property
+    def takes_over_frames(self) -> bool:
+        """Whether the clip goes on from frames of another, several of them."""
+        return self.extend is not None or (self.cond_type or "").startswith("v2v")
 
     @property
     def model_name(self) -> str:
@@ -153,14 +211,12 @@ class ClipRequest:
         Raises:
             OpenSoraError: no JSON, an unknown field (names the nearest), or a value of the wrong type.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise OpenSoraError(f"the request is not valid JSON: {error.msg} at line {error.lineno}") from None
-        return from_dict(cls, data, where="the request")
+        return from_dict(cls, parse_json(text, "the request"), where="the request")
 
     def separated(self) -> "ClipRequest":
         """The same with what the JSON object at the end of the prompt says in the fields, and a prompt without it.
+
+        A negative prompt of nothing but blanks is none.
 
         Raises:
             OpenSoraError: a broken object, or nothing beside it.
@@ -173,6 +229,7 @@ class ClipRequest:
         return replace(
             self,
             prompt=text.strip(),
+            negative_prompt=(self.negative_prompt or "").strip() or None,
             reference_path=paths or self.reference_path,
             mask_strategy=named.mask_strategy or self.mask_strategy,
         )
@@ -202,6 +259,7 @@ class ClipRequest:
             OpenSoraError: the first mistake.
         """
         check_dtype(self.dtype)
+        _check_lengths(self)
         if not 0 <= self.seed < 2**63:
             raise OpenSoraError(f"`seed` is {self.seed}, expected a number from 0 to 2^63 - 1")
         _check_size(self, file_format)
@@ -210,6 +268,23 @@ class ClipRequest:
         _check_loops(self)
         _check_references(self)
         self.texts()
+
+
+def _check_lengths(request: ClipRequest) -> None:
+    """Refuses texts longer than any that is meant, before they are looked into, and numbers beyond their limit."""
+    for name in ("prompt", "negative_prompt", "refined_prompt"):
+        if len(getattr(request, name) or "") > limits.PROMPT_CHARACTERS:
+            many, most = len(getattr(request, name)), limits.PROMPT_CHARACTERS
+            raise OpenSoraError(f"`{name}` has {many:,} characters, expected at most {most:,}")
+    for name in ("num_frames", "num_inference_steps", "cfg_channels", "resolution", "aspect_ratio", "mask_strategy"):
+        value = getattr(request, name)
+        if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+            raise OpenSoraError(f"`{name}` is {shown(value)}, expected at most {_MOST_CHARACTERS} characters")
+    for name, most in _LIMITS.items():
+        value = getattr(request, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and number > most:
+                check_count(f"`{name}`", number, most)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -231,31 +306,47 @@ def parse_steps(steps: int | str) -> int | str:
     """
     if isinstance(steps, str) and re.fullmatch(r"ddim\d+|\d+(,\d+)+", steps):
         return steps
-    if not re.fullmatch(r"\d+", str(steps)) or int(steps) < 1:
+    if isinstance(steps, str) and not re.fullmatch(r"\d+", steps, re.ASCII):
         raise OpenSoraError(
             f"`num_inference_steps` is {steps!r}, expected a number of at least 1 (or a respacing: ddim50)"
         )
-    return int(steps)
+    if isinstance(steps, str):
+        return parse_count("`num_inference_steps`", steps, limits.STEPS)
+    return check_count("`num_inference_steps`", steps, limits.STEPS)
 
 
 def parse_cfg_channels(channels: int | list[int] | str | None) -> int | list[int] | str | None:
-    """`"3"` -> 3, `"0,2"` -> [0, 2], `"2,"` -> [2]; "all", None, and what is parsed already, as they are.
+    """`"3"` -> 3, `"0,2"` -> [0, 2], `"2,"` -> [2]; "all", None, weights, and what is parsed already, as they are.
 
     Raises:
         OpenSoraError: anything else.
     """
-    if channels is None or channels == "all":
+    if channels is None or channels == "all" or isinstance(guided_channels(channels), dict):
         return channels
     text = channels if isinstance(channels, str | int) else f"{','.join(map(str, channels))},"
     parts = [part.strip() for part in str(text).split(",")]
     if len(parts) > 1 and not parts[-1]:
         parts.pop()
     if not all(re.fullmatch(r"-?\d+", part) for part in parts):
-        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected a number such as 3, indices such as 0,2, or all")
+        raise OpenSoraError(
+            f"`cfg_channels` is {channels!r}, expected a number such as 3, indices such as 0,2, weights such as "
+            "0:1,2:0.5, or all"
+        )
     numbers, are_indices = [int(part) for part in parts], "," in str(text)
     if min(numbers) < (0 if are_indices else 1):
         raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected at least one channel and no negative index")
     return numbers if are_indices else numbers[0]
+
+
+def guided_channels(channels: int | list[int] | str | None) -> int | list[int] | dict[int, float] | str | None:
+    """What the pipeline takes: `"0:1,2:0.5"` -> {0: 1.0, 2: 0.5}, all else as `parse_cfg_channels` made it."""
+    if not isinstance(channels, str) or ":" not in channels:
+        return channels
+    pairs = [re.fullmatch(r"\s*(\d+):(\d+(?:\.\d*)?|\.\d+)\s*", part) for part in channels.split(",")]
+    weights = {int(pair[1]): float(pair[2]) for pair in pairs if pair}
+    if len(weights) < len(pairs):
+        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected weights such as 0:1,2:0.5, each channel once")
+    return weights
 
 
 def _check_size(request: ClipRequest, file_format: str) -> None:
@@ -284,6 +375,7 @@ def _check_size(request: ClipRequest, file_format: str) -> None:
 
 def _check_sampling(request: ClipRequest) -> None:
     check_guidance_scale(request.guidance_scale)
+    check_guidance_scale(request.image_guidance_scale, "image_guidance_scale")
     if request.sampler is not None and request.sampler not in SAMPLERS:
         raise OpenSoraError(f"unknown sampler {request.sampler!r}{nearest_name(request.sampler, SAMPLERS)}")
     if request.num_inference_steps is not None:
@@ -292,10 +384,10 @@ def _check_sampling(request: ClipRequest) -> None:
         parse_cfg_channels(request.cfg_channels)
 
 
-def check_guidance_scale(scale: float | None) -> None:
+def check_guidance_scale(scale: float | None, name: str = "guidance_scale") -> None:
     """Raises `OpenSoraError` for a scale that no model can be guided by."""
     if scale is not None and not 0 <= scale < math.inf:
-        raise OpenSoraError(f"`guidance_scale` is {scale:g}, expected 0 or more")
+        raise OpenSoraError(f"`{name}` is {scale:g}, expected 0 or more")
 
 
 def _check_conditioning(request: ClipRequest) -> None:
@@ -308,6 +400,10 @@ def _check_conditioning(request: ClipRequest) -> None:
     if request.edit is None and request.strength is not None:
         raise OpenSoraError("`strength` says how much of a clip is edited; give the clip as `edit`")
     _check_share("strength", request.strength)
+    if request.input_fps is not None:
+        if not (request.extend or request.edit or request.reference_path):
+            raise OpenSoraError("`input_fps` says at which rate a video is taken; give one as `extend` or `edit`")
+        check_fps(request.input_fps, "mp4", "`input_fps`")
     if request.backwards and request.extend is None:
         raise OpenSoraError("`backwards` says where a clip is extended; give the clip as `extend`")
     end, name = ("last", "last_image") if request.backwards else ("first", "image")
@@ -318,6 +414,12 @@ def _check_conditioning(request: ClipRequest) -> None:
 def _check_references(request: ClipRequest) -> None:
     paths, strategy = request.reference_path, request.mask_strategy or ""
     placements = parse_mask_strategy(strategy)
+    if request.cond_type is not None:
+        if placements or request.align is not None:
+            raise OpenSoraError("`cond_type` says where frames go; leave out `mask_strategy` and `align`")
+        check_condition_type(request.cond_type, len(paths))
+        _check_one_way(request)
+        return
     if not paths and not placements:
         if request.align is not None:
             raise OpenSoraError("`align` moves the frames of `reference_path`; give one, and `mask_strategy`")
@@ -339,6 +441,10 @@ def _check_references(request: ClipRequest) -> None:
                 f"the mask strategy {strategy!r} takes reference {placement.reference} (0 is the first), "
                 f"but `reference_path` names {len(paths)}"
             )
+    _check_one_way(request)
+
+
+def _check_one_way(request: ClipRequest) -> None:
     if request.image or request.last_image or request.extend or request.edit:
         raise OpenSoraError(
             "frames are given in two ways: by `image`, `extend` or `edit`, and by references with a mask strategy; "
@@ -353,7 +459,7 @@ def _check_loops(request: ClipRequest) -> None:
     if length is not None:
         if length < 1:
             raise OpenSoraError(f"`condition_frame_length` is {length}, expected 1 or more")
-        if request.loop is None and request.extend is None:
+        if request.loop is None and not request.takes_over_frames:
             raise OpenSoraError("`condition_frame_length` is for `loop` and `extend`; give one of them")
     _check_share("condition_frame_edit", request.condition_frame_edit)
     if request.condition_frame_edit is not None and request.loop is None:

@@ -5,6 +5,7 @@ Names mean what they mean to the users of the model at hand: whether 9:16 is lan
 cells (240x424); so are they here.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from opensora.geometry import (
     resolve_image_size,
     table_size,
 )
+from opensora.models.text.prompts import SCORE_WORDS
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -47,7 +49,13 @@ class ClipSize:
     save_fps: float | None
 
 
-def resolve_size(request: ClipRequest, config: Any, rule: SizeRule, edited_frames: int | None = None) -> ClipSize:
+EditedFrames = Callable[[float], int]
+"""Length of the clip that is edited, for a new one that plays at so many frames a second."""
+
+
+def resolve_size(
+    request: ClipRequest, config: Any, rule: SizeRule, edited_frames: EditedFrames | None = None
+) -> ClipSize:
     """The size asked for, completed by the model's defaults.
 
     Args:
@@ -62,7 +70,8 @@ def resolve_size(request: ClipRequest, config: Any, rule: SizeRule, edited_frame
     fps = float(config.fps if request.fps is None else request.fps)
     interval = config.frame_interval if request.frame_interval is None else request.frame_interval
     (height, width), nominal = _image_size(request, config, rule)
-    num_frames = _num_frames(request, config, rule, fps / interval, edited_frames)
+    edited = None if edited_frames is None else edited_frames(request.save_fps or fps / interval)
+    num_frames = _num_frames(request, config, rule, fps / interval, edited)
     VideoSize(num_frames, height, width).check(rule)
     return ClipSize(num_frames, height, width, nominal, fps, interval, request.save_fps)
 
@@ -97,7 +106,7 @@ def _num_frames(request: ClipRequest, config: Any, rule: SizeRule, rate: float, 
     return nearest if nearest <= edited_frames else max(nearest - rule.frame_multiple, 1)
 
 
-def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: int | None = None) -> Sampling:
+def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: EditedFrames | None = None) -> Sampling:
     """What was asked for, completed by the model's own defaults.
 
     Args:
@@ -110,17 +119,60 @@ def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: int |
     """
     config, steps, channels = pipe.config, request.num_inference_steps, request.cfg_channels
     default_channels: Any = pipe.default_cfg_channels
+    own_scale = (config.guidance_options or {}).get("image_guidance_scale")
     return Sampling(
         **asdict(resolve_size(request, config, pipe.size_rule(), edited_frames)),
         num_inference_steps=config.num_inference_steps if steps is None else parse_steps(steps),
         guidance_scale=config.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        image_guidance_scale=own_scale if request.image_guidance_scale is None else request.image_guidance_scale,
         cfg_channels=default_channels if channels == "default" else parse_cfg_channels(channels),
         sampler=request.sampler,
-        scores={**(config.scores or {}), **request.scores} or None,
+        scores={**(config.scores or {}), **(pipe.rated_scores(request.scores, request.fps) or {})} or None,
         num_loops=request.num_loops,
         condition_frames=request.condition_frame_length,
         condition_strength=request.condition_frame_edit or 0.0,
+        input_fps=request.input_fps,
     )
+
+
+def check_effects(request: ClipRequest, sampling: Sampling) -> None:
+    """Finds wishes that would change nothing beside the others.
+
+    Args:
+        request: what was asked for.
+        sampling: what it comes to.
+
+    Raises:
+        OpenSoraError: the first such wish.
+    """
+    unguided = f"`guidance_scale` is 1{'' if request.guidance_scale == 1 else ' in this model'}, which is no guidance"
+    lasting = isinstance(request.num_frames, str) and request.num_frames.strip().endswith("s")
+    without_effect = {
+        "negative_prompt": (sampling.guidance_scale == 1 and bool(request.negative_prompt), unguided),
+        "cfg_channels": (sampling.guidance_scale == 1 and request.cfg_channels != "default", unguided),
+        "image_guidance_scale": (
+            request.image_guidance_scale is not None and not request.shows_frames,
+            "the clip is conditioned on no frames",
+        ),
+        "condition_frame_length": (
+            request.condition_frame_length is not None and request.num_loops == 1 and not request.takes_over_frames,
+            "nothing is carried over: `loop` is 1",
+        ),
+        "condition_frame_edit": (
+            request.condition_frame_edit is not None and request.num_loops == 1,
+            "nothing is carried over: `loop` is 1",
+        ),
+        "frame_interval": (
+            request.frame_interval is not None and request.save_fps is not None and not lasting,
+            "`save_fps` says how fast the file plays",
+        ),
+    }
+    for name, (is_so, reason) in without_effect.items():
+        if is_so:
+            raise OpenSoraError(f"`{name}` has no effect: {reason}; leave one of them out")
+    for name in request.scores:
+        if all(SCORE_WORDS.get(name, name) in text for text in request.texts()):
+            raise OpenSoraError(f"the prompt says its {SCORE_WORDS[name].rstrip(':.')} already; say it once")
 
 
 def total_frames(pipe: "OpenSoraPipeline", sampling: Sampling) -> int:

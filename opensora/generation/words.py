@@ -15,14 +15,15 @@ def check_bundled_words(model: str, texts: Sequence[str]) -> None:
     Raises:
         OpenSoraError: an unknown word, or none at all.
     """
-    from opensora.toybox.captions import describe_vocabulary, unknown_words, words_of
+    from opensora.toybox.captions import describe_vocabulary, language_of, unknown_words, words_of
 
+    known = describe_vocabulary(language=language_of("".join(texts)))
     unknown = list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
     if unknown:
-        raise OpenSoraError(f"{model} does not know: {', '.join(unknown)}. It knows {describe_vocabulary()}")
+        raise OpenSoraError(f"{model} does not know: {', '.join(unknown)}. It knows {known}")
     for text in texts:
         if not words_of(text):
-            raise OpenSoraError(f"the prompt {text!r} holds no word. {model} knows {describe_vocabulary()}")
+            raise OpenSoraError(f"the prompt {text!r} holds no word. {model} knows {known}")
 
 
 def check_words(pipe: "OpenSoraPipeline", texts: Sequence[str]) -> None:
@@ -31,11 +32,12 @@ def check_words(pipe: "OpenSoraPipeline", texts: Sequence[str]) -> None:
     Raises:
         OpenSoraError: a word that the model's tokenizer does not know.
     """
-    from opensora.toybox.captions import VOCABULARY, describe_vocabulary
+    from opensora.toybox.captions import VOCABULARY, describe_vocabulary, language_of
 
     try:
         pipe.text_conditioner.check_words(texts)
     except OpenSoraError as error:
         if set(VOCABULARY) <= pipe.tokenizer.get_vocab().keys():
-            raise OpenSoraError(f"{error}. It knows {describe_vocabulary()}") from None
+            known = describe_vocabulary(language=language_of("".join(texts)))
+            raise OpenSoraError(f"{error}. It knows {known}") from None
         raise

@@ -1,34 +1,23 @@
-"""Chosen frames of a clip, and what a clip is: read by content, whatever the file is called.
+"""What a clip is, and chosen frames of it: the one reader of pictures and videos, by content, whatever they are called.
 
-A video is opened at the keyframe before the first frame that is wanted and decoded no further than the last. Which
-frame that is follows from the times of all packets, which are read first without being decoded; files that carry no
-usable times are decoded from their beginning and counted. Frames are numbered in the order in which they are seen.
-Pictures are read by Pillow and are clips of one frame. What the file notes about rotation is applied.
+`ClipFile` looks into a file without decoding it; generating, training and scans read frames through it alone. A picture
+is a clip of one frame. A clip can be read at another rate than its own: then its frames are those that are seen when
+they are due, so that what takes two seconds still does.
 """
 
-import contextlib
-import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from opensora.errors import OpenSoraError
-from opensora.media.write import TRUE_SIZE_KEY
-
-# Animations among these are not pictures; FFmpeg reads those of gif.
-_PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# What the libraries raise for files that are broken or something else.
-_BROKEN = (
-    *(av.FFmpegError, Image.DecompressionBombError, struct.error),
-    *(EOFError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError),
-)
-# A damaged header may ask for any amount of memory; this is 16 times 4k.
-_MOST_PIXELS = 2**27
+from opensora.media.animations import Pictures, notes_in
+from opensora.media.opening import open_picture
+from opensora.media.timing import Timeline, WrittenClip
+from opensora.media.video import Video
 
 
 @dataclass(frozen=True)
@@ -36,15 +25,90 @@ class ClipFacts:
     """What a file holds.
 
     Attributes:
-        num_frames: 1 for a picture.
+        num_frames: at `fps`; 1 for a picture.
         height, width: in pixels, as seen.
-        fps: frames per second; None for a picture.
+        fps: frames per second; None for a picture. Where the rate varies, that of the frames that follow each other
+            fast.
+        is_variable: the rate varies.
+        notes: what is done to its frames that a user may not expect.
     """
 
     num_frames: int
     height: int
     width: int
     fps: float | None
+    is_variable: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def timeline(self) -> Timeline:
+        """As if all its frames were seen equally long."""
+        return replace(Timeline.even(self.num_frames, self.fps), is_variable=self.is_variable)
+
+
+class ClipFile:
+    """A picture or a video, looked into but not decoded.
+
+    Attributes:
+        path: of the file.
+        is_picture: a picture that does not move, and no video of one frame.
+        timeline: when its frames are on screen, numbered in the order in which they are seen.
+        fps: frames per second of its own; None for a picture of another program. Where the rate varies, that of the
+            frames that follow each other fast.
+
+    Raises:
+        OpenSoraError: the reason why it cannot be read; the message does not name the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with open_picture(path) as image:
+            written = None if image is None else WrittenClip.of(notes_in(image))
+            moves = image is not None and image.format == "GIF" and getattr(image, "is_animated", False)
+            source = None if image is None or moves else Pictures.of(self.path, image, written)
+        self._source: Pictures | Video = source or Video.of(self.path, as_noted=written is not None)
+        self.timeline = self._source.timeline
+        if written is not None:
+            written.check_lasts(self.timeline)
+            self.timeline = Timeline.even(written.num_frames, written.fps)
+        self.fps = self.timeline.fps
+        self.is_picture = source is not None and self.timeline.num_frames == 1
+
+    @property
+    def notes(self) -> list[str]:
+        """What is done to its frames that a user may not expect; complete once those that are wanted are read."""
+        return self._source.notes
+
+    def num_frames(self, fps: float | None = None) -> int:
+        """Frames of a clip of that rate that lasts as long; None is its own rate."""
+        return self.timeline.count(fps)
+
+    def frames(self, indices: Sequence[int], fps: float | None = None) -> Iterator[np.ndarray]:
+        """Some frames, uint8 (H, W, 3) each, one after the other, decoded as they are asked for.
+
+        Args:
+            indices: which of a clip of that rate, ascending; the first is 0.
+            fps: the rate; None for its own.
+
+        Raises:
+            OpenSoraError: the reason why one of them cannot be read; the message does not name the file.
+        """
+        seen = self.timeline.at(indices, fps)
+        if self.timeline is not self._source.timeline:  # equal frames are written as one picture
+            seen = self._source.timeline.seen_at((np.asarray(seen, float) + 0.5) / (self.fps or 1.0))
+        decoded = zip(stored := list(dict.fromkeys(seen)), self._source.decode(stored), strict=True)
+        last, frame, shape = -1, np.empty(0), ()
+        for index in seen:
+            if index != last:
+                last, frame = next(decoded)
+                shape = shape or frame.shape
+            if frame.shape != shape:
+                raise OpenSoraError(f"changes its size from {_size(shape)} to {_size(frame.shape)} at frame {index}")
+            yield frame
+
+    def decode_all(self) -> Iterator[np.ndarray]:
+        """Every frame that the file stores, to see whether it is whole."""
+        return self._source.decode_all()
 
 
 def probe(path: str | Path, verify: Literal["count", "decode"] = "count") -> ClipFacts:
@@ -57,194 +121,63 @@ def probe(path: str | Path, verify: Literal["count", "decode"] = "count") -> Cli
     Raises:
         OpenSoraError: the reason why it cannot be used; the message does not name the file.
     """
-    with _explained():
-        if is_picture(path):
-            image = read_picture(path)
-            return ClipFacts(1, image.height, image.width, None)
-        packets = _Packets.of(path)
-        with _open(path) as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            num_decoded, height, width = 0, 0, 0
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise OpenSoraError(f"damaged at frame {num_decoded}")
-                if num_decoded == 0:
-                    height, width, _ = _pixels(frame, container).shape
-                num_decoded += 1
-                if verify == "count":
-                    break
-        if num_decoded == 0:
-            raise OpenSoraError("no frame can be decoded")
-        if verify == "decode" and num_decoded < packets.count:
-            raise OpenSoraError(f"{num_decoded} of {packets.count} frames can be decoded")
-        num_frames = packets.count if verify == "count" else num_decoded
-        if num_frames > 1 and not rate:
-            raise OpenSoraError("no frame rate")
-        return ClipFacts(num_frames, height, width, float(rate) if rate else None)
+    clip = ClipFile(path)
+    height, width = next(clip.frames([0])).shape[:2]
+    if verify == "decode":
+        for frame in clip.decode_all():
+            frame[0, 0, 0]
+    if clip.is_picture:
+        return ClipFacts(1, height, width, None, notes=tuple(clip.notes))
+    if clip.num_frames() > 1 and not clip.fps:
+        raise OpenSoraError("no frame rate")
+    return ClipFacts(clip.num_frames(), height, width, clip.fps, clip.timeline.is_variable, tuple(clip.notes))
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether Pillow knows it as a picture that does not move.
+    """Whether it is a picture that does not move.
 
     Raises:
-        OpenSoraError: the file cannot be opened, or it moves and nothing here can read it.
+        OpenSoraError: the file cannot be read.
     """
-    with _explained(), contextlib.suppress(UnidentifiedImageError), Image.open(path, formats=_PICTURES) as image:
-        if not getattr(image, "is_animated", False):
-            return True
-        if image.format != "GIF":
-            raise OpenSoraError(f"an animated {str(image.format).lower()}; convert it to mp4")
-    return False
+    return ClipFile(path).is_picture
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The whole picture, RGB, the right way up.
+    """The whole picture, RGB, the right way up; of a clip, its first frame.
 
     Raises:
         OpenSoraError: the reason why it cannot be read; the message does not name the file.
     """
-    with _explained(), Image.open(path, formats=_PICTURES) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return Image.fromarray(next(ClipFile(path).frames([0])))
 
 
-def read_frames(path: str | Path, indices: Sequence[int], num_frames: int) -> Iterator[np.ndarray]:
+def read_frames(
+    path: str | Path, indices: Sequence[int], num_frames: int, fps: float | None = None
+) -> Iterator[np.ndarray]:
     """Some frames of a video, uint8 (H, W, 3) each, one after the other.
 
     Args:
         path: of the file.
         indices: which, ascending; the first is 0.
-        num_frames: as many the file is said to have.
+        num_frames: as many the file is said to have,
+        fps: at this rate; None for its own.
 
     Raises:
         OpenSoraError: the reason why one of them cannot be read; the message does not name the file.
     """
-    with _explained():
-        packets = _Packets.of(path)
-        if packets.count < num_frames:
-            raise OpenSoraError(f"{packets.count} of {num_frames} frames are there")
-        times = [packets.times[index] for index in indices] if packets.times is not None else []
-        done = 0
-        for clock in range(2):  # most formats seek by the first, some by the second
-            if done < len(times):
-                for frame in _sought(path, times[done:], packets.keyframes, clock):
-                    yield frame
-                    done += 1
-        if done < len(indices):
-            yield from _counted(path, indices[done:])
+    clip = ClipFile(path)
+    check_length(clip.timeline, num_frames, fps)
+    yield from clip.frames(indices, fps)
 
 
-@dataclass(frozen=True)
-class _Packets:
-    """The frames of a file before they are decoded.
-
-    Attributes:
-        count: how many.
-        times: of all, in the order in which they are seen; None where the file does not tell.
-        keyframes: (when it is seen, when it is decoded) of frames that need no other.
-    """
-
-    count: int
-    times: list[int] | None
-    keyframes: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, path: str | Path) -> "_Packets":
-        with _open(path) as container:
-            stream = container.streams.video[0]
-            packets = [packet for packet in container.demux(stream) if packet.size]  # the last is empty
-            promised = stream.frames
-        whole = [packet for packet in packets if not packet.is_corrupt]
-        if len(whole) < promised:
-            raise OpenSoraError(f"truncated: {len(whole)} of {promised} frames are there")
-        shown = [packet for packet in whole if not packet.is_discard]
-        first = min((packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None), default=None)
-        if first is not None:  # what is seen before the first keyframe cannot be decoded
-            shown = [packet for packet in shown if packet.pts is None or packet.pts >= first]
-        times = [packet.pts for packet in shown if packet.pts is not None]
-        known = len(times) == len(set(times)) == len(shown)
-        keyframes = [(p.pts, p.dts) for p in shown if p.is_keyframe and p.pts is not None and p.dts is not None]
-        return cls(len(shown), sorted(times) if known else None, keyframes)
+def check_length(timeline: Timeline, num_frames: int, fps: float | None = None) -> None:
+    """Raises `OpenSoraError` for a clip shorter than somebody said, at this rate or its own."""
+    there, plays_so = timeline.count(fps), timeline.plays_at(fps)
+    # Tables round their rates, and count what is stored: a frame in a hundred may be missing at its end.
+    if there + (0 if plays_so else 1 + num_frames // 100) < num_frames:
+        at_rate = "" if plays_so or fps is None else f" at {fps:g} fps (it plays at {timeline.fps or 0:g})"
+        raise OpenSoraError(f"truncated: {there} of {num_frames} frames are there{at_rate}")
 
 
-def _sought(
-    path: str | Path, times: Sequence[int], keyframes: Sequence[tuple[int, int]], clock: int
-) -> Iterator[np.ndarray]:
-    """The frames of these times, until one is not found; sought by when they are seen (clock 0) or decoded (1)."""
-    before = [keyframe for keyframe in keyframes if keyframe[0] <= times[0]]
-    if not before:
-        return
-    waiting = iter(times)
-    wanted = next(waiting)
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        container.seek(max(before)[clock], stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.pts > wanted or (frame.pts == wanted and frame.is_corrupt):
-                return
-            if frame.pts == wanted:
-                yield _pixels(frame, container)
-                wanted = next(waiting, None)
-                if wanted is None:
-                    return
-
-
-def _counted(path: str | Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """The frames of these numbers, decoded from the beginning."""
-    waiting = iter(indices)
-    wanted, index = next(waiting), -1
-    with _open(path) as container:
-        for index, frame in enumerate(container.decode(container.streams.video[0])):
-            if index == wanted:
-                if frame.is_corrupt:
-                    raise OpenSoraError(f"damaged at frame {index}")
-                yield _pixels(frame, container)
-                wanted = next(waiting, None)
-                if wanted is None:
-                    return
-    raise OpenSoraError(f"truncated: ends after {index + 1} frames, frame {wanted} is wanted")
-
-
-def _open(path: str | Path) -> Any:
-    # Absolute, because FFmpeg takes "12:30.mp4" for an address; and what calls itself a clip may be a list of those.
-    container = av.open(str(Path(path).absolute()), options={"protocol_whitelist": "file"})
-    if not container.streams.video:
-        container.close()
-        raise OpenSoraError("no video in it")
-    context = container.streams.video[0].codec_context
-    if context is None:
-        container.close()
-        raise OpenSoraError("nobody knows how its video is coded")
-    context.thread_count = 1  # clips are read side by side, one thread each
-    context.options = {"max_pixels": str(_MOST_PIXELS)}
-    return container
-
-
-def _pixels(frame: Any, container: Any) -> np.ndarray:
-    """(H, W, 3) uint8, the right way up."""
-    pixels = frame.to_ndarray(format="rgb24")
-    if true_size := container.metadata.get(TRUE_SIZE_KEY):
-        height, width = (int(side) for side in true_size.split("x"))
-        pixels = pixels[:height, :width]
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what the libraries raise for a broken file into an `OpenSoraError` with the reason alone."""
-    try:
-        yield
-    except OpenSoraError:
-        raise
-    except FileNotFoundError:
-        raise OpenSoraError("the file does not exist") from None
-    except (UnidentifiedImageError, av.InvalidDataError) as error:
-        raise OpenSoraError("not a video or a picture, or damaged beyond reading") from error
-    except OSError as error:
-        raise OpenSoraError(_one_line(error.strerror or str(error))) from error
-    except _BROKEN as error:
-        raise OpenSoraError(f"damaged: {_one_line(str(error)) or type(error).__name__}") from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]}"

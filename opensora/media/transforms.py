@@ -5,6 +5,7 @@ point by point, which is fast and what the models saw. The two also round a crop
 at most, and kept. Videos are tensors whose last two dimensions are height and width; what stands before is free.
 """
 
+import logging
 import math
 import random
 from typing import Any
@@ -15,6 +16,9 @@ from PIL import Image
 from torch.nn import functional
 
 from opensora.errors import OpenSoraError
+from opensora.media.pictures import upright_rgb
+
+logger = logging.getLogger(__name__)
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -38,7 +42,8 @@ def to_pixels(frames: np.ndarray) -> np.ndarray:
 def clips_of(frames: Any, height: int, width: int, *, pictures: bool = False) -> list[torch.Tensor]:
     """Clips or pictures as people hold them in memory, as videos in [-1, 1], float32 (3, T, height, width).
 
-    They are resized and cropped to that size, a single picture as `fill_image` does it, a clip as `fill_video`.
+    They are resized and cropped to that size, a single picture as `fill_image` does it, a clip as `fill_video`. PIL
+    images are taken as people see them, see `media.pictures`.
 
     Args:
         frames: one clip: PIL images, an array (T, H, W, 3), a tensor (T, 3, H, W), or a list of arrays (H, W, 3) or
@@ -89,7 +94,10 @@ def _as_array(frames: Any) -> np.ndarray | None:
         alike = len(found) == len(parts) and len({(part.shape, part.dtype) for part in found}) == 1
         return np.concatenate(found) if alike else None
     if isinstance(frames, Image.Image):
-        frames = np.asarray(frames.convert("RGB"))
+        picture, notes = upright_rgb(frames)
+        for note in notes:
+            logger.warning("picture: %s", note)
+        frames = np.asarray(picture)
     elif isinstance(frames, torch.Tensor) and frames.ndim > 2:
         frames = frames.detach().cpu().movedim(-3, -1)
         frames = (frames.float() if frames.is_floating_point() else frames).numpy()

@@ -103,16 +103,37 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (-sin, +sin of each pair) of positions 0 .. length - 1; two (length, d), float32."""
-        positions = torch.arange(length, dtype=torch.float32, device=self.freqs.device)
-        angles = positions[:, None] * self.frequencies(self.freqs.device)
+        return self.grid(torch.arange(length, dtype=torch.float32, device=self.freqs.device))
+
+    def grid(self, *positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for all points of a grid; each axis turns d features of its own, one after the other.
+
+        Args:
+            positions: of each axis, (N_i,) float32.
+
+        Returns:
+            Two (product of all N_i, d times the number of axes), float32, the last axis fastest.
+        """
+        frequencies = self.frequencies(positions[0].device)
+        points = torch.stack(torch.meshgrid(*positions, indexing="ij"), dim=-1)
+        angles = (points[..., None] * frequencies).flatten(-2).flatten(0, -2)
         cos, sin = angles.cos(), angles.sin()
         return torch.stack([cos, cos], dim=-1).flatten(1), torch.stack([-sin, sin], dim=-1).flatten(1)
 
 
-def rotate(hidden_states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn every pair of features by its position's angle; `hidden_states` (..., N, d), `rope` of `RotaryEmbedding`."""
+def rotate(hidden_states: Tensor, rope: tuple[Tensor, Tensor], *, halves: bool = False) -> Tensor:
+    """Turn every pair of features by its position's angle.
+
+    Args:
+        hidden_states: (..., N, d).
+        rope: cosines and signed sines (N, d), as of `RotaryEmbedding`.
+        halves: feature j is paired with feature j + d / 2, in place of neighbours with each other.
+    """
     cos, sin = (table.to(hidden_states.dtype) for table in rope)
-    swapped = hidden_states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    if halves:
+        swapped = hidden_states.roll(hidden_states.shape[-1] // 2, dims=-1)
+    else:
+        swapped = hidden_states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(hidden_states * cos, swapped, sin)
 
 
@@ -152,15 +173,18 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         """
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
         qkv = qkv.movedim((-3, dim), (0, -2)).contiguous()  # (3, batch axes, H, N, d); one copy here saves ten later
-        batch = qkv.shape[1:-3]
-        query, key, value = qkv.flatten(1, -4).unbind()
+        attended = self.attend_all(qkv.flatten(1, -4), rope).unflatten(0, qkv.shape[1:-3])
+        return self.proj(attended.movedim(-2, dim).flatten(-2))
+
+    def attend_all(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Every token attends to all, (3, B, H, N, d) to (B, H, N, d); `rope` holds tables of the N positions."""
+        query, key, value = qkv.unbind()
         if rope is not None and self.rotate_before_norm:
             query, key = rotate(query, rope), rotate(key, rope)
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None and not self.rotate_before_norm:
             query, key = rotate(query, rope), rotate(key, rope)
-        attended = attend(query, key, value, backend=self.processor).unflatten(0, batch)
-        return self.proj(attended.movedim(-2, dim).flatten(-2))
+        return attend(query, key, value, backend=self.processor)
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):
@@ -193,13 +217,13 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
 
         Args:
             hidden_states: (B, ..., D).
-            keys_values: from `project_text`.
-            bias: (B, 1, 1, L) of `text_bias`, None = every token counts.
+            keys_values: from `project_text`; of a text for every sample, or for every entry of the first axes.
+            bias: of `text_bias`, one for each text; None = every token counts.
 
         Returns:
             Same shape as `hidden_states`.
         """
-        query = self.q_linear(hidden_states).view(len(hidden_states), -1, self.num_heads, keys_values[0].shape[-1])
+        query = self.q_linear(hidden_states).view(len(keys_values[0]), -1, self.num_heads, keys_values[0].shape[-1])
         attended = attend(query.transpose(1, 2), *keys_values, bias, self.processor)
         return self.proj(attended.transpose(1, 2).reshape(hidden_states.shape))
 

@@ -15,12 +15,21 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from opensora.errors import OpenSoraError
-from opensora.models import stdit, stdit2, stdit3
+from opensora.models import mmdit_format, stdit, stdit2, stdit3, stdit4
 from opensora.models.autoencoders.formats import FORMATS as AUTOENCODERS
 from opensora.models.format import LIBRARIES, Format, Kind
-from opensora.models.text import t5_format
+from opensora.models.text import clip_format, t5_format
 
-FORMATS: tuple[Format, ...] = (stdit3.FORMAT, stdit2.FORMAT, stdit.FORMAT, *AUTOENCODERS, t5_format.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    mmdit_format.FORMAT,
+    stdit4.FORMAT,
+    stdit3.FORMAT,
+    stdit2.FORMAT,
+    stdit.FORMAT,
+    *AUTOENCODERS,
+    t5_format.FORMAT,
+    clip_format.FORMAT,
+)
 """Of this package, of each kind the newest first; weights are compared with them in this order."""
 
 _GROUP = "opensora.families"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -17,9 +17,16 @@ from transformers import PretrainedConfig
 from opensora.errors import OpenSoraError
 
 Kind = Literal["transformer", "autoencoder", "text_encoder"]
+
+
+def kind_of_place(place: str) -> Kind:
+    """What a component is, whichever it is of several: "text_encoder" for "text_encoder_2"."""
+    return cast(Kind, place.rstrip("_0123456789"))
+
+
 LIBRARIES = ("diffusers", "transformers")
 """Those whose classes are components as well as this package's."""
-Part = Literal["qk_norm", "temporal_blocks", "conditions", "last_layer"]
+Part = Literal["qk_norm", "temporal_blocks", "conditions", "first_layer", "last_layer"]
 """Parts of a transformer that weights may lack which training starts from."""
 
 REFERENCE_OPTIONS = {
@@ -87,7 +94,7 @@ class Format:
 
     Attributes:
         cls: the class of the network.
-        kind: its place in a pipeline.
+        kind: its place in a pipeline; None for a class that nothing is known of.
         summary: family and version in a few words.
         prefixes: every one of them begins the name of some tensor of the family's files, of no other's.
         lora_targets: parts of the names of the linear layers that get an adapter where nobody says which.
@@ -101,7 +108,7 @@ class Format:
     """
 
     cls: type[nn.Module]
-    kind: Kind
+    kind: Kind | None = None
     summary: str
     prefixes: tuple[str, ...] = ()
 
@@ -129,6 +136,7 @@ class Format:
 
     def identity(self, config: dict[str, Any], unsure: dict[str, str], **more: Any) -> Identity:
         """The identity of a network of this family."""
+        assert self.kind is not None, "a family that is recognised has its place in a pipeline"
         return Identity(self.kind, self.summary, self.library, self.cls.__name__, config, unsure, **more)
 
     @property
@@ -190,8 +198,8 @@ class Format:
         """
         return weights
 
-    def from_ancestor(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of an image model or an earlier generation, which training starts from, under this family's names."""
+    def from_ancestor(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of an image model or an earlier generation, which training starts from, as `model` names them."""
         return weights
 
     # --- parts ---

@@ -1,10 +1,13 @@
 """Which latent channels classifier-free guidance touches, and by which rule.
 
 A *rule* of guidance names the branches of the network that it needs at a step, and makes one prediction of theirs
-(:class:`GuidanceRule`). The rule here has two: with the text (``"text"``) and without it (``"null"``). A *guider* of
-diffusers turns the two into one; :class:`ChannelGuidance` lets it do so on the chosen latent channels only. The other
-latent channels keep the conditional prediction, and so do the variance channels of a learned-variance network, which no
-guider ever sees. The first Open-Sora sampler guided 3 of 4 latent channels; its rectified-flow samplers guide all.
+(:class:`GuidanceRule`). A branch is the network reading one thing: the text (``"text"``), no text or the negative
+prompt (``"null"``), neither that nor any known frame (``"unconditional"``), or what else a text conditioner has. Rules
+are the guiders of diffusers (:class:`GuiderRule`), those of :mod:`opensora.models.guidance_rules`, and any of a user's.
+
+:class:`ChannelGuidance` restricts any rule to the chosen latent channels. The other latent channels keep the
+conditional prediction, and so do the variance channels of a learned-variance network, which no rule then ever sees. The
+first Open-Sora sampler guided 3 of 4 latent channels; its rectified-flow samplers guide all.
 
 Letters: B batch, C latent channels, T frames, H rows, W columns, s guidance scale.
 Default rule (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598, with s = 1 + w): ``uncond + s * (cond - uncond)``.
@@ -18,7 +21,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeGuard, cast
 
 import torch
 
@@ -27,8 +30,8 @@ from opensora.errors import OpenSoraError
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 
-CfgChannels: TypeAlias = int | Sequence[int] | Literal["all"] | None
-"""The first k latent channels, these channels, or all of them (``None`` and ``"all"`` mean the same)."""
+CfgChannels: TypeAlias = int | Sequence[int] | Mapping[int, float] | Literal["all"] | None
+"""The first k latent channels, these, these with a weight each, or all of them (``None`` and ``"all"``)."""
 
 
 class NotGiven(enum.Enum):
@@ -44,8 +47,8 @@ def merge_cfg_channel_alias(
     cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
     cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
     *,
-    default: CfgChannels = None,
-) -> CfgChannels:
+    default: CfgChannels | NotGiven = None,
+) -> CfgChannels | NotGiven:
     """Return the one of ``cfg_channels`` and its older spelling ``cfg_channel`` that was given, else ``default``.
 
     Raises:
@@ -66,7 +69,7 @@ def resolve_cfg_channels(cfg_channels: CfgChannels, latent_channels: int) -> tup
 
     Args:
         cfg_channels: an int k for the first k latent channels, a sequence of distinct indices in
-            [0, ``latent_channels``), or ``None`` / ``"all"`` for every latent channel.
+            [0, ``latent_channels``) or a weight for each, or ``None`` / ``"all"`` for every latent channel.
         latent_channels: C, the number of latent channels (without variance channels).
 
     Returns:
@@ -82,7 +85,7 @@ def resolve_cfg_channels(cfg_channels: CfgChannels, latent_channels: int) -> tup
     expected = (
         f"expected a count from 1 to {latent_channels}, distinct indices from 0 to {latent_channels - 1}, or 'all'"
     )
-    if isinstance(cfg_channels, str | bytes | bool) or not isinstance(cfg_channels, int | Sequence):
+    if isinstance(cfg_channels, str | bytes | bool) or not isinstance(cfg_channels, int | Sequence | Mapping):
         raise OpenSoraError(f"got cfg_channels={cfg_channels!r}; {expected}")
     if isinstance(cfg_channels, int):
         if not 1 <= cfg_channels <= latent_channels:
@@ -134,11 +137,11 @@ def default_guider(
         )
 
 
-def check_guidance_scale(guidance_scale: float) -> None:
-    """Raise :class:`OpenSoraError` unless ``guidance_scale`` is a finite number >= 0."""
-    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-    if not is_number or not math.isfinite(guidance_scale) or guidance_scale < 0:
-        raise OpenSoraError(f"got guidance_scale={guidance_scale!r}; expected a finite number >= 0 (1 = no guidance)")
+def check_guidance_scale(scale: float, name: str = "guidance_scale") -> None:
+    """Raise :class:`OpenSoraError` unless a scale is a finite number >= 0."""
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not math.isfinite(scale) or scale < 0:
+        raise OpenSoraError(f"got {name}={scale!r}; expected a finite number >= 0 (1 = no guidance)")
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,16 @@ class GuidanceStep:
         index: of the step, from 0.
         num_steps: of the run.
         timestep: that the network is told.
+        conditioned: whether known frames are shown to the network in channels beside the noise.
+        clips_known: for each clip of the batch, whether several of these follow each other, that is, they are no
+            pictures; a single one is for all clips.
     """
 
     index: int
     num_steps: int
     timestep: torch.Tensor | float
+    conditioned: bool = False
+    clips_known: tuple[bool, ...] = (False,)
 
 
 class GuidanceRule(Protocol):
@@ -178,28 +186,23 @@ class GuidanceRule(Protocol):
         ...
 
 
-class ChannelGuidance:
-    """A diffusers guider restricted to some latent channels.
+class GuiderRule:
+    """A guider of diffusers as a rule: the prediction with the text against the one without it.
 
     Any guider whose rule needs nothing but the conditional and the unconditional prediction works:
     ``ClassifierFreeGuidance``, ``AdaptiveProjectedGuidance``, ``ClassifierFreeZeroStarGuidance`` and their relatives.
-    The guider sees the guided channels alone, so norms, projections and standard deviations are taken over them.
 
     Whenever a guider is off (disabled, scale 1, or outside its start/stop interval) the result is the conditional
     prediction, bit for bit, and the unconditional branch is not computed.
 
     Args:
         guider: instance of a ``diffusers.guiders`` class; ``None`` means no guidance at all.
-        cfg_channels: see :func:`resolve_cfg_channels`.
-        latent_channels: C, the number of latent channels.
 
     Raises:
-        OpenSoraError: channels outside the latent, a negative scale, or a guider that needs further network passes.
+        OpenSoraError: a negative scale, or a guider that needs further network passes.
     """
 
-    def __init__(self, guider: "BaseGuidance | None", cfg_channels: CfgChannels, latent_channels: int) -> None:
-        self.latent_channels = latent_channels
-        self.channels = resolve_cfg_channels(cfg_channels, latent_channels)
+    def __init__(self, guider: "BaseGuidance | None") -> None:
         if guider is not None:
             _check_guider(guider)
         self.guider = guider
@@ -212,26 +215,12 @@ class ChannelGuidance:
         return ("text", "null") if self.guider.num_conditions > 1 else ("text",)
 
     def combine(self, predictions: Mapping[str, torch.Tensor], step: GuidanceStep) -> torch.Tensor:
-        """Combine the predictions of one step.
-
-        Args:
-            predictions: ``"text"`` and, where :meth:`branches` names it, ``"null"``: (B, C, T, H, W) or, with variance
-                channels behind the latent ones, (B, 2C, T, H, W).
-            step: which; step 0 also clears what a guider remembers from an earlier run.
-
-        Returns:
-            Shape and dtype of the conditional prediction: guided on the chosen channels, equal to it everywhere else.
+        """The guided prediction, see :class:`GuidanceRule`; step 0 also clears what a guider remembers of a run.
 
         Raises:
-            OpenSoraError: wrong number of channels, differing shapes, or a missing branch.
+            OpenSoraError: no unconditional prediction where the guider needs one.
         """
         cond, uncond = predictions["text"], predictions.get("null")
-        allowed = (self.latent_channels, 2 * self.latent_channels)
-        if cond.ndim < 2 or cond.shape[1] not in allowed:
-            raise OpenSoraError(
-                f"got a prediction of shape {tuple(cond.shape)}; for {self.latent_channels} latent channels its second "
-                f"axis must be {allowed[0]}, or {allowed[1]} with learned variance"
-            )
         if "null" not in self.branches(step):
             return cond
         assert self.guider is not None
@@ -240,32 +229,16 @@ class ChannelGuidance:
                 f"step {step.index} is guided by {type(self.guider).__name__} but got no unconditional prediction; "
                 "compute the branches that branches() names"
             )
-        if uncond.shape != cond.shape:
-            raise OpenSoraError(
-                f"got a conditional prediction of shape {tuple(cond.shape)} and an unconditional one of "
-                f"{tuple(uncond.shape)}; they must be equal"
-            )
-        # Slices, not an index tensor: nothing has to be copied to the accelerator.
-        guided = self.guider.forward(self._take(cond), self._take(uncond)).pred
-        result = cond.clone()
-        for position, channel in enumerate(self.channels):
-            result[:, channel] = guided[:, position]
-        return result
+        return self.guider.forward(cond, uncond).pred
 
     def describe(self) -> dict[str, Any]:
-        """Guided channels, scale and guider, as plain JSON values."""
+        """Scale and guider, as plain JSON values."""
         config = {} if self.guider is None else dict(self.guider.config)
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         return {
-            "cfg_channels": list(self.channels),
             "guidance_scale": getattr(self.guider, "guidance_scale", None),
             "guider": None if self.guider is None else {"class": type(self.guider).__name__, **options},
         }
-
-    def _take(self, prediction: torch.Tensor) -> torch.Tensor:
-        if self.channels == tuple(range(len(self.channels))):
-            return prediction[:, : len(self.channels)]
-        return torch.stack([prediction[:, channel] for channel in self.channels], dim=1)
 
     def _enter(self, step: GuidanceStep) -> None:
         assert self.guider is not None
@@ -277,6 +250,95 @@ class ChannelGuidance:
             self.guider.prepare_inputs({})  # pyright: ignore[reportArgumentType]
 
 
+class ChannelGuidance:
+    """A rule restricted to some latent channels; all others keep the prediction with the text.
+
+    The rule is handed the guided channels alone, so norms, projections and standard deviations are taken over them. A
+    channel may have a weight w: ``text + w * (guided - text)``, 1 for what the rule says, 0 for no guidance, more for
+    more than the rule. What a rule makes of the branch "text" alone (guidance distilled into a network) has no weights.
+
+    Args:
+        guider: a rule, a ``diffusers.guiders`` guider (see :class:`GuiderRule`), or ``None`` for no guidance at all.
+        cfg_channels: see :func:`resolve_cfg_channels`.
+        latent_channels: C, the number of latent channels.
+
+    Raises:
+        OpenSoraError: channels outside the latent, weights that are no numbers, or a guider that is no rule.
+    """
+
+    def __init__(
+        self, guider: "GuidanceRule | BaseGuidance | None", cfg_channels: CfgChannels, latent_channels: int
+    ) -> None:
+        self.latent_channels = latent_channels
+        self.channels = resolve_cfg_channels(cfg_channels, latent_channels)
+        given = cfg_channels if isinstance(cfg_channels, Mapping) else {}
+        self.weights = tuple(_channel_weight(given.get(channel, 1.0)) for channel in self.channels)
+        self.rule: GuidanceRule = guider if is_rule(guider) else GuiderRule(cast(Any, guider))
+
+    def branches(self, step: GuidanceStep) -> tuple[str, ...]:
+        """Those of the rule."""
+        return self.rule.branches(step)
+
+    def combine(self, predictions: Mapping[str, torch.Tensor], step: GuidanceStep) -> torch.Tensor:
+        """Combine the predictions of one step.
+
+        Args:
+            predictions: of the branches, ``"text"`` among them: (B, C, T, H, W) or, with variance channels behind the
+                latent ones, (B, 2C, T, H, W).
+            step: which.
+
+        Returns:
+            Shape and dtype of the conditional prediction: guided on the chosen channels, equal to it everywhere else.
+
+        Raises:
+            OpenSoraError: wrong number of channels, differing shapes, or a missing branch.
+        """
+        if "text" not in predictions:
+            raise OpenSoraError(
+                f"got predictions of {', '.join(predictions)}; channels that are not guided (cfg_channels) keep that "
+                "of the branch text, which the rule does not ask for: leave cfg_channels out, or let it ask"
+            )
+        cond = predictions["text"]
+        allowed = (self.latent_channels, 2 * self.latent_channels)
+        if cond.ndim < 2 or cond.shape[1] not in allowed:
+            raise OpenSoraError(
+                f"got a prediction of shape {tuple(cond.shape)}; for {self.latent_channels} latent channels its second "
+                f"axis must be {allowed[0]}, or {allowed[1]} with learned variance"
+            )
+        for name, prediction in predictions.items():
+            if prediction.shape != cond.shape:
+                raise OpenSoraError(
+                    f"got a prediction of shape {tuple(cond.shape)} for the branch text and one of "
+                    f"{tuple(prediction.shape)} for {name}; they must be equal"
+                )
+        taken = {name: self._take(prediction) for name, prediction in predictions.items()}
+        guided = self.rule.combine(taken, step)
+        if guided is taken["text"]:
+            return cond
+        # Slices, not an index tensor: nothing has to be copied to the accelerator.
+        result = cond.clone()
+        for position, (channel, weight) in enumerate(zip(self.channels, self.weights, strict=True)):
+            by_rule = guided[:, position]
+            result[:, channel] = by_rule if weight == 1 else torch.lerp(cond[:, channel], by_rule, weight)
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """Guided channels and the rule, as plain JSON values."""
+        weighted = {str(c): weight for c, weight in zip(self.channels, self.weights, strict=True)}
+        plain = all(weight == 1 for weight in self.weights)
+        return {"cfg_channels": list(self.channels) if plain else weighted, **self.rule.describe()}
+
+    def _take(self, prediction: torch.Tensor) -> torch.Tensor:
+        if self.channels == tuple(range(len(self.channels))):
+            return prediction[:, : len(self.channels)]
+        return torch.stack([prediction[:, channel] for channel in self.channels], dim=1)
+
+
+def is_rule(guider: Any) -> TypeGuard[GuidanceRule]:
+    """Whether this is a rule of guidance, and no guider of diffusers."""
+    return hasattr(guider, "branches")
+
+
 def _channel_index(value: Any, expected: str) -> int:
     if not isinstance(value, bool):
         try:
@@ -284,6 +346,12 @@ def _channel_index(value: Any, expected: str) -> int:
         except TypeError:
             pass
     raise OpenSoraError(f"got {value!r} as a channel in cfg_channels; {expected}")
+
+
+def _channel_weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise OpenSoraError(f"got {value!r} as a channel's weight in cfg_channels; expected a number")
+    return float(value)
 
 
 def _check_guider(guider: "BaseGuidance") -> None:

@@ -1,4 +1,4 @@
-"""What the formats of the space-time transformers of Open-Sora 1.0 to 1.2 share, see `format`.
+"""What the formats of the space-time transformers of Open-Sora 1.0 to 1.3 share, see `format`.
 
 Parameter names are the published ones already; what differs is less than a line each: position tables that are derived
 anew, and the length of the null text.
@@ -122,7 +122,7 @@ class SpaceTimeFormat(Format):
         names = {name: name for name in weights if name in own or name not in _COMPUTED}
         return RenamedWeights(weights, names, replaced)
 
-    def from_ancestor(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def from_ancestor(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """An image model's patches have no depth in time."""
         replaced = {}
         if _PATCHES in weights and weights[_PATCHES].ndim == 4:

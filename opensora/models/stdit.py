@@ -155,7 +155,7 @@ class STDiT(SpaceTimeTransformer):
         self.hidden_size, self.space_scale, self.time_scale = hidden_size, space_scale, time_scale
 
         num_frames, h, w = (-(-n // p) for n, p in zip(input_size, self.patch_size, strict=True))
-        device = torch.empty(0).device
+        device = torch.get_default_device()
         self.register_buffer("pos_embed", self._patch_positions(h, w, device))
         self.register_buffer("pos_embed_temporal", self._frame_positions(num_frames, device)[None])
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding, SelfAttention
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
+from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder
 from opensora.models.format import TensorShapes
 from opensora.models.spacetime_format import SpaceTimeFormat, read_heads
 from opensora.models.transformer import (
@@ -36,6 +36,7 @@ from opensora.models.transformer import (
     SpaceTimeTransformer,
     TextContext,
     frame_modulation,
+    place_tokens,
     values_per_sample,
 )
 
@@ -208,12 +209,10 @@ class STDiT2(SpaceTimeTransformer):
             return values_per_sample(value, batch, device)
 
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
-        _, _, h, w, dim = tokens.shape
+        h, w = tokens.shape[2:4]
         rows, columns = torch.broadcast_tensors(values(clip_conditions.height), values(clip_conditions.width))
         scale = torch.sqrt(rows * columns) / self.input_sq_size
-        positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
-        tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
-        tokens, shards = self._split(tokens)
+        tokens, shards = self._split(place_tokens(tokens, scale))  # (B, T, S, D)
 
         aspect_ratio = clip_conditions.aspect_ratio
         ratio = rows / columns if aspect_ratio is None else values(aspect_ratio)

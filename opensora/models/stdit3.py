@@ -27,7 +27,7 @@ from opensora.distributed.sequence_parallel import Shards
 from opensora.models.attention import RotaryEmbedding
 from opensora.models.caching import CacheIdentifiers
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder, position_embedding_2d
+from opensora.models.embeddings import PatchEmbed, ScalarEmbedder, TextEmbedder
 from opensora.models.format import TensorShapes
 from opensora.models.spacetime_format import SpaceTimeFormat, read_heads
 from opensora.models.transformer import (
@@ -38,7 +38,9 @@ from opensora.models.transformer import (
     SpaceTimeBlock,
     SpaceTimeTransformer,
     TextContext,
+    embed_time_and_rate,
     frame_modulation,
+    place_tokens,
     values_per_sample,
 )
 
@@ -204,19 +206,17 @@ class STDiT3(SpaceTimeTransformer):
         batch, device = self._check(hidden_states, frame_mask), hidden_states.device
         dtype = get_parameter_dtype(self.t_block)
         tokens = self.x_embedder(hidden_states.to(dtype))  # (B, T, h, w, D)
-        _, num_frames, h, w, dim = tokens.shape
+        _, num_frames, h, w, _ = tokens.shape
         rows = values_per_sample(clip_conditions.height, batch, device)
         columns = values_per_sample(clip_conditions.width, batch, device)
         scale = torch.sqrt(rows * columns) / self.input_sq_size
-        positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
-        tokens = tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)  # (B, T, S, D)
-        tokens, shards = self._split(tokens)
+        tokens, shards = self._split(place_tokens(tokens, scale))  # (B, T, S, D)
 
         rate = self.fps_embedder(values_per_sample(clip_conditions.fps, batch, device), dtype)
-        embedding = (self.t_embedder(values_per_sample(timestep, batch, device), dtype) + rate).expand(batch, -1)
-        clean_embedding = None
-        if frame_mask is not None:
-            clean_embedding = self.t_embedder(torch.zeros(1, device=device), dtype) + rate
+        time = values_per_sample(timestep, batch, device)
+        embedding, clean_embedding = embed_time_and_rate(
+            self.t_embedder, time, rate, frame_mask, batch=batch, dtype=dtype
+        )
         modulation = frame_modulation(self.t_block, embedding, clean_embedding, frame_mask)
 
         text = self._text(batch, encoder_hidden_states, encoder_attention_mask, drop_text, text_context)

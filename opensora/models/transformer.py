@@ -1,6 +1,6 @@
-"""What the space-time transformers of Open-Sora 1.0 to 1.2 share: text, blocks' parts, the last layer, diffusers.
+"""What the space-time transformers of Open-Sora 1.0 to 1.3 share: text, blocks' parts, the last layer, diffusers.
 
-All of them attend within a frame, then along time at one patch, then to the text, and end a layer in an MLP; time
+All of them attend within a frame, then along time, then to the text, and end a layer in an MLP; time
 modulates the layers (adaLN-single of PixArt-alpha: one linear layer for the whole network, a small table per block).
 They differ in what else modulates, in how positions enter, and in how the parts are grouped into blocks.
 
@@ -12,26 +12,24 @@ Letters: B samples, C latent channels, T, H, W latent frames and cells, D hidden
 L text tokens, D_c width of the text encoder.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from opensora.distributed.sequence_parallel import Shards
 from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
-from opensora.models.caching import CacheIdentifiers, apply_cache
-from opensora.models.embeddings import MLP, TextEmbedder, unpatchify
+from opensora.models.embeddings import MLP, ScalarEmbedder, TextEmbedder, position_embedding_2d, unpatchify
 from opensora.models.network import VideoTransformer
 
 SPACE, TIME = 2, 1  # axes of the tokens (B, T, S, D)
@@ -85,6 +83,41 @@ def frame_modulation(
     return torch.where(frame_mask[..., None, None], modulation, layers(clean_embedding).unflatten(-1, (1, -1, dim)))
 
 
+def place_tokens(tokens: Tensor, scale: Tensor) -> Tensor:
+    """Tokens (B, T, h, w, D) with their places in the frame added, (B, T, h * w, D).
+
+    `scale` (1 or B,) is what patch positions are divided by, see `position_embedding_2d`.
+    """
+    h, w, dim = tokens.shape[2:]
+    positions = position_embedding_2d(h, w, dim, scale, base_size=round(math.sqrt(h * w)))
+    return tokens.flatten(2, 3) + positions[:, None].to(tokens.dtype)
+
+
+def embed_time_and_rate(
+    t_embedder: ScalarEmbedder,
+    timestep: Tensor,
+    rate: Tensor,
+    frame_mask: Tensor | None,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """What is told of time and frame rate: (B, D), and the same at timestep 0 if there is a `frame_mask`.
+
+    Args:
+        t_embedder: of timesteps.
+        timestep: (1 or B,).
+        rate: (1 or B, D), embedded.
+        frame_mask: (B, T) bool, True = generated.
+        batch: B.
+        dtype: that embedders work in.
+    """
+    embedding = (t_embedder(timestep, dtype) + rate).expand(batch, -1)
+    if frame_mask is None:
+        return embedding, None
+    return embedding, t_embedder(torch.zeros(1, device=timestep.device), dtype) + rate
+
+
 class SpaceTimeBlock(nn.Module):
     """The parts that every block has; subclasses put them in order in `forward`.
 
@@ -95,6 +128,7 @@ class SpaceTimeBlock(nn.Module):
         qk_norm: RMS-normalise queries and keys.
         rotate_before_norm: see `SelfAttention`.
         exact_gelu: see `MLP`.
+        attention: class of the attention within the video.
     """
 
     def __init__(
@@ -106,12 +140,13 @@ class SpaceTimeBlock(nn.Module):
         qk_norm: bool = False,
         rotate_before_norm: bool = False,
         exact_gelu: bool = False,
+        attention: type[SelfAttention] = SelfAttention,
     ) -> None:
         super().__init__()
         # Caches of diffusers ask there where a block's hidden states are among its outputs.
         TransformerBlockRegistry.register(type(self), TransformerBlockMetadata(return_hidden_states_index=0))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
-        self.attn = SelfAttention(hidden_size, num_heads, qk_norm=qk_norm, rotate_before_norm=rotate_before_norm)
+        self.attn = attention(hidden_size, num_heads, qk_norm=qk_norm, rotate_before_norm=rotate_before_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio), hidden_size, exact=exact_gelu)
 
@@ -121,14 +156,23 @@ class SpaceTimeBlock(nn.Module):
         hidden_states: Tensor,
         table: Sequence[Tensor],
         axis: int,
-        rope: tuple[Tensor, Tensor] | None = None,
+        rope: Any = None,
         shards: Shards | None = None,
     ) -> Tensor:
-        """Add attention along `axis` of the modulated tokens, gated; `table` is shift, scale and gate."""
+        """Add attention along `axis` of the modulated tokens, gated.
+
+        Args:
+            attention: module that attends, called with tokens, axis and `rope`.
+            hidden_states: (B, T, S, D).
+            table: shift, scale and gate.
+            axis: `SPACE` or `TIME`.
+            rope: rotary tables of that axis, or what else the attention takes for it.
+            shards: how the tokens lie on several ranks; None = all are here.
+        """
         shift, scale, gate = table
         modulated = modulate(hidden_states, shift, scale)
         if shards is not None and axis == SPACE:
-            attended = shards.in_whole_frames(attention, modulated)
+            attended = shards.in_whole_frames(lambda frames: attention(frames, 1, rope), modulated)
         else:
             attended = attention(modulated, axis, rope)
         return torch.addcmul(hidden_states, gate, attended.to(hidden_states.dtype))
@@ -217,9 +261,9 @@ class SpaceTimeTransformer(VideoTransformer):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_sequence_parallel = True
     # What is small and decides much is not stored in 8 bits: all embedders, the modulation and the last layer.
     _skip_layerwise_casting_patterns = ["embedder", "t_block", "final_layer"]
-    _cache_identifiers = CacheIdentifiers()
 
     t_block: nn.Module
     y_embedder: TextEmbedder
@@ -237,7 +281,6 @@ class SpaceTimeTransformer(VideoTransformer):
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if pred_sigma else in_channels
         self.gradient_checkpointing = False
-        self._sequence_group: ProcessGroup | None = None
 
     def _initialize(self, *last_layers: nn.Module) -> None:
         """For training from scratch: Xavier-uniform layers; every block starts as the identity, the output as zero.
@@ -272,38 +315,6 @@ class SpaceTimeTransformer(VideoTransformer):
                 "the device map puts y_embedder on disk, where its null text is not read; give it a device"
             )
         return loaded
-
-    def enable_cache(self, config: Any) -> None:
-        """Reuse what changes little between steps; see the class for which configurations work.
-
-        Raises:
-            OpenSoraError: a kind of cache that does not work with this model, identifiers that fit none of its modules,
-                or a second cache at once.
-        """
-        if self.is_cache_enabled:
-            raise OpenSoraError(f"{type(self._cache_config).__name__} is enabled already; call disable_cache() first")
-        if isinstance(config, FirstBlockCacheConfig) and self._sequence_group is not None:
-            raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; use MagCacheConfig")
-        apply_cache(self, self.blocks, config, self._cache_identifiers)
-        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
-        self._cache_config = config
-
-    def enable_sequence_parallel(self, group: ProcessGroup) -> None:
-        """Share every forward among the ranks of a group: each computes a part of the tokens, all return the whole.
-
-        All ranks of the group call the model with the same arguments, at the same time. See
-        `opensora.distributed.sequence_parallel` for how, and for what gradients mean then.
-
-        Raises:
-            OpenSoraError: FirstBlockCache is enabled; ranks would not agree on which steps to skip.
-        """
-        if self.is_cache_enabled and isinstance(self._cache_config, FirstBlockCacheConfig):
-            raise OpenSoraError("FirstBlockCache does not work with sequence parallelism; call disable_cache() first")
-        self._sequence_group = group
-
-    def disable_sequence_parallel(self) -> None:
-        """Compute everything on this rank again."""
-        self._sequence_group = None
 
     @property
     def null_text(self) -> Tensor:
@@ -366,18 +377,12 @@ class SpaceTimeTransformer(VideoTransformer):
                 return states, None
         return states, text_bias(mask, states.dtype)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Shards | None]:
-        """This rank's part of the tokens (B, T, S, D), if a group of ranks shares them."""
+    def _split(self, tokens: Tensor, held: Tensor | None = None) -> tuple[Tensor, Shards | None]:
+        """This rank's part of the tokens (B, T, S, D), if a group of ranks shares them; for `held` see `Shards`."""
         if self._sequence_group is None:
             return tokens, None
-        shards = Shards(self._sequence_group, tokens.shape[2])
+        shards = Shards(self._sequence_group, tokens.shape[2], held)
         return shards.split(tokens), shards
-
-    def _run_block(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """One block, checkpointed where that is on."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing and self._gradient_checkpointing_func:
-            return self._gradient_checkpointing_func(block, *arguments)
-        return block(*arguments)
 
     def _output(
         self,
@@ -389,11 +394,17 @@ class SpaceTimeTransformer(VideoTransformer):
         latents: Tensor,
         return_dict: bool,
         shards: Shards | None,
+        order: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Tokens of `grid` = (h, w) patches through the last layer to the size of `latents`."""
+        """Tokens of `grid` = (h, w) patches through the last layer to the size of `latents`.
+
+        `order` (S,) holds the numbers of the patches where they are not kept row by row.
+        """
         patches = self.final_layer(tokens, embedding, clean_embedding, frame_mask)
         if shards is not None:
             patches = shards.gather(patches)
+        if order is not None:
+            patches = patches.index_select(2, order.argsort())
         sample = unpatchify(
             patches.unflatten(2, grid), self.patch_size, (latents.shape[2], latents.shape[3], latents.shape[4])
         )

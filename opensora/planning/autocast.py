@@ -18,12 +18,17 @@ _aten: Any = torch.ops.aten
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Fused attention: without it, tensors without data take a way that keeps all scores."""
+    """Fused attention: without it, tensors without data take a way that keeps all scores.
+
+    Where a bias of the scores is learnt, as T5's of positions is, all scores are kept in truth.
+    """
     names = ("attn_mask", "dropout_p", "is_causal", "scale")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    bias = given.get("attn_mask")
+    if bias is not None and bias.requires_grad:
+        return F.scaled_dot_product_attention(query, key, value, **given)
     return _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, is_causal=given.get("is_causal", False), attn_mask=given.get("attn_mask"),
-        scale=given.get("scale"),
+        query, key, value, is_causal=given.get("is_causal", False), attn_mask=bias, scale=given.get("scale")
     )[0]  # fmt: skip
 
 

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from opensora.checkpoints.components import find_class
-from opensora.checkpoints.identify import identify, read_header
-from opensora.checkpoints.published import PUBLISHED, PublishedPart
-from opensora.checkpoints.source import PIPELINE_INDEX, ModelSource, Part, locate
-from opensora.checkpoints.weights import WEIGHT_SUFFIXES
+from opensora.checkpoints.folders import is_pipeline, locate
+from opensora.checkpoints.published import PUBLISHED
+from opensora.checkpoints.published_parts import PublishedPart
+from opensora.checkpoints.source import ModelSource, Part
+from opensora.containers.files import split_choice
+from opensora.containers.tensors import WEIGHT_SUFFIXES
 from opensora.errors import OpenSoraError
 from opensora.models.families import format_of
 from opensora.models.format import Identity
+from opensora.models.identify import identify
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.tracing import Tracer
+from opensora.weights import read_header
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def meta_pipeline(
             fit each other.
     """
     name, path = str(name_or_path), locate(name_or_path)
-    if path.is_file() or (path.is_dir() and not (path / PIPELINE_INDEX).is_file() and _holds_weights(path)):
+    is_model = is_pipeline(path)
+    if split_choice(path)[0].is_file() or (path.is_dir() and not is_model and _holds_weights(path)):
         identity = _identify(path)
         full_name = _model_with(identity, path)
         source = ModelSource.find(full_name, {identity.kind: path, **(components or {})}, on_disk=False)
@@ -91,7 +96,7 @@ def _model_with(identity: Identity, path: Path) -> str:
         same_class = part.class_name == ".".join(identity.runner)
         return same_class and family.difference(identity.config, part.config) is None
 
-    fitting = [name for name, model in PUBLISHED.items() if fits(model.parts[identity.kind])]
+    fitting = [name for name, model in PUBLISHED.items() if any(map(fits, model.parts.values()))]
     if not fitting:
         raise OpenSoraError(
             f"{path} holds a {identity.summary}, which no known model is made with; give a model's folder"

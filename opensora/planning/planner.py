@@ -1,8 +1,9 @@
 """How much memory a clip takes, stage by stage, and which choices make it fit.
 
-Four choices trade something for memory. Two of them change no result: decoding fewer frames at once, and one branch of
-guidance after the other. Offloading keeps each network in memory only while it works, which takes time to bring it in;
-half precision rounds. So they are tried in this order: what costs less comes first.
+Six choices trade something for memory. Two of them change no result: decoding fewer frames at once, and one branch of
+guidance after the other. Offloading keeps each network in memory only while it works, or each block, which takes time
+to bring them in; tiles that overlap are decoded without knowing of each other; half precision rounds, and weights in
+eight bits round more. So they are tried in this order: what costs less comes first.
 """
 
 import functools
@@ -11,10 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
+from opensora.containers.tensors import PORTION_BYTES
+from opensora.models.autoencoders.tiles import TiledCodec
+from opensora.models.int8 import linear_layers, saved_bytes
+from opensora.models.network import blocks_of
+from opensora.offloading import Offload
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, alike, network_of, run_stage
 from opensora.planning.tracing import Tracer, weight_bytes
+
+OFFLOADS: tuple[Offload | None, ...] = (None, "networks", "blocks")
 
 
 @dataclass(frozen=True)
@@ -47,17 +56,18 @@ class StageMemory:
     Attributes:
         name: "text", "denoise" or "decode".
         weight_bytes: of its network.
+        streamed_weight_bytes: of what is there at once where blocks take turns.
         activation_bytes: everything else at its worst moment.
     """
 
     name: str
     weight_bytes: int
+    streamed_weight_bytes: int
     activation_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        """With its network in memory and no other."""
-        return self.weight_bytes + self.activation_bytes
+    def bytes(self, offload: Offload | None) -> tuple[int, int]:
+        """Of weights and of activations, of this stage alone."""
+        return self.streamed_weight_bytes if offload == "blocks" else self.weight_bytes, self.activation_bytes
 
 
 class Planner:
@@ -92,8 +102,7 @@ class Planner:
         """Bytes of weights and of activations at the worst moment."""
         stages = self.stages(choices)
         if choices.offload:
-            worst = max(stages, key=lambda stage: stage.total_bytes)
-            return worst.weight_bytes, worst.activation_bytes
+            return max((stage.bytes(choices.offload) for stage in stages), key=sum)
         return sum(stage.weight_bytes for stage in stages), max(stage.activation_bytes for stage in stages)
 
     def needed_bytes(self, choices: Choices) -> int:
@@ -111,32 +120,69 @@ class Planner:
             dtypes: precisions, the preferred one first.
         """
         sequential = (False, True) if self._clip.guided else (False,)
-        for dtype, offload, one_by_one in itertools.product(dtypes, (False, True), sequential):
-            for micro_batch_size in self._micro_batch_sizes():
-                yield Choices(dtype, offload, one_by_one, micro_batch_size)
+        ways = itertools.product(dtypes, self._tile_frames(), OFFLOADS, sequential, self._micro_batch_sizes())
+        for dtype, tile_frames, offload, one_by_one, micro_batch_size in ways:
+            yield Choices(dtype, offload, one_by_one, micro_batch_size, tile_frames)
 
-    def smallest(self, choices: Choices, *, offload: bool = True) -> Choices:
+    def smallest(self, choices: Choices) -> Choices:
         """The choices that take the least memory in the same precision."""
-        *_, last = self._micro_batch_sizes()
-        return replace(choices, offload=offload, sequential_guidance=self._clip.guided, micro_batch_size=last)
+        (*_, last), (*_, tile) = self._micro_batch_sizes(), self._tile_frames()
+        one_by_one = self._clip.guided
+        return replace(
+            choices, offload="blocks", sequential_guidance=one_by_one, micro_batch_size=last, tile_frames=tile
+        )
 
     def _micro_batch_sizes(self) -> Iterator[int | None]:
-        """The model's own, then halves of it, down to 1."""
+        """The model's own, then halves of it, down to 1; of autoencoders that work in tiles they bound nothing."""
         yield self._default_micro_batch_size
+        if isinstance(self._pipeline.autoencoder, TiledCodec):
+            return
         size = min(self._default_micro_batch_size or self._clip.size.num_frames, self._clip.size.num_frames)
         while size > 1:
             size //= 2
             yield size
 
+    def _tile_frames(self) -> Iterator[int | None]:
+        """The model's own, then fewer; how few they may be, the autoencoder says."""
+        yield None
+        autoencoder = self._pipeline.autoencoder
+        if isinstance(autoencoder, TiledCodec):
+            own = autoencoder.config["tile_sample_frames"] or self._clip.size.num_frames
+            fewest = autoencoder.fewest_tile_frames
+            yield from (fewest * times for times in (4, 2, 1) if fewest * times < own)
+
     def _deciding(self, stage: str, choices: Choices) -> Choices:
         """The choices without those that make no difference to a stage."""
         sequential = choices.sequential_guidance and stage == "denoise" and self._clip.guided
         micro_batch_size = choices.micro_batch_size if stage == "decode" else self._default_micro_batch_size
-        return Choices(choices.dtype, sequential_guidance=sequential, micro_batch_size=micro_batch_size)
+        tile_frames = choices.tile_frames if stage == "decode" else None
+        return Choices(choices.dtype, None, sequential, micro_batch_size, tile_frames)
 
     def _trace(self, stage: str, choices: Choices) -> StageMemory:
         network = network_of(self._pipeline, stage, choices)
         activation_bytes = self._tracer.peak_bytes(
             lambda: run_stage(self._pipeline, stage, self._clip, choices), alike(self._pipeline, stage)
         )
-        return StageMemory(stage, weight_bytes(network), activation_bytes)
+        if stage == "decode":
+            return StageMemory(stage, weight_bytes(network), weight_bytes(network), activation_bytes)
+        networks = list(network) if isinstance(network, nn.ModuleList) else [network]
+        if choices.dtype == torch.int8:  # the weights of one layer at a time are there in both precisions
+            layers = [layer for each in networks for layer in linear_layers(each).values()]
+            activation_bytes += max(layer.weight.nbytes for layer in layers)
+        sizes = [stored_weight_bytes(each, int8=choices.dtype == torch.int8) for each in networks]
+        return StageMemory(stage, sum(whole for whole, _ in sizes), sum(part for _, part in sizes), activation_bytes)
+
+
+def stored_weight_bytes(network: nn.Module, *, int8: bool = False) -> tuple[int, int]:
+    """Memory of a network's weights, and of those that are there at once where blocks take turns.
+
+    These are what is outside of blocks, the two largest blocks that follow each other, and the part of a file that is
+    being read.
+    """
+    blocks = list(blocks_of(network).values())
+    sizes = [weight_bytes(block) - (saved_bytes(block) if int8 else 0) for block in blocks]
+    rest = weight_bytes(network) - sum(map(weight_bytes, blocks))
+    if len(blocks) < 2:
+        return rest + sum(sizes), rest + sum(sizes)
+    together = max(first + second for first, second in itertools.pairwise(sizes))
+    return rest + sum(sizes), rest + together + min(max(sizes), PORTION_BYTES)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from opensora.checkpoints.loading import usual_dtype
 from opensora.planning.meta_pipeline import MetaPipeline
-from opensora.planning.planner import ACCELERATOR, CPU, Planner
-from opensora.planning.stages import COMPONENT_OF, Choices, Clip
+from opensora.planning.planner import ACCELERATOR, CPU, OFFLOADS, Planner
+from opensora.planning.stages import COMPONENT_OF, Choices, Clip, branches_of
 from opensora.planning.tracing import Tracer
 
-CHOICES = ("dtype", "offload", "sequential_guidance", "micro_batch_size")
+CHOICES = ("dtype", "offload", "sequential_guidance", "micro_batch_size", "tile_frames")
 """What a user may choose so that a clip fits, by the names of `Engine.load` and `ClipRequest`."""
 
 
@@ -31,20 +32,23 @@ def plan_clip(
         meta: the model, on meta tensors.
         clip: what is to be made.
         device: where; "cpu" or any accelerator.
-        dtype: numbers the networks compute in; None for the device's usual ones, or half precision if those do not fit.
+        dtype: numbers the networks compute in; None for the device's usual ones, or less if those do not fit.
         memory_bytes: what the device has; None for a plan that asks for no verdict.
     """
     on_cpu = device == "cpu"
     planner = Planner(tracer, meta.pipeline, clip, CPU if on_cpu else ACCELERATOR)
 
-    chosen = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    chosen = dtype or usual_dtype(on_cpu=on_cpu)
     default = planner.default(chosen)
     smallest = planner.smallest(default)
-    ways = dict.fromkeys([default, replace(default, offload=True), smallest])
+    ways = dict.fromkeys([*(replace(default, offload=offload) for offload in OFFLOADS), smallest])
+    if dtype is None:
+        ways[replace(default, dtype=torch.int8, offload="networks")] = None
     plan = {
         "model": meta.name,
         "clip": str(clip.size),
         "guided": clip.guided,
+        "branches": len(branches_of(meta.pipeline, clip)),
         "device": device,
         "dtype": _name(chosen),
         "stages": [
@@ -59,15 +63,14 @@ def plan_clip(
     }
     if memory_bytes is None:
         return plan
-    # Half precision is proposed only to those who did not choose.
-    dtypes = [chosen] if dtype or chosen != torch.float32 else [chosen, torch.bfloat16]
+    # Less precision is proposed only to those who did not choose.
+    dtypes = [chosen] if dtype else list(dict.fromkeys([chosen, torch.bfloat16, torch.int8]))
     found = planner.find(memory_bytes, dtypes)
     if found is not None:
         return {**plan, "device_memory_bytes": memory_bytes, "fits": True, "with": _way(planner, found, default)}
     smallest = planner.smallest(planner.default(dtypes[-1]))
     needed = {
-        stage.name: planner.surcharge.total_bytes(stage.weight_bytes, stage.activation_bytes)
-        for stage in planner.stages(smallest)
+        stage.name: planner.surcharge.total_bytes(*stage.bytes(smallest.offload)) for stage in planner.stages(smallest)
     }
     too_large = {name: size for name, size in needed.items() if size > memory_bytes}
     refused = {"fits": False, "smallest": _way(planner, smallest, default), "too_large": too_large}
@@ -76,21 +79,27 @@ def plan_clip(
 
 def _way(planner: Planner, choices: Choices, default: Choices) -> dict[str, Any]:
     """What some choices take, and where they differ from the usual ones."""
-    named = {**dataclasses.asdict(choices), "dtype": _name(choices.dtype)}
-    usual = {**dataclasses.asdict(default), "dtype": _name(default.dtype)}
     weight_bytes, activation_bytes = planner.peak(choices)
     return {
-        "choices": {name: named[name] for name in CHOICES if named[name] != usual[name]},
+        "choices": differing_choices(choices, default),
         "weight_bytes": weight_bytes,
         "activation_bytes": activation_bytes,
         "needed_bytes": planner.needed_bytes(choices),
     }
 
 
+def differing_choices(choices: Choices, default: Choices) -> dict[str, Any]:
+    """Choices that are not the usual ones, as plain values."""
+    named, usual = ({**dataclasses.asdict(made), "dtype": _name(made.dtype)} for made in (choices, default))
+    return {name: named[name] for name in CHOICES if named[name] != usual[name]}
+
+
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What `plan_clip` tells, on one screen; names of choices and wishes stand in backticks."""
     where = "on the CPU" if plan["device"] == "cpu" else f"on {_article(plan['device'])}"
-    branches = "two branches of guidance" if plan["guided"] else "no guidance"
+    count = plan["branches"]
+    in_words = {1: "one branch", 2: "two branches", 3: "three branches"}.get(count, f"{count} branches")
+    branches = f"{in_words} of guidance" if plan["guided"] else "no guidance"
     lines = [f"{plan['model']}: {plan['clip']}", f"{branches}, {plan['dtype']} {where}; GB are 1024^3 bytes", ""]
     lines.append(f"{'stage':<9}{'network':<14}{'weights':>10}{'activations':>14}{'in small portions':>20}")
     for stage in plan["stages"]:

@@ -1,7 +1,7 @@
 """The three stages of making a clip, each as a computation that can be run by itself, on real or on meta networks.
 
     text     the text encoder reads the prompt
-    denoise  one step of the transformer, on the conditional and the unconditional branch
+    denoise  one step of the transformer, on all branches of guidance
     decode   the autoencoder turns latents into pixels
 
 What runs is the pipeline's own code as far as it takes memory; tokens, latents and timesteps have arbitrary values.
@@ -9,18 +9,23 @@ What runs is the pipeline's own code as far as it takes memory; tokens, latents 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from opensora.checkpoints.weights import cast_weights
 from opensora.denoiser import Denoiser
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.codec import VideoCodec
+from opensora.models.autoencoders.tiles import TiledCodec
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.clip_conditions import ClipConditions
+from opensora.models.guidance import NOT_GIVEN, GuidanceStep
+from opensora.models.int8 import computing_dtype
+from opensora.offloading import Offload
 from opensora.pipeline import OpenSoraPipeline
+from opensora.weights import cast_weights
 
 COMPONENT_OF = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder"}
 """Stage -> the network that works in it, in the order in which they run."""
@@ -31,16 +36,18 @@ class Choices:
     """How a clip is made, as far as memory is concerned.
 
     Attributes:
-        dtype: precision of the networks.
-        offload: each network is in memory only while it works.
+        dtype: precision of the networks; int8 for weights in eight bits, see `opensora.models.int8`.
+        offload: what is in memory only while it works, see `opensora.offloading`; None for nothing.
         sequential_guidance: the branches of guidance one after the other instead of in one batch.
         micro_batch_size: frames that the autoencoder decodes at once; None for all.
+        tile_frames: likewise in tiles that overlap, of a `TiledCodec`; None for its own.
     """
 
     dtype: torch.dtype
-    offload: bool = False
+    offload: Offload | None = None
     sequential_guidance: bool = False
     micro_batch_size: int | None = None
+    tile_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +56,26 @@ class Clip:
 
     Attributes:
         size: of the clip.
-        guided: whether there is an unconditional branch.
+        guided: whether there is more than one branch.
+        conditioned: whether known frames are shown to the network beside the noise.
         num_videos: clips in one batch.
     """
 
     size: VideoSize
     guided: bool = True
+    conditioned: bool = False
     num_videos: int = 1
 
 
 def network_of(pipeline: OpenSoraPipeline, stage: str, choices: Choices) -> nn.Module:
-    """The network that works in a stage, set up as chosen."""
-    network = cast_weights(getattr(pipeline, COMPONENT_OF[stage]), choices.dtype)
+    """The network that works in a stage, or several in one, set up as chosen."""
+    names = pipeline.text_conditioner.encoders if stage == "text" else (COMPONENT_OF[stage],)
+    networks = [cast_weights(getattr(pipeline, name), computing_dtype(choices.dtype)) for name in names]
+    network = networks[0] if len(networks) == 1 else nn.ModuleList(networks)
     if isinstance(network, VideoCodec):
         network.micro_batch_size = choices.micro_batch_size
+    if isinstance(network, TiledCodec):
+        network.enable_tiling(tile_sample_frames=choices.tile_frames)
     return network
 
 
@@ -87,6 +100,14 @@ def alike(pipeline: OpenSoraPipeline, stage: str) -> list[Sequence[tuple[Any, st
     return []
 
 
+def branches_of(pipeline: OpenSoraPipeline, clip: Clip) -> tuple[str, ...]:
+    """Branches of guidance in the first step, in which no model's own rule leaves any out."""
+    if not clip.guided:
+        return ("text",)
+    rule = pipeline._guidance_rule(None, None, None, NOT_GIVEN)
+    return rule.branches(GuidanceStep(0, 1000, 1000.0, clip.conditioned))
+
+
 def _text(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
     conditioner = pipeline.text_conditioner
     conditioner.encode_tokens(conditioner.blank_tokens(clip.num_videos, torch.get_default_device()))
@@ -95,15 +116,25 @@ def _text(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
 def _denoise(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
     conditioner, latents, size = pipeline.text_conditioner, _latents(pipeline, clip), clip.size
     clip_conditions = ClipConditions(pipeline.config.fps, size.height, size.width, size.num_frames)
-    text = conditioner.blank_states(clip.num_videos, latents.device, choices.dtype)
-    branches = conditioner.branches(text, None)
-    denoiser = Denoiser(pipeline.transformer, branches, clip_conditions, sequential=choices.sequential_guidance)
-    names = tuple(branches) if clip.guided else tuple(branches)[:1]
+    text = conditioner.blank_states(clip.num_videos, latents.device, computing_dtype(choices.dtype))
+    # Texts and frames have values, too: of branches that read the same one alone would be computed.
+    null = None if conditioner.null_prompt is None else replace(text, states=text.states + 1)
+    known = None
+    if clip.conditioned:
+        known = ChannelConditioning(latents + 1, torch.ones(latents.shape[0], latents.shape[2], dtype=torch.bool))
+    denoiser = Denoiser(
+        pipeline.transformer,
+        conditioner.branches(text, null),
+        clip_conditions,
+        channels=known,
+        sequential=choices.sequential_guidance,
+    )
+    names = branches_of(pipeline, clip)
     denoiser(names, latents, torch.full((clip.num_videos,), 500.0), step=0, num_steps=1)
 
 
 def _decode(pipeline: OpenSoraPipeline, clip: Clip, choices: Choices) -> None:
-    pipeline._decode(_latents(pipeline, clip), clip.size, "pt")
+    pipeline.decode(_latents(pipeline, clip), clip.size.num_frames)
 
 
 def _latents(pipeline: OpenSoraPipeline, clip: Clip) -> torch.Tensor:

@@ -133,7 +133,7 @@ class Work:
     Attributes:
         forward, backward: floating-point operations, nothing computed twice.
         in_layers: those of `forward` that are in the repeated blocks.
-        tokens: shape of what enters the first layer, (B, T, S, D) in a transformer; None without layers.
+        tokens: shape of what enters the first layer, (B, T, S, D) or (B, N, D) in a transformer; None without layers.
     """
 
     forward: int
@@ -142,43 +142,70 @@ class Work:
     tokens: tuple[int, ...] | None
 
 
-def count_work(compute_loss: Callable[[], Tensor], blocks: Sequence[nn.Module] = ()) -> Work:
-    """The work of a step, told from its forward pass, of which one layer runs.
+def count_work(compute_loss: Callable[[], Tensor], *stacks: Sequence[nn.Module]) -> Work:
+    """The work of a step, told from its forward pass, of which one layer of each stack runs.
 
     Args:
         compute_loss: see `trace_step`.
-        blocks: see `trace_step`.
+        stacks: repeated blocks in the order in which they run; several where one kind follows another.
     """
-    counted, layers = CountedFlops(), layers_of(blocks)
-    layer: list[tuple[int, int]] = []  # forward and backward before and after it
-    tokens: list[tuple[int, ...]] = []
-
-    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens.append(tuple(args[0].shape))
-        layer.append(counted.totals)
-
+    counted = CountedFlops()
+    counts = [_CountedStack(layers, counted) for blocks in stacks if (layers := layers_of(blocks))]
     with ExitStack() as stack:
-        if layers:
-            first, last = layers[0][0], layers[0][-1]
-            stack.callback(first.register_forward_pre_hook(enter).remove)
-            stack.callback(last.register_forward_hook(lambda *_: layer.append(counted.totals)).remove)
-        for block in itertools.chain.from_iterable(layers[1:]):
-            stack.enter_context(replaced(block, "forward", _pass_on))
+        for count in counts:
+            count.watch(stack)
         stack.enter_context(MetaAutocast(enabled=False, on_accelerator=False))
         stack.enter_context(counted)
         stack.enter_context(torch.enable_grad())
         compute_loss()
     forward, backward = counted.totals
-    if not layer:
-        return Work(forward, backward, 0, None)
-    before, after = layer
-    in_layer, left_out = after[0] - before[0], len(layers) - 1
     return Work(
-        forward=forward + left_out * in_layer,
-        backward=backward + left_out * (after[1] - before[1]),
-        in_layers=len(layers) * in_layer,
-        tokens=tokens[0],
+        forward=forward + sum((len(count.layers) - 1) * count.of_one(0) for count in counts),
+        backward=backward + sum((len(count.layers) - 1) * count.of_one(1) for count in counts),
+        in_layers=sum(len(count.layers) * count.of_one(0) for count in counts),
+        tokens=counts[0].tokens if counts else None,
     )
+
+
+class _CountedStack:
+    """Layers that are alike, of which the first one runs.
+
+    Args:
+        layers: see `layers_of`.
+        counted: what is computed.
+
+    Attributes:
+        tokens: shape of what entered the first layer.
+    """
+
+    def __init__(self, layers: list[Sequence[nn.Module]], counted: CountedFlops) -> None:
+        self.layers, self.counted = layers, counted
+        self.tokens: tuple[int, ...] = ()
+        self._totals: list[tuple[int, int]] = []  # forward and backward before and after it
+        self._returned = 0  # tensors that a layer takes first and returns; 0 for one that is no tuple
+
+    def watch(self, stack: ExitStack) -> None:
+        """Leaves all layers but the first out, as long as the stack lasts."""
+        stack.callback(self.layers[0][0].register_forward_pre_hook(self._enter).remove)
+        stack.callback(self.layers[0][-1].register_forward_hook(self._leave).remove)
+        for block in itertools.chain.from_iterable(self.layers[1:]):
+            stack.enter_context(replaced(block, "forward", self._pass_on))
+
+    def of_one(self, way: int) -> int:
+        """What one layer computes, forward (0) or backward (1)."""
+        passes = zip(self._totals[::2], self._totals[1::2], strict=True)  # a loss may ask twice
+        return sum(after[way] - before[way] for before, after in passes)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens = tuple(args[0].shape)
+        self._totals.append(self.counted.totals)
+
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        self._returned = len(result) if isinstance(result, tuple) else 0
+        self._totals.append(self.counted.totals)
+
+    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        return args[: self._returned] if self._returned else args[0]
 
 
 class _Recorder(LiveMemory):

@@ -3,11 +3,37 @@
 from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
-from opensora.recipes.lora import toybox_lora, v1_2_lora
+from opensora.recipes.lora import toybox_lora, v1_2_lora, v2_0_lora
 from opensora.recipes.overfit import overfit
-from opensora.recipes.toybox import toybox, toybox_base, toybox_given, toybox_iddpm, toybox_iddpm_given
+from opensora.recipes.toybox import (
+    toybox,
+    toybox_base,
+    toybox_bilingual,
+    toybox_directions,
+    toybox_finished,
+    toybox_given,
+    toybox_growth,
+    toybox_iddpm,
+    toybox_iddpm_finished,
+    toybox_iddpm_given,
+    toybox_iddpm_taught,
+    toybox_settled,
+)
 from opensora.recipes.toybox_judge import toybox_judge
-from opensora.recipes.toybox_vae import toybox_vae_frames, toybox_vae_latents, toybox_vae_pixels
+from opensora.recipes.toybox_text import (
+    toybox_text,
+    toybox_text_loud,
+    toybox_text_louder,
+    toybox_text_read,
+    toybox_text_settled,
+)
+from opensora.recipes.toybox_vae import (
+    toybox_vae_crisp,
+    toybox_vae_decoders,
+    toybox_vae_frames,
+    toybox_vae_latents,
+    toybox_vae_pixels,
+)
 from opensora.recipes.v1_0 import v1_0_16x256x256, v1_0_16x256x256_hq, v1_0_16x512x512, v1_0_64x512x512, v1_0_debug
 from opensora.recipes.v1_1 import v1_1_debug, v1_1_image, v1_1_stage1, v1_1_stage2, v1_1_stage3
 from opensora.recipes.v1_2 import (
@@ -19,8 +45,35 @@ from opensora.recipes.v1_2 import (
     v1_2_stage2,
     v1_2_stage3,
 )
+from opensora.recipes.v1_3 import (
+    v1_3_adapt,
+    v1_3_adapt_i2v,
+    v1_3_debug,
+    v1_3_stage1,
+    v1_3_stage1_hq,
+    v1_3_stage1_noise,
+    v1_3_stage2,
+)
+from opensora.recipes.v2_0 import (
+    v2_0_adapt_i2v,
+    v2_0_dc_debug,
+    v2_0_debug,
+    v2_0_high_compression,
+    v2_0_image,
+    v2_0_stage1,
+    v2_0_stage1_i2v,
+    v2_0_stage2,
+    v2_0_stage2_i2v,
+)
 from opensora.recipes.vae_small import vae_small_frames, vae_small_stage1, vae_small_stage2, vae_small_stage3
 from opensora.recipes.vae_v1_2 import vae_debug, vae_v1_2_stage1, vae_v1_2_stage2, vae_v1_2_stage3
+from opensora.recipes.vae_whole import (
+    vae_v1_3,
+    vae_v1_3_debug,
+    vae_v2_0_dc_debug,
+    vae_v2_0_dc_stage1,
+    vae_v2_0_dc_stage2,
+)
 from opensora.settings import nearest_name
 from opensora.training.config import Recipe
 
@@ -28,12 +81,26 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_vae_frames,
     toybox_vae_latents,
     toybox_vae_pixels,
+    toybox_vae_decoders,
+    toybox_vae_crisp,
     toybox_judge,
     toybox_base,
     toybox,
     toybox_given,
     toybox_iddpm,
     toybox_iddpm_given,
+    toybox_text,
+    toybox_text_read,
+    toybox_bilingual,
+    toybox_text_loud,
+    toybox_directions,
+    toybox_text_louder,
+    toybox_growth,
+    toybox_text_settled,
+    toybox_settled,
+    toybox_finished,
+    toybox_iddpm_taught,
+    toybox_iddpm_finished,
     toybox_lora,
     v1_0_16x256x256,
     v1_0_16x256x256_hq,
@@ -53,6 +120,23 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     v1_2_stage3,
     v1_2_lora,
     v1_2_debug,
+    v1_3_adapt,
+    v1_3_stage1,
+    v1_3_stage1_hq,
+    v1_3_stage1_noise,
+    v1_3_stage2,
+    v1_3_adapt_i2v,
+    v1_3_debug,
+    v2_0_image,
+    v2_0_stage1,
+    v2_0_stage1_i2v,
+    v2_0_stage2,
+    v2_0_stage2_i2v,
+    v2_0_high_compression,
+    v2_0_adapt_i2v,
+    v2_0_lora,
+    v2_0_debug,
+    v2_0_dc_debug,
     overfit,
     vae_debug,
     vae_small_frames,
@@ -62,6 +146,11 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     vae_v1_2_stage1,
     vae_v1_2_stage2,
     vae_v1_2_stage3,
+    vae_v1_3_debug,
+    vae_v1_3,
+    vae_v2_0_dc_debug,
+    vae_v2_0_dc_stage1,
+    vae_v2_0_dc_stage2,
 )
 
 

@@ -5,7 +5,9 @@ exported is the adapter, which `opensora generate --adapter` takes.
 """
 
 from opensora.data.clips import ManifestClips
+from opensora.models import mmdit_format
 from opensora.models.stdit3 import FORMAT
+from opensora.recipes import v2_0
 from opensora.recipes.published import published_task
 from opensora.recipes.v1_2 import DIFFUSION
 from opensora.training.config import LoopConfig, Recipe
@@ -16,6 +18,16 @@ from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 
 _MODEL = "opensora-1.2"
+_LOOP = LoopConfig(
+    steps=2000,
+    seed=42,
+    activation_checkpointing="full",
+    ema_decay=0.99,
+    log_every=10,
+    checkpoint_every=250,
+    optimizer=OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-15, warmup_steps=100, decay=0.0),
+)
+"""Of adapters of published models."""
 
 
 def toybox_lora() -> Recipe:
@@ -44,14 +56,20 @@ def v1_2_lora() -> Recipe:
         init_from=_MODEL,
         train=LoRAConfig(rank=16, targets=FORMAT.lora_targets),
     )
-    optimizer = OptimizerConfig(matrices="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-15, warmup_steps=100, decay=0.0)
-    loop = LoopConfig(
-        steps=2000,
-        seed=42,
-        activation_checkpointing="full",
-        ema_decay=0.99,
-        log_every=10,
-        checkpoint_every=250,
-        optimizer=optimizer,
+    return Recipe("v1_2_lora", objective, _LOOP)
+
+
+def v2_0_lora() -> Recipe:
+    """An adapter of Open-Sora 2.0, on clips of about 2 and 4 s at 256px, of most of which pictures are shown."""
+    objective = published_task(
+        "opensora-2.0",
+        ManifestClips({"256px": {"49": (1.0, 1), "97": (1.0, 1)}}, max_fps=24, rate_told=True),
+        v2_0.DIFFUSION,
+        init_from="opensora-2.0",
+        known_frames=v2_0.KNOWN_FRAMES,
+        known_encoded="alone",
+        drop_text=v2_0.DROP,
+        drop_pooled=v2_0.DROP,
+        train=LoRAConfig(rank=16, targets=mmdit_format.FORMAT.lora_targets),
     )
-    return Recipe("v1_2_lora", objective, loop)
+    return Recipe("v2_0_lora", objective, _LOOP)

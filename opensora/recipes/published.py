@@ -57,13 +57,16 @@ def published_loop(
     checkpoint_every: int,
     eps: float = 1e-8,
     warmup_steps: int = 0,
+    microbatches: int = 1,
+    decay: float = 0.0,
 ) -> LoopConfig:
-    """The reference's loop: bf16, gradients clipped at 1, AdamW without decay of any kind, seed 42."""
+    """The reference's loop: bf16, gradients clipped at 1, AdamW without decay of weights, seed 42."""
     optimizer = OptimizerConfig(
-        matrices="adamw", lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, warmup_steps=warmup_steps, decay=0.0
+        matrices="adamw", lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, warmup_steps=warmup_steps, decay=decay
     )
     return LoopConfig(
         steps=steps,
+        microbatches=microbatches,
         seed=42,
         precision="bf16",
         activation_checkpointing="full" if recompute else "none",

@@ -5,7 +5,7 @@ whose runs had 64 GPUs; the model was released without averaging its weights. Ev
 network is told the file's own frame rate. Clips are named by `objective.data.manifest=FILE`.
 """
 
-from opensora.data.buckets import BucketConfig
+from opensora.data.bucket_config import BucketConfig
 from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_recipe, debug_task
 from opensora.recipes.published import model_of, published_loop, published_task

@@ -9,7 +9,7 @@ autoencoder over time and frame rates (25), and then the two that end in videos.
 at once; `objective.new_parts`, `objective.diffusion` and `objective.train` make each of them alone.
 """
 
-from opensora.data.buckets import BucketConfig
+from opensora.data.bucket_config import BucketConfig
 from opensora.data.clips import ManifestClips
 from opensora.recipes.debug import debug_recipe, debug_task
 from opensora.recipes.published import model_of, published_loop, published_task

@@ -10,6 +10,9 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.media.transforms import clips_of
 from opensora.models.autoencoders.codec import VideoCodec
+from opensora.models.channel_conditioning import ChannelConditioning
+from opensora.models.schedulers.frames import Generators, choose_frames, noise_like
+from opensora.sampling.finite import check_finite
 
 
 def condition_on_pictures(
@@ -21,6 +24,7 @@ def condition_on_pictures(
     last_image: Any = None,
     video: Any = None,
     strength: float | None = None,
+    alone: bool = False,
 ) -> FrameConditioning:
     """What `conditioning.frames.condition` makes of pictures in memory, of which there is one at least.
 
@@ -32,6 +36,7 @@ def condition_on_pictures(
         last_image: the last frame, likewise.
         video: a clip to denoise again, likewise.
         strength: its denoising strength.
+        alone: pictures are encoded alone.
 
     Returns:
         One row for all prompts, or one each.
@@ -63,7 +68,7 @@ def condition_on_pictures(
         chosen: dict[str, Any] = {
             "edit" if name == "video" else name: each[k % len(each)] for name, each in clips.items()
         }
-        rows.append(condition(autoencoder, size, strength=strength, **chosen))
+        rows.append(condition(autoencoder, size, strength=strength, alone=alone, **chosen))
     return FrameConditioning(torch.cat([row.latents for row in rows]), torch.cat([row.strength for row in rows]))
 
 
@@ -76,20 +81,59 @@ def repeat_each(conditioning: FrameConditioning, times: int) -> FrameConditionin
     )
 
 
-def begin_with(conditioning: FrameConditioning | None, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Latents to start from, (B, C, T', H', W'), and the denoising strength of each frame, (B, T'); None for 1.
+def begin_with(
+    conditioning: FrameConditioning | None, noise: Tensor, *, in_channels: bool = False
+) -> tuple[Tensor, Tensor | None, ChannelConditioning | None]:
+    """What a run starts from.
+
+    Args:
+        conditioning: frames to condition on.
+        noise: (B, C, T', H', W').
+        in_channels: frames of strength 0 are shown to the network in channels beside the noise, and generated.
+
+    Returns:
+        Latents to start from, (B, C, T', H', W'); the denoising strength of each frame, (B, T'), None for 1 everywhere;
+        and frames that are shown beside the noise, None for none.
 
     Raises:
-        OpenSoraError: frames of another size, or of another number of clips.
+        OpenSoraError: frames of another size, of another number of clips, or that are not finite.
     """
     if conditioning is None:
-        return noise, None
+        return noise, None, None
+    check_finite(conditioning.latents, "the latents of the conditioning frames")
     if conditioning.latents.shape[0] not in (1, len(noise)) or conditioning.latents.shape[1:] != noise.shape[1:]:
         raise OpenSoraError(
             f"conditioning frames have latents of shape {tuple(conditioning.latents.shape)}, this run has "
             f"{tuple(noise.shape)}; encode frames for this size, and for every clip or for all at once"
         )
     strength = conditioning.strength.to(noise.device, torch.float32).expand(len(noise), -1)
+    held, channels = conditioning.latents.to(noise).expand_as(noise), None
+    known = strength == 0
+    if in_channels and known.any():
+        channels, strength = ChannelConditioning(held, known), torch.where(known, 1.0, strength)
     # A frame of strength 1 is all noise: nothing is left of what was conditioning.
-    held = conditioning.latents.to(noise).expand_as(noise)
-    return torch.where(strength[:, None, :, None, None] < 1, held, noise), strength
+    sample = torch.where(strength[:, None, :, None, None] < 1, held, noise)
+    return sample, None if in_channels and bool((strength == 1).all()) else strength, channels
+
+
+def renoise_known_frames(
+    sample: Tensor,
+    channels: ChannelConditioning,
+    scheduler: Any,
+    timestep: Tensor,
+    *,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """A sample with frames that are known noised to `timestep` in their place (SDEdit).
+
+    Args:
+        sample: (B, C, T', H', W'), at this timestep.
+        channels: the known frames.
+        scheduler: of the run.
+        timestep: of the step that comes.
+        generator: source of `noise`; a list holds one per clip.
+        noise: standard normal noise like `sample`, fresh in every step.
+    """
+    noise = noise_like(sample, generator) if noise is None else noise
+    return choose_frames(channels.mask, scheduler.add_noise(channels.latents, noise, timestep), sample)

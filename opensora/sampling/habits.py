@@ -1,10 +1,17 @@
 """What users of diffusers' pipelines expect of every pipeline, under the names that they know."""
 
 import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
+from opensora.adapters.adapter import Adapter, read_adapter, understand
+from opensora.adapters.layouts import PREFIX, lora_state, peft_config
+from opensora.adapters.merging import fit
+from opensora.adapters.reading import StoredAdapter
 from opensora.errors import OpenSoraError
 from opensora.models.offload_hooks import merge_tied_layers
 
@@ -14,8 +21,11 @@ class HabitsMixin:
 
     autoencoder: Any
     config: Any
+    load_lora_into_transformer: Any
+    lora_state_dict: Any
     offloader: Any
     to: Any
+    transformer: Any
 
     @property
     def vae(self) -> Any:
@@ -29,18 +39,59 @@ class HabitsMixin:
                 merge_tied_layers(part)
         super().enable_group_offload(*args, **kwargs)  # type: ignore[misc] # of DiffusionPipeline
 
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers.
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **options: Any,
+    ) -> None:
+        """As in diffusers, for adapters in the layout of diffusers, PEFT, kohya or ComfyUI.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder, tensors by name, or a repository on the Hub.
+            adapter_name: what to call it; None for one that is free.
+            hotswap: take the place of the adapter of that name.
+            **options: `weight_name` and `subfolder`, and diffusers' own for repositories.
 
         Raises:
-            OpenSoraError: the transformer's weights are not kept between calls, so that an adapter would be lost.
+            OpenSoraError: what is no adapter, or not of this transformer; or the transformer's weights are not kept
+                between calls, so that an adapter would be lost.
         """
         if self.offloader is not None and self.offloader.reads_again("transformer"):
             raise OpenSoraError(
                 "the transformer is read from its files whenever it is needed, without what was loaded beside it; "
                 "give the adapter to load_pipeline(adapters=...)"
             )
-        super().load_lora_weights(*args, **kwargs)  # type: ignore[misc] # of diffusers' loader
+        low_memory = {k: options.pop(k) for k in ("low_cpu_mem_usage",) if k in options}
+        adapter = fit(self._read_lora(pretrained_model_name_or_path_or_dict, options), self.transformer, "the pipeline")
+        if adapter.differences:
+            raise OpenSoraError(
+                f"{adapter.path} changes biases or whole weights, such as {next(iter(adapter.differences))}, which "
+                "cannot lie beside the network; give it to load_pipeline(adapters=...), which merges it"
+            )
+        adapter.log_notes()
+        self.load_lora_into_transformer(
+            lora_state(adapter),
+            transformer=self.transformer,
+            adapter_name=adapter_name,
+            metadata={PREFIX + key: value for key, value in peft_config(adapter).items()},
+            _pipeline=self,
+            hotswap=hotswap,
+            **low_memory,
+        )
+
+    def _read_lora(self, source: Any, options: dict[str, Any]) -> Adapter:
+        """What is to be loaded: off the disk, or from where diffusers finds it."""
+        places = [options.get(name) for name in ("subfolder", "weight_name")]
+        path = Path(source, *filter(None, places)).expanduser() if isinstance(source, str | Path) else None
+        if path is not None and (path.exists() or isinstance(source, Path)):
+            return read_adapter(path)
+        if isinstance(source, Mapping):
+            return understand(StoredAdapter(Path("the adapter"), source))
+        tensors, config = self.lora_state_dict(source, **options, return_lora_metadata=True)
+        metadata = {"lora_adapter_metadata": json.dumps(config)} if config else {}
+        return understand(StoredAdapter(Path(str(source)), tensors, metadata))
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode frames in overlapping tiles, in less memory; see the autoencoder's `enable_tiling`."""

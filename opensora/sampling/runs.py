@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from opensora.denoiser import Denoiser
 from opensora.errors import OpenSoraError
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.guidance import GuidanceRule
+from opensora.models.guidance import GuidanceRule, GuidanceStep
+from opensora.models.schedulers.frames import choose_frames
 from opensora.models.text.conditioner import TextStates
+from opensora.sampling.frames import renoise_known_frames
 
 CALLBACK_TENSORS = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
 """What a callback at the end of a step may ask for."""
@@ -37,6 +40,8 @@ class Run:
         latents: (B, C, T', H', W'), where the run is.
         frame_strength: (B, T'), the denoising strength of each frame; None for 1.
         generators: one per clip.
+        channels: known frames in channels beside the noise; None for none.
+        clips_known: for each clip, whether several of these follow each other.
         denoiser: the network and the branches of guidance.
         timestep: of the present step.
         guided: whether that step has more branches than one.
@@ -52,20 +57,60 @@ class Run:
     latents: Tensor
     frame_strength: Tensor | None
     generators: list[torch.Generator]
+    channels: ChannelConditioning | None = None
+    clips_known: tuple[bool, ...] = field(init=False)
     denoiser: Denoiser = field(init=False)
     timestep: Tensor | None = None
     guided: bool = False
     interrupted: bool = False
 
     def __post_init__(self) -> None:
+        known = self.channels
+        follow = torch.zeros(1, 1) if known is None else known.mask & ~known.single_frames
+        self.clips_known = tuple(follow.any(dim=1).tolist())
         self._read_texts()
 
     def _read_texts(self) -> None:
         """Makes the denoiser of the present texts."""
         pipeline = self.pipeline
-        branches = pipeline.text_conditioner.branches(self.text, self.negative)
-        sequential, ranks = pipeline.sequential_guidance, pipeline.ranks
-        self.denoiser = Denoiser(pipeline.transformer, branches, self.clip, sequential=sequential, ranks=ranks)
+        self.denoiser = Denoiser(
+            pipeline.transformer,
+            pipeline.text_conditioner.branches(self.text, self.negative),
+            self.clip,
+            channels=self.channels,
+            guidance_scale=self.guidance_scale if pipeline.transformer.reads_guidance else None,
+            sequential=pipeline.sequential_guidance,
+            ranks=pipeline.ranks,
+        )
+
+    def guidance_step(self, index: int) -> GuidanceStep:
+        """A step as the rule of guidance sees it."""
+        timestep, conditioned = self.scheduler.timesteps[index], self.channels is not None
+        return GuidanceStep(index, self.num_steps, timestep, conditioned, self.clips_known)
+
+    def begin_step(self, timestep: Tensor) -> Tensor | None:
+        """Puts conditioning frames where the step needs them; which frames are being generated, None for all."""
+        frame_mask = None
+        if self.frame_strength is not None:
+            self.latents, frame_mask = self.scheduler.activate_frames(
+                self.latents, timestep, self.frame_strength, generator=self.generators
+            )
+        if self.channels is not None and self.pipeline.config.known_frames == "noised":
+            self.latents = renoise_known_frames(
+                self.latents, self.channels, self.scheduler, timestep, generator=self.generators
+            )
+        return frame_mask
+
+    def finish(self) -> Tensor:
+        """The latents after the last step, with pictures put back if the model's are kept."""
+        if self.channels is None or self.pipeline.config.known_frames != "pictures kept":
+            return self.latents
+        return choose_frames(self.channels.single_frames, self.channels.latents, self.latents)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the rule; None for rules without."""
+        return self.rule.describe().get("guidance_scale")
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +146,9 @@ class Run:
         if text is not self.text or negative is not self.negative:
             assert text is not None
             self.text, self.negative = text, negative
+            spent = self.denoiser.num_evaluations
             self._read_texts()
+            self.denoiser.num_evaluations += spent
 
     def _read(self, given: TextStates | Tensor | None, present: TextStates | None) -> TextStates | None:
         """A text that a callback returned, as the network reads it."""
@@ -153,7 +200,7 @@ class RunsMixin:
     def guidance_scale(self) -> float | None:
         """Of the call under way in this thread; None outside of one, and for rules without."""
         run = self._current_run()
-        return None if run is None else run.rule.describe().get("guidance_scale")
+        return None if run is None else run.guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:

@@ -1,17 +1,21 @@
 """The toy world's language: a small grammar that words a clip in many ways, and the tokenizer for it.
 
 Every word that a caption can contain is known beforehand, so a model of a few million parameters can learn the whole
-language, and a prompt with words from outside it can be refused with the words named.
+language, and a prompt with words from outside it can be refused with the words named. The grammar here is English;
+`chinese.py` has the Chinese one, of which every character counts as a word.
 """
 
 import random
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from opensora.toybox import chinese
 from opensora.toybox.world import EASY_WORLD, ClipSpec, Thing, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Language = Literal["en", "zh"]
 
 MAX_TOKENS = 24
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -97,8 +101,18 @@ def describe(thing: Thing, rng: random.Random, drop_size: bool) -> str:
     return " ".join(word for word in (article, size, colour, shape) if word)
 
 
-def caption(spec: ClipSpec, rng: random.Random) -> str:
-    """One of many wordings of a clip; says everything but, now and then, the size, the speed or the place."""
+def caption(spec: ClipSpec, rng: random.Random, language: Language = "en", plain: float = 0.0) -> str:
+    """One of many wordings of a clip; says everything but, now and then, the size, the speed or the place.
+
+    `plain` is the share of clips that are worded as in `plain_caption`.
+    """
+    if plain and rng.random() < plain:
+        return plain_caption(spec, language)
+    if language == "zh":
+        text = chinese.caption(spec, rng)
+        while len(words_of(text)) >= MAX_TOKENS:
+            text = chinese.caption(spec, rng)
+        return text
     verb = rng.choice(VERBS[spec.motion])
     if spec.motion != "still" and rng.random() < 0.5:
         adverb = rng.choice(SPEED_WORDS[spec.speed])
@@ -114,8 +128,10 @@ def caption(spec: ClipSpec, rng: random.Random) -> str:
     return " ".join(part for part in clause if part)
 
 
-def plain_caption(spec: ClipSpec) -> str:
+def plain_caption(spec: ClipSpec, language: Language = "en") -> str:
     """The one canonical wording, used to evaluate: "a small red ball moves left on the grass"."""
+    if language == "zh":
+        return chinese.plain_caption(spec)
     things = [f"a {spec.size} {spec.colour} {spec.shape} {PLAIN_VERBS[spec.motion]}"]
     if spec.second:
         things.append(f"and a {spec.second.size} {spec.second.colour} {spec.second.shape}")
@@ -123,19 +139,20 @@ def plain_caption(spec: ClipSpec) -> str:
 
 
 def words_of(prompt: str) -> list[str]:
-    """A prompt's words: lower case, punctuation dropped."""
-    return re.findall(r"\w+", prompt.lower())
+    """A prompt's words, and each of its Chinese characters: lower case, punctuation dropped."""
+    return re.findall(rf"{chinese.CHARACTER}|(?:(?!{chinese.CHARACTER})\w)+", prompt.lower())
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the language in alphabetical order."""
+    """Every word of the language in alphabetical order, then every Chinese character."""
     phrases = ["an", "and", *ARTICLES, *OPENINGS]
     for table in (SIZE_WORDS, COLOUR_WORDS, SHAPE_WORDS, VERBS, SPEED_WORDS, PLACES):
         for options in table.values():
             phrases += options
     for options in VERBS.values():
         phrases += [participle(verb) for verb in options]
-    return tuple(sorted({word for phrase in [*phrases, *PLAIN_VERBS.values()] for word in words_of(phrase)}))
+    words = {word for phrase in [*phrases, *PLAIN_VERBS.values()] for word in words_of(phrase)}
+    return tuple(sorted(words | chinese.CHARACTERS))
 
 
 VOCABULARY = vocabulary()
@@ -143,23 +160,32 @@ VOCABULARY = vocabulary()
 
 def unknown_words(prompt: str, world: World = EASY_WORLD) -> list[str]:
     """The words of a prompt that a model of this world has never seen, each once, in order."""
-    missing = {word for shape in SHAPE_WORDS if shape not in world.shapes for word in SHAPE_WORDS[shape]}
-    known = set(VOCABULARY) - missing
-    return list(dict.fromkeys(word for word in words_of(prompt) if word not in known))
+    missing = [shape for shape in SHAPE_WORDS if shape not in world.shapes]
+    known = set(VOCABULARY) - {word for shape in missing for word in SHAPE_WORDS[shape]}
+    # A Chinese name of such a shape is made of characters that are known.
+    names = [name for shape in missing for name in chinese.SHAPE_WORDS[shape] if name in prompt]
+    return list(dict.fromkeys(names + [word for word in words_of(prompt) if word not in known]))
 
 
-def describe_vocabulary(world: World = EASY_WORLD) -> str:
+def describe_vocabulary(world: World = EASY_WORLD, language: Language = "en") -> str:
     """One line that tells a user what a model of this world can be asked for."""
+    if language == "zh":
+        return chinese.describe_vocabulary(world)
     sizes, colours, shapes = ", ".join(world.sizes), ", ".join(world.colours), ", ".join(world.shapes)
     places = "; ".join(PLACES[name][0] for name in world.backgrounds)
     return (
         f"one object ({sizes}; {colours}; {shapes}) that stands still, moves left, right, up or down, bounces, moves "
-        f"in a circle, spins, grows or shrinks, slowly or quickly, in one place ({places})"
+        f"in a circle, spins, grows or shrinks, slowly or quickly, in one place ({places}), in English or Chinese"
     )
 
 
+def language_of(prompt: str) -> Language:
+    """Chinese as soon as there is a Chinese character."""
+    return "zh" if re.search(chinese.CHARACTER, prompt) else "en"
+
+
 def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """The word-level tokenizer: lower case, one token per word, an end token, padding to the right.
+    """The word-level tokenizer: lower case, one token per word or ideograph, an end token, padding to the right.
 
     Returns:
         A `PreTrainedTokenizerFast` with `model_max_length` 24; save it with `save_pretrained`.
@@ -170,7 +196,9 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     ids = {word: i for i, word in enumerate((PAD, EOS, UNK, *VOCABULARY))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\W+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(chinese.CHARACTER), "isolated")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -6,6 +6,12 @@ from typing import Literal
 from opensora.errors import OpenSoraError
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.task import TaskConfig
+from opensora.training.trackers import TrackerName
+
+NO_PREVIEW = (
+    "objective.preview is none, so nothing is shown; name prompts by 'objective.preview.prompts=[\"a cat\"]', or leave "
+    "loop.preview_every out"
+)
 
 
 def critic_optimizer() -> OptimizerConfig:
@@ -37,6 +43,7 @@ class LoopConfig:
         log_every, checkpoint_every, preview_every: steps between figures, checkpoints, samples (0 = never).
         keep_checkpoints: newest checkpoints kept.
         prefetch: batches that the data are told of ahead of time.
+        trackers: what shows figures and previews besides the run's own files, see `trackers`.
         peak_tflops: what one device can do, in 10^12 operations a second; with it the share in use (MFU) is logged.
         optimizer: rates and decay.
         critic: the same for the critic, where the task has one.
@@ -59,6 +66,7 @@ class LoopConfig:
     preview_every: int = 0
     keep_checkpoints: int = 2
     prefetch: int = 4
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     peak_tflops: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=critic_optimizer)
@@ -79,6 +87,17 @@ class LoopConfig:
         if not 0 <= self.ema_decay < 1:
             raise OpenSoraError(f"loop.ema_decay is {self.ema_decay}; give a number in [0, 1)")
 
+    def idle(self) -> dict[str, str]:
+        """Settings that change nothing, and why; see `overrides.apply_overrides`."""
+        idle = {}
+        if not 0 < self.checkpoint_every < self.steps:
+            idle["keep_checkpoints"] = f"of {self.steps} steps, loop.checkpoint_every={self.checkpoint_every} keeps one"
+        if not self.ema_decay:
+            idle["ema_warmup"] = "loop.ema_decay is 0, so there is no average"
+        if self.preview_every > self.steps:
+            idle["preview_every"] = f"the run has {self.steps} steps; give fewer"
+        return idle
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -93,3 +112,17 @@ class Recipe:
     name: str
     objective: TaskConfig
     loop: LoopConfig
+
+    def idle(self) -> dict[str, str]:
+        """Settings that change nothing, and why; see `overrides.apply_overrides`."""
+        idle = {}
+        if self.loop.preview_every and getattr(self.objective, "preview", self) is None:
+            idle["loop.preview_every"] = NO_PREVIEW
+        if not self.loop.preview_every:
+            never = "loop.preview_every is 0, so previews never come; give a number of steps"
+            idle |= {"objective.preview_batches": never}
+            if getattr(self.objective, "preview", None) is not None:
+                idle["objective.preview"] = never
+        if getattr(self.objective, "discriminator", None) is None:
+            idle["loop.critic"] = "nothing is trained against the model; objective.discriminator is none"
+        return idle

@@ -1,4 +1,4 @@
-"""A run's figures: gathered between two log lines from all ranks, written as JSON lines and to TensorBoard."""
+"""A run's figures: gathered between two log lines from all ranks, written as JSON lines and told to trackers."""
 
 import contextlib
 import dataclasses
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.contents import parse_json, read_text
 from opensora.distributed.mesh import Mesh
-from opensora.files import replacing
+from opensora.files import append_text, replacing
 from opensora.planning.flops import CountedFlops
+from opensora.training.trackers import TrackerName, open_trackers
 
 
 class Means:
@@ -100,46 +102,46 @@ def peak_memory_gb(device: str) -> float:
 
 
 class Metrics:
-    """Appends one JSON object a logged step to `metrics.jsonl`, and the same figures to TensorBoard event files.
+    """Appends one JSON object a logged step to `metrics.jsonl`, and tells trackers the same figures, and previews.
 
     Args:
         folder: the run's folder.
         first_step: the step a run starts or resumes at; lines of later steps, left by a run that died after them,
             are dropped, so that the file reads as one uninterrupted run.
+        trackers: see `trackers.open_trackers`.
+        config: the recipe, as plain data, for trackers that show it.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(
+        self, folder: Path, first_step: int, trackers: Sequence[TrackerName] = ("tensorboard",), config: Any = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
+            kept = [line for line in read_text(self.path).splitlines() if _step_of(line) <= first_step]
             with replacing(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.trackers = open_trackers(trackers, folder, first_step, config)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }  # JSON has no NaN
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+    def write(self, step: int, values: dict[str, float], previews: Sequence[Path] = ()) -> None:
+        """Figures of a step, and files that it wrote to be looked at."""
+        if values:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            append_text(self.path, json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
+        for tracker in self.trackers:
+            if values:
+                tracker.write(step, values)
+            if previews:
+                tracker.show(step, previews)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _step_of(line: str) -> float:
     """Step of a line; infinity for one that was cut short."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(parse_json(line, "the line")["step"])
+    except (KeyError, TypeError, ValueError):
         return float("inf")

@@ -16,17 +16,20 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iteration drives singular values near 1 fastest."""
 
 
-def orthogonalize(matrix: Tensor, iterations: int = 5, eps: float = 1e-7) -> Tensor:
-    """Nearly the nearest orthogonal matrix: singular values between 0.5 and 1.5, in bfloat16.
+def orthogonalize(
+    matrix: Tensor, iterations: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Nearly the nearest orthogonal matrix: singular values between 0.5 and 1.5.
 
     Args:
         matrix: (rows, columns).
         iterations: of Newton-Schulz.
         eps: least norm that is divided by.
+        dtype: of the products.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=eps)
     for _ in range(iterations):
         gram = x @ x.T

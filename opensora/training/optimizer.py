@@ -54,6 +54,10 @@ class OptimizerConfig:
         if not 0 <= self.decay <= 1:
             raise OpenSoraError(f"optimizer.decay is {self.decay}; give a share of the run, from 0 to 1")
 
+    def idle(self) -> dict[str, str]:
+        """Settings that change nothing, and why; see `overrides.apply_overrides`."""
+        return {"muon_lr": "AdamW updates all weights; its rate is lr"} if self.matrices == "adamw" else {}
+
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Multiple of the peak rate at `step` of `steps`: linear warm-up, constant, cosine to zero."""

@@ -292,7 +292,7 @@ class TrainingPlan:
             if sharing > 1:
                 passes = 2 + (loop.activation_checkpointing == "full")
                 value = BFLOAT16 if loop.precision == "bf16" else FLOAT32
-                switched = passes * bytes_switched(*work.tokens, networks.depth, sharing, value)  # type: ignore[misc]
+                switched = passes * bytes_switched(*networks.switched(work.tokens), networks.depth, sharing, value)
         cost = BatchCost(
             shape=shape,
             tokens=None if tokens is None else tokens * many,

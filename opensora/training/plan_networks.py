@@ -54,7 +54,7 @@ class PlannedNetworks:
         self.trained_numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
         blocks = [sum(p.numel() for p in block.parameters()) for block in self.blocks]
         self.block_numbers, self.largest_block = sum(blocks), max(blocks, default=0)
-        self.depth = len(layers_of(self.blocks))
+        self.depth = sum(len(layers_of(stack)) for stack in self.setup.partition.stacks)
         self.critic = None if self.setup.critic is None else self.setup.critic.module
         self.frozen = self.setup.frozen
         # Weights, gradients and both of AdamW's moments.
@@ -99,8 +99,13 @@ class PlannedNetworks:
     def work(self, shape: BatchShape) -> Work:
         """Of one batch."""
         if shape not in self._work:
-            self._work[shape] = count_work(lambda: self._loss(shape), self.blocks)
+            self._work[shape] = count_work(lambda: self._loss(shape), *self.setup.partition.stacks)
         return self._work[shape]
+
+    def switched(self, tokens: Sequence[int]) -> tuple[int, int, int, int]:
+        """What ranks that share a clip switch, see `VideoTransformer.switched`."""
+        transformer: Any = self.module["transformer"]  # type: ignore[index]
+        return transformer.switched(tokens)
 
     def step(self, shape: BatchShape, recompute: Any, precision: str, sharded: bool, on_cpu: bool) -> Step:
         """Of one batch, traced."""

@@ -42,6 +42,9 @@ class TrainingTask(ABC):
     def export(self, module: Any, folder: Path) -> None:
         """Writes the weights of `module`, a copy of the task's, as a folder that the rest of the package loads."""
 
+    def export_frozen(self, folder: Path) -> None:  # noqa: B027
+        """Writes what a checkpoint lacks of a model, before the first step; nothing if it can be none."""
+
 
 class TrainingData:
     """Where a task's batches come from, as far as a trainer is concerned; this one has nothing to be told."""
@@ -70,11 +73,14 @@ class Partition:
         blocks: its repeated parts: units of compilation, sharding and activation checkpointing.
         gathered: parts that ranks gather one after the other. Ranks meet at each of them, so all must run it equally
             often in a step, whatever their batches hold.
+        stacks: the blocks once more, one kind after another, where each takes what the one before returns; one that is
+            like others stands for them in plans.
     """
 
     def __init__(self, blocks: Sequence[nn.Module] = (), gathered: Sequence[nn.Module] | None = None) -> None:
         self.blocks = list(blocks)
         self.gathered = self.blocks if gathered is None else list(gathered)
+        self.stacks = [self.blocks]
 
     def split_sequences(self, group: ProcessGroup) -> None:
         """From now on the ranks of `group` compute each batch together, a part of its tokens each.

@@ -10,6 +10,7 @@ steps, each with batches of its own, and the first one writes and speaks.
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,17 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.containers.runs import FROZEN_PARTS, MODEL, RECIPE
 from opensora.distributed.checkpoint import Checkpoints, newest_checkpoint, read_counters, read_names, read_tensors
 from opensora.distributed.mesh import build_mesh
 from opensora.distributed.seeding import BatchKey, derive_seed
 from opensora.errors import OpenSoraError
-from opensora.files import use_default_permissions
-from opensora.training.config import Recipe
+from opensora.files import replacing_folder
+from opensora.settings import to_dict
+from opensora.training.config import NO_PREVIEW, Recipe
 from opensora.training.ema import EMA
 from opensora.training.metrics import Means, Metrics, Work, by_group, peak_memory_gb
 from opensora.training.optimizer import Optimizer, clip_gradients, learning_rate_factor
 from opensora.training.parallel import Parallel, average_gradients, whole_copy, without_data, wrap_blocks
-from opensora.training.record import FROZEN, record_frozen, record_recipe
+from opensora.training.record import (
+    FROZEN,
+    Changes,
+    add_to_history,
+    changes_in_words,
+    previous_loop,
+    record_frozen,
+    record_recipe,
+    record_resumed,
+)
+from opensora.training.trackers import check_trackers
 
 
 class Trainer:
@@ -57,24 +70,31 @@ class Trainer:
         device: str = "cpu",
         on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     ) -> None:
-        loop = self.loop = recipe.loop
+        self.recipe, loop = recipe, recipe.loop
+        self.loop = loop
+        self.notes = check_trackers(loop.trackers, folder)
         self.folder, self.device, self.on_step = folder, device, on_step
         self.mesh = build_mesh(device, loop.sequence_parallel)
         torch.manual_seed(loop.seed)  # for the weights that a network begins with
         setup = self.setup = recipe.objective.build(device)
+        if loop.preview_every and setup.preview is None:
+            raise OpenSoraError(f"loop.preview_every={loop.preview_every} has no effect: {NO_PREVIEW}")
         self.task, self.critic = setup.task, setup.critic
         self.module = setup.task.module.to(device)
-        is_new = record_recipe(recipe, folder / "recipe.json", self.mesh)
+        is_new, changes = record_recipe(recipe, folder / RECIPE, self.mesh)
         try:
             with self.mesh.first_rank_first():
                 record_frozen(recipe, setup, folder / FROZEN, self.mesh)
+                if self.mesh.is_first and (is_new or not (folder / FROZEN_PARTS).exists()):
+                    setup.task.export_frozen(folder / FROZEN_PARTS)
                 if setup.preview is not None:
                     setup.preview.check()
                 setup.data.open(folder / "cache")  # while all weights are here, and those of the beginning
         except OpenSoraError:
             if is_new:  # nothing has begun: a mistake in a path must not bind the folder to it
-                for name in ("recipe.json", FROZEN):
+                for name in (RECIPE, FROZEN):
                     (folder / name).unlink(missing_ok=True)
+                shutil.rmtree(folder / FROZEN_PARTS, ignore_errors=True)
                 with contextlib.suppress(OSError):  # it holds something else
                     folder.rmdir()
             raise
@@ -93,10 +113,11 @@ class Trainer:
             self.critic_optimizer = Optimizer(list(self.critic.module.named_parameters()), set(), loop.critic)
         self.step = self.batches = self.bad_steps = self.skipped_steps = 0
         self.stop_requested = False
-        self.notes: list[str] = []
         self.means, self.work = Means(), Work(loop.peak_tflops)
         self.checkpoints = Checkpoints(folder / "checkpoints", self.mesh, loop.keep_checkpoints)
-        self.resume()
+        if self.resume():
+            record_resumed(recipe, folder, self.step, changes, self.mesh)
+            self.notes += [*changes_in_words(changes, self.step), *self.rates_in_words(recipe, changes)]
 
     def run(self) -> Path:
         """Trains to the last step and exports the averaged weights.
@@ -122,12 +143,17 @@ class Trainer:
                     self.checkpoints.wait()
                 if self.due(loop.checkpoint_every) or self.step == loop.steps or stop:
                     self.checkpoint()
-                if self.due(loop.preview_every) and (figures := self.preview()):
-                    write(self.step, figures)
+                if self.due(loop.preview_every):
+                    write(self.step, self.preview(), self.previews())
                 if stop:
                     self.checkpoints.wait()
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command resumes there")
             self.checkpoints.wait()
+        if 0 < self.step == self.skipped_steps:
+            raise OpenSoraError(
+                f"nothing was learnt, and no model is written: no step of {self.step} had a finite gradient; "
+                "start again in another `output` with a lower learning rate or loop.precision=fp32"
+            )
         return self.export()
 
     def train_step(self) -> dict[str, float]:
@@ -215,7 +241,8 @@ class Trainer:
         if self.bad_steps >= self.loop.max_bad_steps:
             raise OpenSoraError(
                 f"{self.bad_steps} steps in a row up to step {self.step} had a non-finite gradient; "
-                "start again in another `output` with a lower learning rate or loop.precision=fp32"
+                "the same command goes on from the last checkpoint: add a lower loop.optimizer.lr (and "
+                "loop.optimizer.muon_lr), or loop.precision=fp32"
             )
 
     def read_terms(self, seen: list[tuple[dict[str, Tensor], dict[str, list[str]]]]) -> dict[str, float]:
@@ -251,16 +278,18 @@ class Trainer:
         return figures
 
     @contextlib.contextmanager
-    def recorder(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    def recorder(self) -> Iterator[Callable[..., None]]:
         """Where figures are written: nowhere but on the first rank. A checkpoint under way is written to its end."""
-        metrics = Metrics(self.folder, self.step) if self.mesh.is_first else None
+        metrics = None
+        if self.mesh.is_first:
+            metrics = Metrics(self.folder, self.step, self.loop.trackers, to_dict(self.recipe))
         try:
-            yield metrics.write if metrics else lambda step, figures: None
+            yield metrics.write if metrics else lambda *_: None
         finally:
-            if metrics:
-                metrics.close()
             self.setup.data.cancel_prefetch()
             self.checkpoints.join()
+            if metrics:
+                metrics.close()
 
     def preview(self) -> dict[str, float]:
         """Samples of the averaged weights, written to `previews/`; its figures on the first rank."""
@@ -270,13 +299,18 @@ class Trainer:
         with self.averaged_module() as module:
             return {} if module is None else preview.show(module, self.folder / "previews", self.step)
 
+    def previews(self) -> list[Path]:
+        """What the preview of this step wrote."""
+        return sorted((self.folder / "previews").glob(f"step-{self.step:08d}*"))
+
     def export(self) -> Path:
         """Writes the averaged weights as `model/`."""
-        folder = self.folder / "model"
+        folder = self.folder / MODEL
         with self.averaged_module() as module:
             if module is not None:
-                self.task.export(module, folder)
-                use_default_permissions(folder)
+                with replacing_folder(folder, overwrite=True) as written:
+                    self.task.export(module, written)
+                add_to_history(self.folder, {"exported": self.step})
         return folder
 
     @contextlib.contextmanager
@@ -300,24 +334,41 @@ class Trainer:
         }
         self.checkpoints.save(self.step, self.tensors(), counters)
 
-    def resume(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Goes on from the newest checkpoint, if there is one; returns whether there is."""
         path, damages = newest_checkpoint(self.folder / "checkpoints")
         if path is None:
-            return
+            return False
+        if (done := read_counters(path)["step"]) > self.loop.steps:
+            raise OpenSoraError(
+                f"{self.folder} was trained for {done} steps and loop.steps={self.loop.steps} asks for fewer; give "
+                f"loop.steps={done} to export it as it is, or more to train on"
+            )
         names = read_names(path)
         self.optimizer.prepare_state(n.removeprefix("optimizer/") for n in names if n.startswith("optimizer/"))
         if self.critic_optimizer is not None:
             critic = (n.removeprefix("critic_optimizer/") for n in names if n.startswith("critic_optimizer/"))
             self.critic_optimizer.prepare_state(critic)
         read_tensors(path, self.tensors(), self.mesh)
-        counters = read_counters(path)
+        counters = read_counters(path, ("bad_steps", "skipped_steps", "batches", "batches_per_step"))
         self.step, self.batches = counters["step"], counters["batches"]
         self.bad_steps, self.skipped_steps = counters["bad_steps"], counters["skipped_steps"]
         self.notes += [f"{damage}; resuming from {path.name}" for damage in damages]
         before, now = counters["batches_per_step"], self.loop.microbatches * self.mesh.num_data_ranks
         if before != now:
             self.notes.append(f"a step now has {now} batches and had {before}; change loop.microbatches to keep it")
+        return True
+
+    def rates_in_words(self, recipe: Recipe, changes: Changes) -> list[str]:
+        """Where the learning rate goes on, if that is not where it stopped: a schedule ends with the run."""
+        if not changes or self.step >= self.loop.steps:
+            return []
+        before = previous_loop(recipe.loop, changes)
+        was = learning_rate_factor(self.step, before.steps, before.optimizer)
+        now = learning_rate_factor(self.step, self.loop.steps, self.loop.optimizer)
+        if math.isclose(was, now, abs_tol=0.005):
+            return []
+        return [f"the schedule goes on at {now:.0%} of the peak learning rate; it was at {was:.0%}"]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name."""

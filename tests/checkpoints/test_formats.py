@@ -16,15 +16,18 @@ from tiny_pipeline import make_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from opensora.checkpoints import weights as weights_module
+from opensora import weights as weights_module
 from opensora.checkpoints.components import load_component
 from opensora.checkpoints.key_maps import find_config
-from opensora.checkpoints.weights import StoredWeights, load_weights, read_pickle, weight_files
+from opensora.containers import tensors as tensors_module
+from opensora.containers.files import weight_files
+from opensora.containers.tensors import open_tensors
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.weights import StoredWeights, load_weights
 
 MODELS = {
     STDiT: tiny_published.tiny("opensora-1.0-hq-16x256x256"),
@@ -374,10 +377,11 @@ def test_portions_change_nothing(tmp_path, monkeypatch, sharded):
 
     def counting(path):
         opened.append(path)
-        return read_pickle(path)
+        return open_tensors(path)
 
-    monkeypatch.setattr(weights_module, "_PORTION_BYTES", 2000)
-    monkeypatch.setattr(weights_module, "read_pickle", counting)
+    monkeypatch.setattr(weights_module, "PORTION_BYTES", 2000)
+    monkeypatch.setattr(tensors_module, "PORTION_BYTES", 2000)
+    monkeypatch.setattr(tensors_module, "open_tensors", counting)
     if sharded:
         tiny_published.write_shards(tmp_path, tensors(network), "pytorch_model", ".bin")
     else:
@@ -389,10 +393,10 @@ def test_portions_change_nothing(tmp_path, monkeypatch, sharded):
 def test_one_file_is_open_at_a_time(tmp_path):
     network = tiny_published.network(MODELS[STDiT3].transformer)
     tiny_published.write_shards(tmp_path, tensors(network), "pytorch_model", ".bin")
-    stored = StoredWeights(weight_files(tmp_path))
+    stored = StoredWeights(tensors_module.StoredTensors(weight_files(tmp_path)), "x")
     for name in stored:
         assert torch.equal(stored[name], network.state_dict()[name])
-        assert stored._open is not None and name in stored._open[1]
+        assert stored._stored._open is not None and name in stored._stored._open[1]
     assert len(stored) == len(network.state_dict())
 
 

@@ -20,11 +20,13 @@ from tiny_pipeline import seeded
 
 from opensora.checkpoints import hub
 from opensora.checkpoints.loading import load_pipeline
-from opensora.checkpoints.published import ALIASES, BUNDLED, PUBLISHED, PublishedPart, published_name
+from opensora.checkpoints.published import ALIASES, BUNDLED, PUBLISHED, published_name
+from opensora.checkpoints.published_parts import PublishedPart
 from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.guidance_rules import TextImageGuidance
 from opensora.pipeline import OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
@@ -35,8 +37,14 @@ KEYS = {
     "opensora-1.1-stage2": "stdit2_xl2_v1_1",
     "opensora-1.1-stage3": "stdit2_xl2_v1_1",
     "opensora-1.2": "stdit3_xl2_v1_2",
+    "opensora-1.3": "stdit3_xl2_v1_3",
+    "opensora-1.3-360p": "stdit3_xl2_v1_3",
+    "opensora-1.3-i2v": "stdit3_xl2_v1_3",
+    "opensora-2.0": "mmdit_11b_v2_0",
+    "opensora-2.0-dc-ae": "mmdit_11b_v2_0_dcae",
 }
 FAMILY = {"1.0": "opensora-1.0-hq-16x256x256", "1.1": "opensora-1.1-stage3", "1.2": "opensora-1.2"}
+RELEASES = [*FAMILY, "1.3"]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -56,7 +64,7 @@ def test_transformers_have_the_published_names_and_shapes(golden_json, name):
     network = on_meta(PUBLISHED[name].transformer)
     shapes = {key: shape for key, (shape, _dtype) in published["keys"].items()}
     length = PUBLISHED[name].transformer.config["model_max_length"]
-    assert shapes["y_embedder.y_embedding"] == [length, 4096]
+    assert shapes.get("y_embedder.y_embedding", [length, 4096]) == [length, 4096]
     assert {key: list(tensor.shape) for key, tensor in network.state_dict().items()} == shapes
     assert sum(parameter.numel() for parameter in network.parameters()) == published["num_parameters"]
 
@@ -67,6 +75,7 @@ def test_transformers_have_the_published_names_and_shapes(golden_json, name):
         ("opensora-1.0", "sd_vae_autoencoderkl", "spatial_vae.module."),
         ("opensora-1.1", "sd_vae_autoencoderkl", "spatial_vae.module."),
         ("opensora-1.2", "opensora_vae_v1_2", ""),
+        ("opensora-1.3", "opensora_vae_v1_3", ""),
     ],
 )
 def test_autoencoders_have_the_published_names_and_shapes(golden_json, name, keys, prefix):
@@ -84,7 +93,8 @@ def test_sizes_of_files_are_those_of_the_networks(name):
         parameters = sum(tensor.numel() for tensor in {id(t): t for t in on_meta(part).state_dict().values()}.values())
         if part is model.text_encoder:
             parameters -= 32128 * 4096  # the embedding has two names
-        assert part.size_bytes == pytest.approx(4 * parameters, rel=0.01)
+        in_half = part is model.transformer and "MMDiT" in part.class_name
+        assert part.size_bytes == pytest.approx((2 if in_half else 4) * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -93,8 +103,8 @@ def test_every_default_is_one_of_the_pipeline_and_every_scheduler_can_be_made(na
     assert set(model.defaults) <= set(inspect.signature(OpenSoraPipeline.__init__).parameters)
     library, class_name = model.scheduler_class.rsplit(".", 1)
     scheduler = getattr(importlib.import_module(library), class_name)(**model.scheduler_config)
-    spatial = model.autoencoder.config
-    assert getattr(scheduler, "micro_frame_size", spatial["micro_frame_size"]) == spatial["micro_frame_size"]
+    chunk = model.autoencoder.config.get("micro_frame_size")
+    assert getattr(scheduler, "micro_frame_size", chunk) == chunk
 
 
 def test_what_the_releases_sample_with():
@@ -111,6 +121,22 @@ def test_what_the_releases_sample_with():
     assert PUBLISHED[FAMILY["1.1"]].transformer.config["qk_norm_legacy"]
     for name in FAMILY.values():
         assert PUBLISHED[name].autoencoder.config["latent_space"]["scaling_factor"] == 0.18215
+
+
+def test_what_1_3_samples_with():
+    """Its own figures; the three of one size differ in their weights alone."""
+    largest, small, from_images = (PUBLISHED[f"opensora-1.3{of}"] for of in ("", "-360p", "-i2v"))
+    assert (largest.defaults["height"], largest.defaults["width"]) == (720, 1280)
+    assert (small.defaults["height"], small.defaults["width"]) == (360, 640)
+    for model in (largest, small, from_images):
+        assert (model.defaults["num_frames"], model.defaults["num_inference_steps"]) == (113, 30)
+        rule = TextImageGuidance(model.defaults["guidance_scale"], **model.defaults["guidance_options"])
+        assert (rule.guidance_scale, rule.image_guidance_scale, rule.guidance_rescale) == (7.5, 5.0, 0.7)
+        assert model.scheduler_config["transform_frames"] == "after_first"
+    assert from_images.defaults["scores"]["aesthetic"] == 7.0 and small.defaults["scores"]["aesthetic"] is None
+    assert {**small.defaults, "scores": None} == {**from_images.defaults, "scores": None}
+    assert small.transformer.config == from_images.transformer.config
+    assert len({model.transformer.repository for model in (largest, small, from_images)}) == 3
 
 
 def test_short_names_stand_for_models():
@@ -160,7 +186,7 @@ def assert_same_weights(network, original):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("name", ["opensora-1.0", "opensora-1.0-hq-16x512x512", "opensora-1.1", "opensora-1.2"])
+@pytest.mark.parametrize("name", [f"opensora-{name}" for name in (*RELEASES, "1.0-hq-16x512x512")])
 def test_a_release_loads_from_its_own_files(released, name):
     networks = released(name)
     pipe = load_pipeline(name)
@@ -176,14 +202,16 @@ def test_a_release_loads_from_its_own_files(released, name):
     assert all(pipe.scheduler.config[option] == value for option, value in model.scheduler_config.items())
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", RELEASES)
 def test_a_release_makes_frames(released, name):
     released(f"opensora-{name}")
     pipe = load_pipeline(f"opensora-{name}")
     pipe.set_progress_bar_config(disable=True)
     output = pipe(PROMPT, generator=seeded(1), output_type="pt")
-    assert output.frames.shape == (1, 4, 3, 32, 48) and torch.isfinite(output.frames).all()
-    assert output.settings["cfg_channels"] == ([0, 1, 2, 3] if name == "1.2" else [0, 1, 2])
+    num_frames = 17 if name == "1.3" else 4  # a chunk of its autoencoder
+    assert output.frames.shape == (1, num_frames, 3, 32, 48) and torch.isfinite(output.frames).all()
+    channels = pipe.autoencoder.latent_channels if name in ("1.2", "1.3") else 3
+    assert output.settings["cfg_channels"] == list(range(channels))
 
 
 def test_the_tokenizer_is_the_sentencepiece_model(released):
@@ -355,7 +383,7 @@ def test_a_part_of_a_folder_can_be_replaced_too(released, tmp_path):
     assert swapped.hash() != ModelSource.find(tmp_path / "ours").hash()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", RELEASES)
 def test_a_release_saved_in_our_layout_makes_the_same_frames(released, tmp_path, name):
     released(f"opensora-{name}")
     first = load_pipeline(f"opensora-{name}")

@@ -14,7 +14,8 @@ from tiny_pipeline import seeded
 from opensora.checkpoints import hub
 from opensora.checkpoints.components import load_component
 from opensora.checkpoints.loading import load_pipeline
-from opensora.checkpoints.published import PUBLISHED, SVD_AUTOENCODER
+from opensora.checkpoints.published import PUBLISHED
+from opensora.checkpoints.published_parts import SVD_AUTOENCODER
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder

@@ -11,10 +11,13 @@ from opensora.checkpoints import loading
 from opensora.checkpoints.source import ModelSource
 from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule
+from opensora.sampling.prompting import PromptingMixin
 
 
 class NoisePipeline:
     """What `generate` asks of a pipeline; every call is kept."""
+
+    rated_scores = PromptingMixin.rated_scores
 
     def __init__(self):
         self.config = SimpleNamespace(
@@ -24,6 +27,7 @@ class NoisePipeline:
             width=16,
             num_inference_steps=3,
             guidance_scale=3.0,
+            guidance_options=None,
             cfg_channels=None,
             frame_interval=1,
             nominal_size=None,
@@ -37,8 +41,10 @@ class NoisePipeline:
         self.rule = SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
         self.device = torch.device("cpu")
         self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
+        self.transformer = SimpleNamespace(known_frames_alone=False, carries_latents=False)
         self.text_conditioner = SimpleNamespace(check_words=lambda texts: None)
         self.num_timesteps = 3
+        self.sequential_guidance = False
         self.calls = []
         self.fail_at_step = None
         self.nan = False
@@ -56,6 +62,15 @@ class NoisePipeline:
 
     def set_progress_bar_config(self, **_):
         pass
+
+    def spell(self, prompts, scores=None):
+        return list(prompts)
+
+    def spell_negative(self, negatives):
+        return list(negatives)
+
+    def text_notes(self, prompts, negatives=(), scores=None):
+        return []
 
     def encode_prompt(self, prompts, negative_prompt, *, scores):
         return SimpleNamespace(prompt=prompts[0], scores=scores), negative_prompt

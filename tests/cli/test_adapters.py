@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_pipeline import make_pipeline
 
-from opensora.checkpoints.adapters import ADAPTER_FILE
+from opensora.adapters.reading import ADAPTER_FILE
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
 from opensora.generation.loading import parse_adapter

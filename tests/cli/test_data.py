@@ -206,7 +206,7 @@ def test_rows_set_aside_are_told(tmp_path, buckets, capsys):
     assert main(args) == 0
     printed = capsys.readouterr().out
     assert "rows set aside: 2" in printed
-    assert "row 2 (b.mp4): no text" in printed and "row 3 (c.mp4): num_frames is 'x'" in printed
+    assert "row 2, line 3 (b.mp4): no text" in printed and "row 3, line 4 (c.mp4): num_frames is 'x'" in printed
     assert main([*args, "--uncaptioned"]) == 0
     assert "rows set aside: 1" in capsys.readouterr().out
 
@@ -231,7 +231,7 @@ def error_line_after_table(capsys) -> str:
         ("path,text\n", '{"240p": {"51": [1, 2]}}', [], "no column num_frames and no height and no width and no fps"),
         ("path,text,num_frames,height,width,fps\n", '{"240p": {"51": [1, 2]}}', [], "the manifest has no rows"),
         ("path,text,num_frames,height,width,fps\n", "{}", [], "no buckets"),
-        ("path,text,num_frames,height,width,fps\n", "[]", [], "holds no JSON object"),
+        ("path,text,num_frames,height,width,fps\n", "[]", [], "expected a JSON object"),
         ("path,text,num_frames,height,width,fps\n", '{"240": {"51": [1, 2]}}', [], "did you mean 240p"),
         ("path,text,num_frames,height,width,fps\n", '{"240p": {"51": [1, 2]}}', ["--ranks", "0"], "--ranks is 0"),
         ("path,text,num_frames,height,width,fps\n", '{"240p": {"51": [1, 2]', [], "not valid JSON"),
@@ -254,3 +254,23 @@ def test_sizes_come_from_one_place(broken, buckets, capsys):
     assert "give one of them" in error_line(capsys)
     assert main(["data", "plan", str(broken.manifest), "--recipe", "v1_2_stage_1"]) == 2
     assert "v1_2_stage1" in error_line(capsys)
+
+
+@pytest.mark.parametrize("recipe", ["v2_0_image", "v2_0_stage1_i2v", "v2_0_stage2", "v2_0_high_compression"])
+def test_plans_of_recipes_with_resolutions_by_pixels(recipe, tmp_path, capsys):
+    """Clips of 60 frames a second are counted at 20, which is what at most 24 leaves of them."""
+    table = tmp_path / "clips.csv"
+    rows = [f"{k}.png,a picture,1,1200,1200," for k in range(40)]
+    rows += [f"slow{k}.mp4,a walk,300,720,1280,24" for k in range(20)]
+    rows += [f"fast{k}.mp4,a race,301,720,1280,60" for k in range(20)]
+    table.write_text("\n".join(["path,text,num_frames,height,width,fps", *rows]))
+    assert main(["data", "plan", str(table), "--recipe", recipe, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    clips = {bucket["label"]: bucket["clips"] for bucket in plan["buckets"]}
+    if recipe == "v2_0_image":
+        assert sum(clips.values()) == 40 and {bucket.split()[0] for bucket in clips} == {"256px", "768px", "1024px"}
+        return
+    side = {"v2_0_stage1_i2v": "256px", "v2_0_stage2": "768px"}.get(recipe, "768px_32d")
+    longest, shorter = ("128f", "100f") if side.endswith("d") else ("129f", "97f")
+    assert clips[f"{side} {longest}"] == 20 and clips[f"{side} {shorter}"] == 20
+    assert sum(count for label, count in clips.items() if label.endswith(" 1f")) == 40

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from opensora.checkpoints.published import FORMER_BUNDLED
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
 from opensora.media.read import read_metadata, read_video
@@ -103,11 +104,23 @@ def test_a_record_tells_no_folders_and_from_asks_for_the_model(pipe, tmp_path, c
 def test_from_refuses_numbers_nobody_computes_in(pipe, tmp_path, capsys):
     assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
     record = json.loads((tmp_path / "one.mp4.json").read_text())
-    for dtype in ["float99", "Tensor", "int8"]:
+    for dtype in ["float99", "Tensor", "int4"]:
         (tmp_path / "odd.json").write_text(json.dumps(record | {"dtype": dtype}))
         capsys.readouterr()
         assert main(["generate", "--from", "odd.json"]) == 2
         assert f"dtype in odd.json is '{dtype}', expected one of float32" in capsys.readouterr().err
+
+
+def test_from_says_which_weights_of_before_a_clip_needs(pipe, tmp_path, capsys):
+    assert main(["generate", PROMPT, "--output", "one.mp4"]) == 0
+    record = json.loads((tmp_path / "one.mp4.json").read_text())
+    for former, name in FORMER_BUNDLED.items():
+        (tmp_path / "old.json").write_text(json.dumps(record | {"model_hash": former}))
+        capsys.readouterr()
+        assert main(["generate", "--from", "old.json", "--output", "two.mp4"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"those of {name}, see docs/log.md" in err
+    assert not (tmp_path / "two.mp4").exists()
 
 
 def test_from_refuses_another_model(pipe, tmp_path, capsys):
@@ -166,6 +179,7 @@ def test_names_nobody_chose_replace_nothing(pipe, capsys):
         (["--cfg-channels", "3"], {"cfg_channels": 3}),
         (["--cfg-channel", "1,"], {"cfg_channels": [1]}),
         (["--cfg-channels", "all"], {"cfg_channels": "all"}),
+        (["--cfg-channels", "0:1,2:.5"], {"cfg_channels": {0: 1.0, 2: 0.5}}),
         (["--guidance-scale", "1"], {"guidance_scale": 1.0}),
         (["--num-inference-steps", "7"], {"num_inference_steps": 7}),
         (["--num-inference-steps", "ddim50"], {"num_inference_steps": "ddim50"}),
@@ -185,7 +199,7 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         (["  "], "prompt is empty"),
         ([], "what should the video show?"),
         ([PROMPT, "--prompt-path", "x.txt"], "give one of them"),
-        (["--prompt-path", "x.txt"], "x.txt cannot be read"),
+        (["--prompt-path", "x.txt"], "x.txt does not exist"),
         (["--prompt-path", "empty.txt"], "holds no prompt"),
         (["a zebra eats gras"], "toybox does not know: zebra, eats, gras. It knows"),
         ([PROMPT, "--negative-prompt", "ugly"], "toybox does not know: ugly"),
@@ -212,13 +226,13 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         ([PROMPT, "--cfg-channels=-1"], "at least one channel"),
         ([PROMPT, "--guidance-scale=-2"], "--guidance-scale is -2"),
         ([PROMPT, "--guidance-scale", "nan"], "--guidance-scale is nan"),
-        ([PROMPT, "--num-inference-steps", "0"], "--num-inference-steps is '0'"),
+        ([PROMPT, "--num-inference-steps", "0"], "--num-inference-steps is 0"),
         ([PROMPT, "--num-videos", "0"], "--num-videos is 0"),
         ([PROMPT, "--seed=-1"], "--seed is -1"),
         ([PROMPT, "--fps", "0"], "fps is 0, expected a number from 0.01 to 1000 for mp4"),
         ([PROMPT, "--fps", "0.001"], "fps is 0.001"),
         ([PROMPT, "--fps", "nan"], "fps is nan"),
-        ([PROMPT, "--fps", "120", "--format", "gif"], "fps is 120, expected a number from 0.01 to 100 for gif"),
+        ([PROMPT, "--fps", "120", "--format", "gif"], "fps is 120, expected a number from 0.01 to 50 for gif"),
         ([PROMPT, "--output", "a" * 300 + ".mp4"], "name too long"),
         (["--from", "no.mp4"], "no.mp4 does not exist"),
         (["--from", "empty.txt"], "empty.txt cannot be read"),
@@ -247,11 +261,11 @@ def test_ctrl_c_leaves_no_half_file(pipe, tmp_path, capsys):
 
 
 def test_ctrl_c_while_writing_leaves_no_half_file(pipe, tmp_path, monkeypatch):
-    def interrupted(path, *_):
+    def interrupted(path, *_, **__):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opensora.media.write._write_mp4", interrupted)
+    monkeypatch.setattr("opensora.media.write._write_stream", interrupted)
     assert main(["generate", PROMPT, "--output", "clip.mp4"]) == 130
     assert files(tmp_path) == []
 

@@ -160,6 +160,13 @@ def test_both_languages_mean_the_same(run, script, words):
     np.testing.assert_allclose(by_option.astype(int), run(*words).astype(int), atol=1)
 
 
+def test_references_in_the_words_of_1_3(run):
+    references = ("--reference-path", "first.png;last.png", "--loop", "2", "--num-frames", "34")
+    in_words = run(*references, "--cond-type", "i2v_loop")
+    as_strategy = run(*references, "--mask-strategy", "0;1,1,0,-1,1", "--align", "1")
+    assert in_words is not None and np.array_equal(in_words, as_strategy)
+
+
 def test_references_for_later_loops(run):
     loops = ("--loop", "2", "--num-frames", "18", "--condition-frame-length", "2")
     frames = run(*loops, "--reference-path", "first.png;last.png", "--mask-strategy", "0;1,1,0,-1,1")
@@ -239,7 +246,7 @@ def test_a_clip_without_conditioning_frames_takes_none(run, capsys):
     [
         (["--image", "no.png"], "--image: no.png does not exist"),
         (["--image", "clip.png"], "--image: clip.png is a video of 20 frames, expected a picture"),
-        (["--image", "text.png"], "--image: text.png is damaged or not a video"),
+        (["--image", "text.png"], "--image: text.png cannot be read: not a video or a picture, but a text file"),
         (["--extend", "first.png"], "--extend: first.png is a single picture, expected a video"),
         (["--edit", "first.png", "--strength", "0.5"], "--edit: first.png is a single picture"),
         (["--edit", "clip.png"], "--edit needs --strength"),
@@ -255,6 +262,12 @@ def test_a_clip_without_conditioning_frames_takes_none(run, capsys):
         (["--loop", "2", "--condition-frame-length", "0"], "--condition-frame-length is 0"),
         (["--loop", "2", "--condition-frame-edit", "2"], "--condition-frame-edit is 2"),
         (["--reference-path", "first.png"], "give --mask-strategy"),
+        (["--cond-type", "i2v_head"], "i2v_head takes 1 reference, got 0; name them by --reference-path"),
+        (["--reference-path", "first.png", "--cond-type", "i2v"], "unknown condition type 'i2v'; known are v2v_head"),
+        (
+            ["--reference-path", "first.png", "--cond-type", "i2v_head", "--mask-strategy", "0"],
+            "--cond-type says where frames go; leave out --mask-strategy",
+        ),
         (["--mask-strategy", "0"], "give them as --reference-path"),
         (["--reference-path", "first.png;no.png", "--mask-strategy", "0"], "--reference-path: no.png does not exist"),
         (["--reference-path", "first.png", "--mask-strategy", "0,1"], "takes reference 1 (0 is the first)"),

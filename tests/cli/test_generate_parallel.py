@@ -61,7 +61,7 @@ def test_a_mistake_is_told_once(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parallel-guidance"], "parallel guidance takes 2 ranks, this run has 1"),
+        (["--parallel-guidance"], "parallel guidance takes 2 or 3 ranks, this run has 1"),
         (["--sequence-parallel", "2"], "sequence parallelism over 2 takes 2 ranks, this run has 1"),
         (["--sequence-parallel", "0"], "sequence parallelism over 0"),
     ],

@@ -11,7 +11,8 @@ from opensora.media.read import read_metadata, read_video
 from opensora.refinement import Refiner
 
 PROMPT = "a cat"
-ENDPOINT = ["--model", "other", "--refine-endpoint", "http://127.0.0.1:1/v1", "--refine-model", "small"]
+REFINE = ["--refine-endpoint", "http://127.0.0.1:1/v1", "--refine-model", "small"]
+ENDPOINT = ["--model", "other", *REFINE]
 
 
 @pytest.fixture
@@ -66,12 +67,15 @@ def test_the_key_comes_from_a_file_or_a_named_variable_and_stays_secret(pipe, re
     [
         (["--refine-model", "small"], "needs both --refine-endpoint URL and --refine-model NAME"),
         (["--refine-endpoint", "http://localhost/v1"], "needs both"),
-        ([*ENDPOINT, "--model", "toybox"], "toybox knows a closed list of words"),
-        ([*ENDPOINT, "--refine-key-file", "no.txt"], "key file no.txt cannot be read"),
+        ([*REFINE, "--model", "toybox"], "toybox knows a closed list of words"),
+        ([*ENDPOINT, "--refine-key-file", "no.txt"], "key file no.txt does not exist"),
         ([*ENDPOINT, "--refine-key-env", "NOT_SET"], "variable NOT_SET (--refine-key-env) is not set"),
         ([*ENDPOINT, "--refine-key-env", "A", "--refine-key-file", "b"], "both say the key"),
-        ([*ENDPOINT, "--refine-endpoint", "localhost"], "is to be an address such as"),
-        ([*ENDPOINT, "--model", "nowhere"], "unknown model 'nowhere'"),
+        (
+            ["--model", "other", "--refine-model", "small", "--refine-endpoint", "localhost"],
+            "is to be an address such as",
+        ),
+        ([*REFINE, "--model", "nowhere"], "unknown model 'nowhere'"),
     ],
 )
 def test_mistakes(pipe, refined, capsys, options, message):

@@ -16,7 +16,6 @@ from tiny_transformers import build
 from transformers import T5Config, T5EncoderModel
 
 from opensora.checkpoints.published import PUBLISHED
-from opensora.checkpoints.weights import fingerprint
 from opensora.cli.main import main
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
@@ -24,6 +23,7 @@ from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.toybox.captions import build_tokenizer
+from opensora.weights import fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD_VAE = PUBLISHED["opensora-1.1-stage3"].autoencoder.config
@@ -152,9 +152,9 @@ def test_a_lone_file(capsys, tmp_path):
 
 
 def test_other_networks_are_named_though_they_cannot_be_run(capsys, tmp_path):
-    save_file({"double_blocks.0.x": torch.zeros(1), "cond_in.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"blocks.0.adaLN_modulation.x": torch.zeros(1), "temp_embed": torch.zeros(1)}, tmp_path / "x.safetensors")
     code, out, _ = inspect(capsys, tmp_path / "x.safetensors")
-    assert code == 0 and "Open-Sora 2.0, known but not supported yet" in out
+    assert code == 0 and "Latte video transformer, known but not supported yet" in out
     save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
     code, out, _ = inspect(capsys, tmp_path / "y.safetensors")
     assert code == 0 and "unknown network" in out
@@ -361,6 +361,35 @@ def test_an_empty_folder(capsys, tmp_path):
 def test_a_missing_component(capsys, folder):
     shutil.rmtree(folder / "text_encoder")
     assert "text_encoder is missing" in problem(capsys, folder)
+
+
+def test_a_component_without_its_configuration(capsys, folder):
+    (folder / "transformer" / "config.json").unlink()
+    assert "transformer/config.json is missing" in problem(capsys, folder)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "why"),
+    [
+        ({"num_frames": 0}, "num_frames 0"),
+        ({"max_frames": 1}, "more than this model can make"),
+        ({"cfg_channels": 99}, "cfg_channels=99"),
+        ({"scores": 7}, "scores is the number 7"),
+        ({"scores": {"aesthetic": "x"}}, "aesthetic score is x"),
+        ({"guidance_options": [1]}, "guidance_options is a list"),
+    ],
+)
+def test_defaults_that_it_cannot_sample_with(capsys, folder, defaults, why):
+    change_json(folder / "model_index.json", lambda index: index.update(defaults))
+    assert why in problem(capsys, folder, "--quick")
+
+
+def test_whole_numbers_for_weights(capsys, folder):
+    path = folder / "transformer" / WEIGHTS
+    coded = {name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}
+    save_file(coded, path)
+    assert "hold int8, quantised in a way that is not read" in problem(capsys, path)
+    assert "hold int8, quantised in a way that is not read" in problem(capsys, folder)
 
 
 def test_an_unknown_name(capsys):

@@ -33,7 +33,7 @@ def test_help_and_version(capsys):
         (["generate", "x", "--cfg-chanel=3"], "unknown option --cfg-chanel; did you mean --cfg-channel?"),
         (["generate", "x", "--seed", "many"], "'many' is not a whole number"),
         (["generate", "x", "--fps", "many"], "'many' is not a number"),
-        (["generate", "x", "--seed"], "Missing value for argument '--seed'"),
+        (["generate", "x", "--seed"], "--seed needs a value: --seed N|random"),
         (["generate", "a", "red", "ball"], "unexpected red, ball; text with spaces belongs in quotes"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_union_of_commands():
     for args, message in [
         (["two", "--color", "4"], "unknown option --color; did you mean --colour?"),
         (["tow", "--size", "3"], "unknown command 'tow'; did you mean two?"),
-        (["two", "--colour"], "Missing value"),
+        (["two", "--colour"], "--colour needs a value"),
         ([], "Expected one of {one, two}"),
     ]:
         with pytest.raises(OpenSoraError, match=r"^[^\n]*$") as caught:

@@ -40,7 +40,7 @@ def test_a_plan_on_one_screen(capsys, model):
     assert "5 frames of 16x24" in lines[0] and "float32 on the CPU" in lines[1]
     text = "\n".join(lines)
     assert all(stage in text for stage in ("text encoder", "transformer", "autoencoder"))
-    assert "--offload --sequential-guidance --micro-batch-size 1" in text
+    assert "--offload blocks --sequential-guidance --micro-batch-size 1" in text
     assert len(lines) < 24 and max(map(len, lines)) < 100
 
 
@@ -66,8 +66,8 @@ def test_a_published_model_in_its_own_words(capsys):
 
 def test_what_is_proposed_gets_more_intrusive_as_memory_shrinks(capsys, model):
     whole = plan_of(capsys, "--model", model, "--device", "cpu")
-    as_it_is, offloaded, smallest = (way["needed_bytes"] for way in whole["ways"])
-    assert as_it_is > offloaded > smallest
+    as_it_is, by_network, by_block, smallest, eight_bits = (way["needed_bytes"] for way in whole["ways"])
+    assert as_it_is > by_network > by_block > smallest and by_network > eight_bits
 
     def proposed(num_bytes: int) -> dict:
         memory = f"{num_bytes / 2**20:.6f}MB"
@@ -89,7 +89,7 @@ def test_a_dtype_that_was_chosen_is_kept(capsys, model):
 
 def test_what_to_do_when_nothing_helps(capsys, model):
     lines = run(capsys, "--model", model, "--device", "cpu", "--device-memory", "1MB").splitlines()
-    assert lines[-1].startswith("does not fit into 1 MB: with --dtype bfloat16 --offload")
+    assert lines[-1].startswith("does not fit into 1 MB: with --dtype int8 --offload blocks")
     assert "--text-encoder" in lines[-1]
 
 
@@ -110,7 +110,7 @@ def test_a_device_that_is_not_here(capsys, model):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "opensora-1.3"], "unknown model 'opensora-1.3'; did you mean"),
+        (["--model", "opensora-1.4"], "unknown model 'opensora-1.4'; did you mean"),
         (["--device-memory", "plenty"], "--device-memory is 'plenty', expected a size such as 24GB"),
         (["--device-memory", "0GB"], "expected a size such as 24GB"),
         (["--device", "gpu"], "--device is 'gpu'"),

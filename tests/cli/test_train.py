@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from opensora.cli.main import main
+from opensora.media.read import read_video
 from opensora.models.autoencoders.video import VideoAutoencoder
 
 TINY = [
@@ -73,3 +75,16 @@ def test_a_run_and_how_it_goes_on(tmp_path, capsys):
 
     assert main(["train", "toybox_vae_frames", *TINY, "objective.data.batch_size=2"]) == 2
     assert "other settings: objective.data.batch_size=2 (was 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["v2_0_debug", "v2_0_dc_debug"])
+def test_open_sora_2_in_miniature_goes_the_whole_way(recipe, tmp_path, capsys):
+    """From the recipe to a clip that begins with a picture: two text encoders, known frames beside the noise."""
+    few = ["loop.steps=2", "objective.data.num_clips=4", "objective.data.num_clips_of_other_lengths=2"]
+    assert main(["train", recipe, *few, "--output", "run"]) == 0
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert {"text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"} <= names
+    Image.new("RGB", (64, 64), "red").save("first.png")
+    assert main(["generate", "a red ball", "--model", "run", "--image", "first.png", "--output", "clip.mp4"]) == 0
+    frames, _ = read_video("clip.mp4")
+    assert len(frames) == (13 if "dc" in recipe else 17)  # of the four frames of a first picture, one is kept

@@ -8,11 +8,17 @@ from diffusers.guiders import AdaptiveProjectedGuidance
 from tiny_pipeline import make_autoencoder, make_pipeline, seeded
 
 from opensora import load_pipeline
-from opensora.conditioning.frames import FrameConditioning, condition, encode_in_place
+from opensora.conditioning.frames import (
+    FrameConditioning,
+    condition,
+    encode_in_place,
+)
+from opensora.conditioning.references import encode_span, taken_latents
 from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.iddpm import IDDPMScheduler
+from opensora.models.text.prompts import parse_mask_strategy
 from opensora.pipeline import OpenSoraPipeline
 
 PROMPT = "a small red ball rolls left"
@@ -266,3 +272,25 @@ def test_a_swapped_sampler_is_saved_and_swapped_back(tmp_path):
     loaded.use_sampler("ancestral")
     assert loaded.default_cfg_channels == 3
     assert loaded.scheduler.config.float32_tables  # of the model's own schedule, not of the solver's
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 15), (5, 6), (4, 7), (10, 12), (13, 15), (0, 0)])
+def test_only_the_chunks_that_are_used_are_encoded(autoencoder, span):
+    video, read = clip(51), []
+
+    def frames(chosen: slice) -> torch.Tensor:
+        read.append(video[:, chosen].shape[1])
+        return video[:, chosen]
+
+    (whole,) = autoencoder.encode_video(video[None])
+    part = encode_span(autoencoder, frames, 51, span)
+    assert part.shape == whole.shape and sum(read) == 17 * max(-(-span[1] // 5) - span[0] // 5, 1)
+    close(part[:, slice(*span)], whole[:, slice(*span)])
+
+
+def test_what_is_taken_of_a_reference():
+    placements = parse_mask_strategy("0,0,2,0,3;1,1,-2,0,5;0,0,7,1")
+    assert taken_latents(placements, 0, 2, 10, None) == (2, 8)
+    assert taken_latents(placements, 0, 2, 10, 5) == (0, 6)
+    assert taken_latents(placements, 1, 2, 10, None) == (8, 10)
+    assert taken_latents(placements[:1], 1, 2, 10, None) == (0, 0)

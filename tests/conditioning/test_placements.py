@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora.conditioning import frames
+from opensora.conditioning import references as frames
 from opensora.errors import OpenSoraError
 from opensora.models.text.prompts import FramePlacement, parse_mask_strategy
 

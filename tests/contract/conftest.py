@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from published_pipelines import PIPELINES
-from tiny_published import pipeline_of
+from published_pipelines import PIPELINES, pipeline_of
 
 from opensora.pipeline import OpenSoraPipeline
 

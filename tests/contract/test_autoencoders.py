@@ -15,11 +15,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opensora.checkpoints.weights import fingerprint
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.toybox.world import render, sample_specs
+from opensora.weights import fingerprint
 
 CPU = torch.device("cpu")
 FRAMES = 7

@@ -11,7 +11,8 @@ from tiny_pipeline import seeded
 from tiny_published import pipeline_of
 from torch import Tensor
 
-from opensora.checkpoints.adapters import ADAPTER_FILE, read_adapter
+from opensora.adapters.adapter import read_adapter
+from opensora.adapters.reading import ADAPTER_FILE
 from opensora.checkpoints.loading import load_pipeline
 from opensora.errors import OpenSoraError
 from opensora.pipeline import OpenSoraPipeline

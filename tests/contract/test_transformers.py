@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks.hooks import HookRegistry
-from tiny_transformers import MODELS, SIZES, build, inputs, some_frames_kept
+from tiny_transformers import MODELS, SIZES, build, channels, inputs, some_frames_kept
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -20,6 +20,7 @@ from opensora.models.attention import CrossAttention, SelfAttention
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit4 import STDiT4
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -34,6 +35,10 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "STDiT3, exact GELU": (STDiT3, {"exact_gelu": True}),
     "STDiT3, patches of two frames": (STDiT3, {"patch_size": (2, 2, 2)}),
     "STDiT3, trained null text": (STDiT3, {"learn_null_text": True}),
+    "STDiT4": (STDiT4, {"kernel_size": (2, 2, -1)}),
+    "STDiT4, no norm": (STDiT4, {"qk_norm": False}),
+    "STDiT4, rotation in windows alone": (STDiT4, {"use_spatial_rope": False}),
+    "STDiT4, no windows": (STDiT4, {"kernel_size": None, "use_spatial_rope": False}),
 }
 
 
@@ -51,7 +56,7 @@ def variant(request: pytest.FixtureRequest) -> Any:
 
 
 def predict(model: Any, **changes: Any) -> Tensor:
-    return model(**{**inputs(), **SIZES, **changes}).sample
+    return model(**{**inputs(), **SIZES, **channels(model), **changes}).sample
 
 
 def steps(model: Any, timesteps: list[float]) -> Tensor:
@@ -88,7 +93,7 @@ def test_the_same_numbers_every_time(variant):
 
 
 def test_a_tuple_holds_what_the_output_object_does(variant):
-    (sample,) = variant(**inputs(), **SIZES, return_dict=False)
+    (sample,) = variant(**inputs(), **SIZES, **channels(variant), return_dict=False)
     equal(sample, predict(variant))
 
 
@@ -492,7 +497,7 @@ def test_attention_backends(model, monkeypatch):
         near(predict(model), expected)
     finally:
         model.reset_attention_backend()
-    assert len(chosen) == len(model.blocks) * (2 if isinstance(model, STDiT3) else 3)
+    assert len(chosen) == len(model.blocks) * (2 if isinstance(model, STDiT3 | STDiT4) else 3)
     assert {str(backend.value) for backend in chosen} == {"_native_math"}
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tiny_pipeline import make_autoencoder, make_text_encoder
 
-from opensora.checkpoints.weights import fingerprint
 from opensora.data import precompute
 from opensora.data.batch import DataContext
 from opensora.data.cache import INDEX, Cache, LatentsMadeFrom, MadeFrom, TextMadeFrom
@@ -26,8 +25,9 @@ from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.models.text.conditioner import T5Conditioner
+from opensora.models.text.conditioner import T5Conditioner, TextStates
 from opensora.toybox.captions import MAX_TOKENS, build_tokenizer
+from opensora.weights import fingerprint
 
 BUCKETS = {"16x24": {"1": (1.0, 2), "5": (1.0, 2)}}
 WORDS = ("a small red ball", "a large blue square on the sand", "a green ring", "a small white cross moves up")
@@ -77,10 +77,9 @@ class Making:
         text_bytes = 0 if self.made_from.text is None else MAX_TOKENS * 16 * 4
         self.plan = precompute.make_plan(self.source, self.made_from, autoencoder, text_bytes)
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: list[str]) -> TextStates:
         components = {"tokenizer": build_tokenizer(), "text_encoder": self.text_encoder}
-        text = T5Conditioner(components, SimpleNamespace(max_text_tokens=MAX_TOKENS)).encode(captions)
-        return text.states, text.mask
+        return T5Conditioner(components, SimpleNamespace(max_text_tokens=MAX_TOKENS)).encode(captions)
 
     def run(self, folder: Path, rank: int = 0, num_ranks: int = 1, progress: Callable | None = None):
         share = {"rank": rank, "num_ranks": num_ranks, "progress": progress}
@@ -111,14 +110,14 @@ def test_a_cache_holds_every_clip_in_its_size_and_every_caption(manifest, autoen
     mean, logvar = cache.posterior(clip)
     torch.testing.assert_close(mean, posterior.mean[0])
     torch.testing.assert_close(logvar, posterior.logvar[0])
-    states, mask = cache.text([WORDS[0], WORDS[1]])
-    wanted, wanted_mask = making.encode([WORDS[0], WORDS[1]])
-    length = int(wanted_mask.sum(dim=1).max())
-    assert torch.equal(mask, wanted_mask[:, :length])
-    torch.testing.assert_close(states[mask], wanted[:, :length][mask])
+    found, wanted = cache.text([WORDS[0], WORDS[1]]), making.encode([WORDS[0], WORDS[1]])
+    assert wanted.mask is not None and found.mask is not None and found.pooled is None
+    length = int(wanted.mask.sum(dim=1).max())
+    assert torch.equal(found.mask, wanted.mask[:, :length])
+    torch.testing.assert_close(found.states[found.mask], wanted.states[:, :length][found.mask])
     note = read_note(tmp_path / "cache" / index.latents[0])
     assert {"bucket", "label", "num_frames", "height", "width", "clips", "failed"} == set(note)
-    assert {"row", "path", "first_frame", "fps"} == set(note["clips"][0])
+    assert {"row", "window", "path", "first_frame", "fps", "file"} == set(note["clips"][0])
 
 
 def test_clips_that_cannot_be_read_are_named_and_left_out(manifest, autoencoder, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from broken_clips import BUCKETS, HEIGHT, NUM_FRAMES, WIDTH, make_broken_clips, moving_square
+from numbered_clips import encode, number_of, numbered
 from PIL import Image
 
 from opensora.data import clips as clips_module
@@ -135,11 +136,13 @@ def test_a_bucket_of_broken_clips_alone(tmp_path):
     write_video(tmp_path / "a.mp4", moving_square(), 8)
     good = ClipRow(tmp_path / "a.mp4", "good", NUM_FRAMES, HEIGHT, WIDTH, 8.0)
     bad = ClipRow(tmp_path / "b.mp4", "bad", NUM_FRAMES, 96, 128, 8.0)
-    config = ManifestClips(BUCKETS | {"96x128": {"9": (1.0, 1)}}, tmp_path / "clips.csv", batches_in_a_row=1)
+    buckets = BUCKETS | {"96x128": {"9": (1.0, 1)}}
+    config = ManifestClips(buckets, tmp_path / "clips.csv", batches_in_a_row=1, max_broken_share=0.5)
     write_manifest(tmp_path / "clips.csv", [good, bad])
     batches = [ClipSource(config).batch(key) for key in keys(2)]
     assert {b.label: b.captions for b in batches} == {"48x64 9f": ["good", "good"], "96x128 9f": ["good"]}
     write_manifest(tmp_path / "clips.csv", [bad])
+    config = replace(config, max_broken_share=1.0)
     with pytest.raises(OpenSoraError, match=r"no clip for 96x128 9f can be read.*b.mp4: the file does not exist"):
         ClipSource(config).batch(BatchKey(0, 0))
 
@@ -180,7 +183,7 @@ def test_what_cannot_be_trained_on_is_refused_at_once(broken, tmp_path):
     with pytest.raises(OpenSoraError, match="does not exist"):
         ClipSource(ManifestClips(BUCKETS, tmp_path / "none.csv"))
     (tmp_path / "empty.csv").write_text("path,text,num_frames,height,width,fps\nx,,9,8,8,8\n")
-    with pytest.raises(OpenSoraError, match=r"no row that can be used; row 1 \(x\): no text"):
+    with pytest.raises(OpenSoraError, match=r"no row that can be used; row 1.* \(x\): no text"):
         ClipSource(ManifestClips(BUCKETS, tmp_path / "empty.csv"))
     for change, message in [
         ({"frame_interval": 0}, "frame_interval is 0"),
@@ -212,3 +215,25 @@ def test_reading_begins_when_announced(broken, monkeypatch):
     assert before >= 4
     source.batch(BatchKey(0, 0))
     assert len(read) == before
+
+
+def test_frames_are_left_out_of_faster_clips(tmp_path):
+    """Of 24 frames a second every third, where at most 8 are wanted; the caption and the network are told so."""
+    clip = encode(tmp_path / "fast.mp4", numbered(40), fps=24)
+    (tmp_path / "clips.csv").write_text(
+        f"path,text,num_frames,height,width,fps,score_vmafmotion\n{clip.name},a square,40,48,64,24,3.5\n"
+    )
+    config = ManifestClips(
+        {"48x64": {"9": (1.0, 1)}}, tmp_path / "clips.csv", batches_in_a_row=1, num_workers=0, max_fps=8, rate_told=True
+    )
+    starts = set()
+    for key in keys(12):
+        batch = ClipSource(config).batch(key)
+        assert batch.captions == ["a square 8 FPS, 4 motion score."] and batch.conditions.fps.tolist() == [8.0]
+        frames = ((batch.video[0] + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+        numbers = [number_of(frame) for frame in frames]
+        assert np.diff(numbers).tolist() == [3] * 8
+        starts.add(numbers[0])
+    assert len(starts) > 1
+    with pytest.raises(OpenSoraError, match="max_fps is 0"):
+        replace(config, max_fps=0)

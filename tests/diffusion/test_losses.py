@@ -11,6 +11,7 @@ from opensora.diffusion import gaussian
 from opensora.diffusion.losses import (
     DiffusionLosses,
     discretized_log_likelihood,
+    known_frame_weights,
     mean_per_sample,
     normal_kl,
     speed_tables,
@@ -224,3 +225,14 @@ def test_nan_in_a_frame_that_does_not_count_reaches_neither_loss_nor_gradient() 
     loss = training_losses(tables, prediction, clean=clean, noisy=noisy, noise=noise, t=t, frame_mask=mask).loss
     loss.sum().backward()
     assert torch.isfinite(loss).all() and prediction.grad is not None and torch.isfinite(prediction.grad).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_known_frames_weigh_less_and_all_frames_as_much_as_before(weight):
+    known = torch.tensor([[True, False, False, False], [False] * 4, [True] * 4, [True, True, True, False]])
+    weights = known_frame_weights(known, weight)
+    assert weights.shape == (4, 1, 4, 1, 1)
+    assert_close(weights.sum(dim=2).flatten(), torch.full((4,), 4.0))
+    some = known[[0, 3]]
+    assert (weights[[0, 3]][:, 0, :, 0, 0][some] == weight).all()
+    assert (weights[1:3] == 1).all()

@@ -1,6 +1,7 @@
 """Noise processes: frames that do not count, and times that draw, told and fixed agree on."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from opensora.errors import OpenSoraError
 TABLES = gaussian.make_tables(gaussian.linear_betas(100))
 PROCESSES: dict[str, NoiseProcess] = {
     "flow": RectifiedFlowProcess(),
-    "logit-normal": RectifiedFlowProcess(times="logit-normal", time_shift=flow.TimeShift()),
+    "logit-normal": RectifiedFlowProcess(times="logit-normal", time_shift=flow.AreaShift()),
     "discrete": RectifiedFlowProcess(times="discrete"),
     "epsilon": GaussianProcess(TABLES),
     "sample": GaussianProcess(TABLES, "sample", "fixed_small"),
@@ -44,6 +45,26 @@ def losses(process: NoiseProcess, prediction: Tensor, clean: Tensor, mask: Tenso
     t, noise = process.fixed_timesteps(3), normal(1)
     noisy = process.corrupt(clean, noise, t, mask)
     return process.losses(prediction, clean=clean, noisy=noisy, noise=noise, t=t, frame_mask=mask, weights=None)
+
+
+def test_a_network_of_the_other_velocity_learns_its_negative() -> None:
+    clean, answer = normal(0), normal(2)
+    towards_data, towards_noise = (RectifiedFlowProcess(velocity=kind) for kind in get_args(flow.Velocity))
+    expected = losses(towards_data, answer, clean)["velocity"]
+    assert_close(losses(towards_noise, -answer, clean)["velocity"], expected)
+    assert (losses(towards_noise, normal(1) - clean, clean)["velocity"] == 0).all()
+
+
+def test_late_times_of_videos_drawn_anew() -> None:
+    process, drawn = RectifiedFlowProcess(times="logit-normal", uniform_above=0.5), {}
+    for num_frames in (1, 17):
+        generator = torch.Generator().manual_seed(0)
+        drawn[num_frames] = process.draw_times(4000, num_frames=num_frames, generator=generator)
+    late = drawn[1] > 500
+    assert torch.equal(drawn[1][~late], drawn[17][~late])
+    assert (drawn[17][late] > 500).all()
+    # Uniform between 500 and 1000, where logit-normal times hardly ever are near the end.
+    assert abs(float(drawn[17][late].mean()) - 750) < 10 and float(drawn[1][late].mean()) < 700
 
 
 def test_a_nan_in_a_conditioning_frame_reaches_neither_loss_nor_gradient(process: NoiseProcess) -> None:

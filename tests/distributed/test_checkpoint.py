@@ -127,9 +127,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_of_the_same_step(tmp_path: 
 
 def test_with_damaged_checkpoints_alone_nothing_begins_anew_silently(tmp_path: Path) -> None:
     damage(save(tmp_path, 3), "truncated")
-    with pytest.raises(
-        OpenSoraError, match=r"no whole checkpoint in .*damaged .*restore one, or start in another folder"
-    ):
+    with pytest.raises(OpenSoraError, match=r"no whole checkpoint in .*damaged .*restore one from a copy"):
         newest_checkpoint(tmp_path)
 
 
@@ -249,3 +247,13 @@ def test_a_rank_that_cannot_write_fails_the_checkpoint_of_all(tmp_path: Path) ->
     assert messages[0] == messages[1]
     assert "checkpoint of step 6" in messages[0] and "File too large" in messages[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_all_checkpoints_that_are_to_be_kept_are_kept(tmp_path: Path) -> None:
+    """Fewer than `keep` are none too many."""
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=3)
+    for step in range(1, 6):
+        checkpoints.save(step, {"x": torch.ones(2)}, {})
+        checkpoints.wait()
+        first = max(1, step - 2)
+        assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{k:08d}" for k in range(first, step + 1)]

@@ -170,5 +170,5 @@ def test_mistakes(ranks):
 
 
 def test_one_process_has_no_ranks_to_share_with():
-    with pytest.raises(OpenSoraError, match="takes 2 ranks, this run has 1; start as many with torchrun"):
+    with pytest.raises(OpenSoraError, match="takes 2 or 3 ranks, this run has 1; start as many with torchrun"):
         make_pipeline().parallelize(guidance=True)

@@ -7,17 +7,19 @@ import torch
 import torch.distributed as dist
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from ranks import run_ranks
+from switches import Switches
 from tiny_transformers import SIZES, build, inputs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora.distributed.sequence_parallel import bytes_switched
 from opensora.errors import OpenSoraError
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit4 import STDiT4
 
-MODELS = [STDiT, STDiT2, STDiT3]
+MODELS = [STDiT, STDiT2, STDiT3, STDiT4]
 # Latent frames, rows, columns; patches are 2 x 2. Neither 2 nor 4 ranks divide 5 frames or 21 patches. The second clip
 # has fewer frames than there are ranks, the third fewer patches.
 LATENTS = [(5, 14, 6), (1, 5, 7), (3, 2, 2)]
@@ -27,13 +29,17 @@ Case = tuple[type, tuple[int, int, int], str]
 CASES: list[Case] = [
     *((cls, size, "plain") for cls in MODELS for size in LATENTS),
     *((cls, LATENTS[0], kind) for cls in MODELS for kind in KINDS[1:]),
+    *((STDiT4, LATENTS[0], kind) for kind in ("known frames", "no windows")),
 ]
+# Whole ones, and narrower ones at the edges, so that ranks hold windows of other shapes.
+WINDOWS: dict[type, dict[str, Any]] = {STDiT4: {"kernel_size": (2, 2, -1)}}
 
 
 def forward_and_backward(case: Case, group: Any = None, compiled: bool = False) -> dict[str, Tensor]:
     """The prediction, and the gradient of a loss by everything; with a group, its mean over the ranks."""
     cls, size, kind = case
-    model, arguments = build(cls).train(), inputs(size=size)  # the text of the second sample is padded
+    options = {"kernel_size": None, "use_spatial_rope": False} if kind == "no windows" else WINDOWS.get(cls, {})
+    model, arguments = build(cls, **options).train(), inputs(size=size)  # the text of the second sample is padded
     if kind == "checkpointing":
         model.enable_gradient_checkpointing()
     if kind == "bf16":
@@ -42,6 +48,11 @@ def forward_and_backward(case: Case, group: Any = None, compiled: bool = False) 
         generated = torch.ones(2, size[0], dtype=torch.bool)
         generated[0, 0] = generated[1, 2:4] = False
         arguments["frame_mask"] = generated
+    if kind == "known frames":
+        latents = torch.randn(arguments["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
+        known = torch.zeros(2, size[0], dtype=torch.bool)
+        known[0, 0] = known[1, 3:] = True
+        arguments["channel_conditioning"] = ChannelConditioning(latents, known)
     if group is not None:
         model.enable_sequence_parallel(group)
     if compiled:
@@ -51,6 +62,8 @@ def forward_and_backward(case: Case, group: Any = None, compiled: bool = False) 
     sample = model(**arguments, **SIZES).sample
     weights = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2))
     (sample * weights).mean().backward()
+    if kind != "known frames":  # nothing reached their embedders
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("x_embedder_cond")}
     found = {"sample": sample.detach()}
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
@@ -74,22 +87,8 @@ def assert_equal(case: Case, found: dict[str, Tensor], expected: dict[str, Tenso
 # ---- everything that takes several processes, started once for each number of them ----------------------------------
 
 
-class Switches(TorchDispatchMode):
-    """Counts all-to-alls, and the bytes that this rank sends to others in them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "all_to_all_single" in str(func):
-            ranks = dist.get_world_size()
-            self.sent.append(args[0].numel() * args[0].element_size() * (ranks - 1) // ranks)
-        return func(*args, **(kwargs or {}))
-
-
 def bytes_sent(cls: type) -> list[int]:
-    model = build(cls).requires_grad_(False)
+    model = build(cls, **WINDOWS.get(cls, {})).requires_grad_(False)
     model.enable_sequence_parallel(dist.group.WORLD)
     with Switches() as switches:
         model(**inputs(size=LATENTS[0]), **SIZES)

@@ -1,6 +1,7 @@
 """The toybox evaluation: fixed samples, resuming, honest counting, the command's mistakes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from opensora.evaluation.toybox import (
     reconstruction_accuracy,
     share_right,
 )
-from opensora.toybox.captions import plain_caption
+from opensora.toybox.captions import language_of, plain_caption
 from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, is_held_out, render, sample_specs
 
 
@@ -72,6 +73,12 @@ def test_samples_are_held_out_and_fixed():
     assert draws == [float(torch.rand((), generator=s.noise())) for s in samples]
 
 
+def test_the_same_clips_are_asked_for_in_chinese():
+    english, chinese = held_out_samples(20), held_out_samples(20, language="zh")
+    assert [(s.id, s.wanted) for s in english] == [(s.id, s.wanted) for s in chinese]
+    assert all(language_of(s.prompt) == "zh" for s in chinese)
+
+
 def test_counts_are_right_and_progress_is_told(tmp_path):
     pipeline, told = Pipeline(), []
     results = evaluate(
@@ -109,6 +116,9 @@ def test_other_settings_and_foreign_files_are_not_resumed(tmp_path):
     fresh_results(2).save(output)
     with pytest.raises(OpenSoraError, match=r"seed = 0, this run has 1"):
         fresh_results(2, seed=1).resume(output)
+    with pytest.raises(OpenSoraError, match="language"):
+        settings = fresh_results(2).settings | {"language": "zh"}
+        Results(settings, held_out_samples(2, language="zh")).resume(output)
     output.write_text("[]")
     with pytest.raises(OpenSoraError, match="not a results file"):
         fresh_results(2).resume(output)
@@ -224,4 +234,5 @@ def test_the_command_reads_through_an_autoencoder(tmp_path, capsys):
     make_autoencoder().save_pretrained(tmp_path)
     size = ["--num-frames", "5", "--height", "32", "--width", "32"]
     assert main(["evaluate", "toybox-vae", "--autoencoder", str(tmp_path), "--num-clips", "3", *size]) == 0
-    assert "autoencoder, 3 clips" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "autoencoder, 3 clips" in out and re.search(r"PSNR: \d+\.\d dB", out)

@@ -41,6 +41,7 @@ def test_a_later_clip_is_given_the_end_of_the_one_before(pipe):
     class Recording:
         def __init__(self) -> None:
             self.config, self.autoencoder, self.on_device = pipe.config, pipe.autoencoder, pipe.on_device
+            self.transformer = pipe.transformer
 
         def encode_prompt(self, texts: Any, *args: Any, **options: Any) -> Any:
             encoded.append(list(texts))

@@ -1,6 +1,9 @@
 """Sizes, lengths, rates and scores as each model means them, from the published models' own defaults."""
 
+import functools
 import inspect
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +12,10 @@ import pytest
 from opensora.checkpoints.published import PUBLISHED
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
-from opensora.generation.resolve import resolve, resolve_size
+from opensora.generation.resolve import check_effects, resolve, resolve_size
 from opensora.geometry import SizeRule
 from opensora.pipeline import OpenSoraPipeline
+from opensora.sampling.prompting import PromptingMixin
 
 PROMPT = "a small red ball rolls left"
 V1_0, V1_1, V1_2 = "opensora-1.0-hq-16x256x256", "opensora-1.1-stage3", "opensora-1.2"
@@ -19,12 +23,14 @@ RULE = SizeRule(spatial_multiple=8)
 
 
 def size_of(model: str, rule: SizeRule = RULE, edited_frames: int | None = None, **wishes: Any) -> Any:
-    return resolve_size(ClipRequest(PROMPT, **wishes), config_of(model), rule, edited_frames)
+    edited = None if edited_frames is None else lambda file_fps: edited_frames
+    return resolve_size(ClipRequest(PROMPT, **wishes), config_of(model), rule, edited)
 
 
 def sampling_of(model: str, **wishes: Any) -> Any:
     config = config_of(model)
     pipe: Any = SimpleNamespace(config=config, default_cfg_channels=config.cfg_channels, size_rule=lambda: RULE)
+    pipe.rated_scores = functools.partial(PromptingMixin.rated_scores, pipe)
     return resolve(pipe, ClipRequest(PROMPT, **wishes))
 
 
@@ -137,3 +143,16 @@ def test_loops_carry_what_the_model_likes():
     assert sampling_of(V1_2).condition_frames is None
     assert sampling_of(V1_2, loop=2).condition_frames is None  # extending has another default
     assert sampling_of(V1_2, loop=2, condition_frame_length=3).condition_frames == 3
+
+
+def test_the_scale_of_known_frames():
+    assert sampling_of(V1_2).image_guidance_scale is None
+    assert sampling_of("opensora-1.3-i2v").image_guidance_scale == 5.0
+    asked = ClipRequest(PROMPT, image_guidance_scale=2.0, image=Path("a.png"))
+    sampling = sampling_of("opensora-1.3-i2v", image_guidance_scale=2.0)
+    assert sampling.image_guidance_scale == 2.0
+    check_effects(asked, sampling)
+    with pytest.raises(OpenSoraError, match=r"`image_guidance_scale` .* the clip is conditioned on no frames"):
+        check_effects(replace(asked, image=None), sampling)
+    with pytest.raises(OpenSoraError, match="`image_guidance_scale` is -1, expected 0 or more"):
+        replace(asked, image_guidance_scale=-1.0).check()

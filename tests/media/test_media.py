@@ -10,6 +10,7 @@ from opensora.media import write
 from opensora.media.read import read_metadata, read_video
 from opensora.media.write import write_video
 
+FILES = [name for name in write.FORMATS if name != "frames"]
 METADATA = {"prompt": 'a ball – 一个红球 "quoted"\nsecond line', "seed": 2**40, "nested": {"list": [1, 2.5, None]}}
 
 
@@ -50,7 +51,7 @@ def test_odd_sizes_and_single_frames_come_back_whole(tmp_path, suffix, size):
     assert np.abs(frames.astype(int) - video).mean() < 12
 
 
-@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("suffix", FILES)
 def test_the_same_frames_make_the_same_bytes(tmp_path, suffix):
     one = write_video(tmp_path / f"a.{suffix}", clip(), 8, METADATA)
     two = write_video(tmp_path / f"b.{suffix}", clip(), 8, METADATA)
@@ -100,11 +101,11 @@ def test_impossible_fps(tmp_path, suffix, fps):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("suffix", "fps"), [("mp4", 0.01), ("mp4", 1000), ("gif", 0.01), ("gif", 100), ("webp", 1000)])
+@pytest.mark.parametrize(("suffix", "fps"), [("mp4", 0.01), ("mp4", 1000), ("gif", 0.01), ("gif", 50), ("webp", 90)])
 def test_the_slowest_and_the_fastest(tmp_path, suffix, fps):
     frames, found = read_video(write_video(tmp_path / f"a.{suffix}", clip(3), fps))
     assert len(frames) == 3 and found == pytest.approx(fps)
-    with pytest.raises(OpenSoraError, match=r"from 0\.01 to 100 for gif"):
+    with pytest.raises(OpenSoraError, match=r"from 0\.01 to 50 for gif"):
         write_video(tmp_path / "b.gif", clip(), 101)
 
 
@@ -159,17 +160,17 @@ def test_formats():
             write.format_of(path, kind)
 
 
-@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("suffix", FILES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interruption_leaves_the_old_file_and_no_half_one(tmp_path, suffix, error, monkeypatch):
     path = write_video(tmp_path / f"a.{suffix}", clip(), 8)
     before = path.read_bytes()
 
-    def half(temporary, *_):
+    def half(temporary, *_, **__):
         temporary.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(write, f"_write_{suffix}", half)
+    monkeypatch.setattr(write, f"_write_{suffix if hasattr(write, f'_write_{suffix}') else 'stream'}", half)
     with pytest.raises((KeyboardInterrupt, OpenSoraError)):
         write_video(path, clip(), 8)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
@@ -181,7 +182,7 @@ def test_files_without_metadata(tmp_path):
             read_metadata(write_video(tmp_path / f"a.{suffix}", clip(), 8))
 
 
-@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("suffix", FILES)
 def test_broken_files(tmp_path, suffix):
     good = write_video(
         tmp_path / f"good.{suffix}", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8), 8

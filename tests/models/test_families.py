@@ -9,11 +9,11 @@ from tiny_pipeline import make_autoencoder, make_text_encoder, make_transformer
 from tiny_transformers import TINY
 
 from opensora.checkpoints.components import find_class
-from opensora.checkpoints.identify import identify
 from opensora.checkpoints.source import find_part
 from opensora.errors import OpenSoraError
 from opensora.models.families import FORMATS, format_of, formats, network_class
 from opensora.models.format import Format, TensorShapes
+from opensora.models.identify import identify
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
@@ -115,7 +115,9 @@ def test_without_the_package_its_family_is_unknown():
     assert formats() == FORMATS
     with pytest.raises(OpenSoraError, match="components come from opensora, diffusers and transformers only"):
         find_class("transformer", "tinyfamily.net", "TinyNet")
-    with pytest.raises(OpenSoraError, match="unknown transformer 'TinyNet'; known are STDiT3, STDiT2, STDiT"):
+    with pytest.raises(
+        OpenSoraError, match="unknown transformer 'TinyNet'; known are MMDiT, STDiT4, STDiT3, STDiT2, STDiT"
+    ):
         network_class("transformer", "TinyNet")
 
 

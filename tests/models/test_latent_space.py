@@ -40,6 +40,7 @@ def test_survives_json():
         ({"shift": [float("inf")]}, "finite"),
         ({"shift": [0.0], "scale": [1.0, 1.0]}, "1 channels and scale 2"),
         ({"scaling": 0.18215}, "unknown field scaling; known are scaling_factor"),
+        ({"scale": [1.0, ""]}, "scale is a list"),
     ],
 )
 def test_bad_declarations(values, message):

@@ -57,7 +57,8 @@ def test_braces_inside_a_json_value():
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a {b}", "not a JSON object"),
+        ("a {'mask_strategy': '0'}", "not a JSON object"),
+        ('a {"mask_strategy": "0", "mask_strategy": "1"}', "there twice"),
         ('a {"mask_strategy": "0"} b', "not a JSON object"),
         ('a {"mask_strategy": __import__("os")}', "not a JSON object"),
         ("a " + '{"a":' * 100_000, "not a JSON object"),
@@ -139,3 +140,15 @@ def test_markup_that_cannot_be_read(monkeypatch):
     monkeypatch.setattr(bs4, "BeautifulSoup", refuse)
     with pytest.raises(OpenSoraError, match="markup that cannot be read"):
         clean_text("a <![cat")
+
+
+def test_scores_in_words_are_said_once():
+    said = prompts.append_scores("a cat", aesthetic="very good", flow=12, in_words=True)
+    assert said == "a cat The aesthetic score is very good. The motion strength is very high."
+    assert prompts.append_scores(said, aesthetic=3, flow=0, in_words=True) == said
+    with pytest.raises(OpenSoraError, match="'superb', expected a number or one of terrible, very poor"):
+        prompts.append_scores("a cat", aesthetic="superb", in_words=True)
+    with pytest.raises(OpenSoraError, match=r"expected a number such as 6\.5"):
+        prompts.append_scores("a cat", aesthetic="very good")  # to a model that is told numbers
+    with pytest.raises(OpenSoraError, match=r"expected a number such as 6\.5"):
+        prompts.append_scores("a cat", flow=float("nan"), in_words=True)

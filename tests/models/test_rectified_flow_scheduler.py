@@ -74,6 +74,41 @@ def test_frames_are_counted_as_the_autoencoder_makes_them():
     assert ratio[1] == 4.0 and ratio[4] == 2.0
 
 
+def test_the_autoencoders_own_count_goes_first():
+    for options in ({}, {"transform": "tokens"}):
+        shift = RectifiedFlowScheduler(**options).time_shift
+        one, four = (shift.ratio(512, 512, 99, num_latents=count) for count in (1, 4))
+        assert four == pytest.approx(2 * one)
+
+
+def test_shift_of_open_sora_2():
+    """256px 16:9 are 252 tokens, 768px 2304; 33 latent frames."""
+    options: Any = {"transform": "tokens", "micro_frame_size": None}
+    shift = RectifiedFlowScheduler(**options).time_shift
+    assert shift.ratio(192, 336, 129) == pytest.approx(5.7326, abs=1e-4)
+    assert shift.ratio(576, 1024, 129) == pytest.approx(11.872, abs=1e-3)
+    assert RectifiedFlowScheduler(token_px=32, **options).time_shift.ratio(576, 1024, 128) == pytest.approx(
+        6.6, abs=1e-3
+    )
+    both = RectifiedFlowScheduler(use_timestep_transform=True, token_px=32, training_token_px=64, **options)
+    trained = RectifiedFlowScheduler.from_config(both.config).noise_process().time_shift
+    assert trained is not None and trained.ratio(576, 1024, 128) == pytest.approx(5.327, abs=1e-3)
+    assert both.time_shift.ratio(576, 1024, 128) == pytest.approx(6.6, abs=1e-3)
+    fixed = RectifiedFlowScheduler(transform_ratio=3.0, **options).time_shift
+    assert fixed.ratio(192, 336, 129) == fixed.ratio(576, 1024, 1) == 3.0
+
+
+def test_a_step_follows_the_velocity_that_networks_predict():
+    sample, velocity = latents()
+    stepped = []
+    for direction, sign in (("data - noise", 1), ("noise - data", -1)):
+        scheduler = RectifiedFlowScheduler(velocity=direction)
+        scheduler.set_timesteps(4)
+        stepped.append(scheduler.step(sign * velocity, scheduler.timesteps[0], sample).prev_sample)
+    torch.testing.assert_close(stepped[0], sample + 0.25 * velocity)
+    assert torch.equal(*stepped)
+
+
 def test_scale_is_for_videos_only_under_the_later_rule():
     for rule, image in [("latent", 3.0), ("after_first", 1.0)]:
         scheduler = RectifiedFlowScheduler(transform_frames=rule, transform_scale=3.0)
@@ -214,7 +249,15 @@ def test_diffusers_interface():
 
 @pytest.mark.parametrize(
     "options",
-    [{"sample_method": "normal"}, {"transform_frames": "all"}, {"num_train_timesteps": 0}],
+    [
+        {"sample_method": "normal"},
+        {"transform_frames": "all"},
+        {"num_train_timesteps": 0},
+        {"transform": "pixels"},
+        {"velocity": "up"},
+        {"token_px": 0},
+        {"training_token_px": 0},
+    ],
 )
 def test_bad_configurations_are_refused(options):
     with pytest.raises(OpenSoraError, match=next(iter(options))):

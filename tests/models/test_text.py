@@ -137,13 +137,14 @@ def test_prompts_and_negative_prompts_are_repeated_per_video():
     assert as_prompt_lists(["a", "b"], None, 2) == (["a", "b"], None)
     assert as_prompt_lists(["a", "b"], "n", 2) == (["a", "b"], ["n"] * 2)
     assert as_prompt_lists(["a", "b"], ["n", "m"], 2) == (["a", "b"], ["n", "m"])
+    assert as_prompt_lists("a", " ", 1) == as_prompt_lists("a", [""], 1) == (["a"], None)
 
 
 def test_impossible_pairs_are_refused():
     with pytest.raises(OpenSoraError, match="3 negative prompts for 2 prompts"):
         as_prompt_lists(["a", "b"], ["n", "m", "o"], 1)
-    with pytest.raises(OpenSoraError, match="negative_prompt is empty"):
-        as_prompt_lists("a", "", 1)
+    with pytest.raises(OpenSoraError, match="negative_prompt at position 1 is empty"):
+        as_prompt_lists(["a", "b"], ["blurry", " "], 1)
     for count in (0, -1, 1.5, True):
         with pytest.raises(OpenSoraError, match="num_videos_per_prompt"):
             as_prompt_lists("a", None, count)  # type: ignore[arg-type]

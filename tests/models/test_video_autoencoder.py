@@ -314,9 +314,9 @@ def test_impossible_sizes(size, message):
     [
         ({"temporal": {"type": "recurrent"}}, "'recurrent' given; known are causal3d, folded"),
         ({"temporal": {"filters": 4}}, "type None"),
-        ({"temporal": {**CAUSAL, "filter": 4}}, "unknown option filter"),
+        ({"temporal": {**CAUSAL, "filter": 4}}, "temporal: unknown option 'filter'"),
         ({"temporal": {**FOLDED, "in_channels": 8}}, "in_channels is 8"),
-        ({"spatial": {**SPATIAL, "blocks": 3}}, "unknown option blocks"),
+        ({"spatial": {**SPATIAL, "blocks": 3}}, "spatial: unknown option 'blocks'"),
         ({"spatial": {**SPATIAL, "in_channels": 12}}, "in_channels is 12"),
         ({"micro_frame_size": 0}, "micro_frame_size is 0"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
@@ -347,3 +347,11 @@ def test_impossible_calls():
         frames.encode_time(torch.zeros(1, 4, 3, 4, 4))
     with pytest.raises(OpenSoraError, match="2 latent frames given for a video of 3 frames"):
         frames.decode_latents(torch.zeros(1, 4, 2, 4, 4), 3)
+
+
+def test_figures_for_each_latent_frame_are_not_of_weights_that_store_them():
+    pairs = [[value, value] for value in (0.1, 0.2, 0.3, 0.4)]
+    with pytest.raises(OpenSoraError, match="takes one per channel"):
+        make(latent_space={"shift": pairs})
+    with pytest.raises(OpenSoraError, match="takes one per channel"):
+        make().set_latent_space(LatentSpace(scale=tuple(map(tuple, pairs))))

@@ -23,6 +23,21 @@ def fixture(golden):
     return fixture
 
 
+def test_runs_of_open_sora_1_3(golden) -> None:
+    """There the last step is always of first order."""
+    fixture = golden("dpm_solver_v1_3")
+    scheduler = DPMSolverScheduler(lower_order_final=True)
+    counts = fixture.meta["steps"]
+    assert set(fixture.under("out")) == {f"steps{count}.final" for count in counts}
+    for num_steps in counts:
+        final, expected = (
+            sample(fixture, scheduler, num_steps, fixture.meta["cfg_scale"])[-1],
+            fixture[f"out.steps{num_steps}.final"],
+        )
+        assert_close(final, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+        assert_close(scheduler.timesteps, fixture[f"mid.steps{num_steps}.model_t"][:, 0], atol=1e-3, rtol=1e-5)
+
+
 def step_counts(fixture) -> list[int]:
     return sorted(int(match[1]) for name in fixture.tensors if (match := re.fullmatch(r"out\.steps(\d+)\.traj", name)))
 

@@ -20,7 +20,7 @@ def drawn(ratios: dict[str, float], batch: int, num_frames: int, seed: int) -> l
     return masks.int().tolist()
 
 
-@pytest.mark.parametrize("version", ["1_1", "1_2"])
+@pytest.mark.parametrize("version", ["1_1", "1_2", "1_3"])
 def test_each_strategy(version, golden_json):
     compared = 0
     for key, expected in golden_json(f"mask_generator_v{version}")["single"].items():
@@ -32,7 +32,7 @@ def test_each_strategy(version, golden_json):
     assert compared
 
 
-@pytest.mark.parametrize("version", ["1_1", "1_2"])
+@pytest.mark.parametrize("version", ["1_1", "1_2", "1_3"])
 def test_mixture(version, golden_json):
     fixture = golden_json(f"mask_generator_v{version}")
     ratios = {ours(name): ratio for name, ratio in fixture["mix_ratios"].items()}

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opensora.conditioning import frames as conditioning
+from opensora.conditioning import references as conditioning
 from opensora.errors import OpenSoraError
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.text import prompts
 from opensora.models.text.cleaning import clean_text
 
+GENERATIONS = pytest.mark.parametrize("version", ["1_2", "1_3"])
 FAILED = "ERR:"  # how a fixture says that the reference raised
 
 
@@ -37,14 +38,27 @@ def test_scores(golden_json):
         assert ours == expected
 
 
-def test_prompt_of_each_loop(golden_json):
-    for key, (expected,) in golden_json("inference_utils_v1_2")["extract_prompts_loop"].items():
+def test_scores_in_words(golden_json):
+    fixture = golden_json("inference_utils_v1_3")
+    for prompt, aesthetic, flow, camera_motion, (expected,) in fixture["append_score"]:
+        ours = prompts.append_scores(prompt, aesthetic=aesthetic, flow=flow, camera_motion=camera_motion, in_words=True)
+        assert ours == expected
+    for name, table in (("aesthetic", "transform_aes"), ("flow", "transform_motion")):
+        for number, word in fixture[table].items():
+            assert prompts.score_word(name, float(number)) == word
+            assert prompts.score_word(name, word.title()) == word
+
+
+@GENERATIONS
+def test_prompt_of_each_loop(version, golden_json):
+    for key, (expected,) in golden_json(f"inference_utils_v{version}")["extract_prompts_loop"].items():
         prompt, loop = key.rsplit("||", 1)
         assert prompts.prompt_of_loop(prompt, int(loop)) == expected
 
 
-def test_loops_split_and_joined(golden_json):
-    fixture = golden_json("inference_utils_v1_2")
+@GENERATIONS
+def test_loops_split_and_joined(version, golden_json):
+    fixture = golden_json(f"inference_utils_v{version}")
     for prompt, (texts, starts) in fixture["split_prompt"].items():
         assert prompts.split_loops(prompt) == (texts, starts)
         assert prompts.join_loops(texts, starts) == fixture["merge_prompt"][prompt]
@@ -61,9 +75,12 @@ def test_prompts_of_all_loops_1_1(golden_json):
             assert [ours] == result
 
 
-def test_json_suffix(golden_json):
-    for prompt, result in golden_json("inference_utils_v1_2")["extract_json"].items():
-        if failed(result):
+@GENERATIONS
+def test_json_suffix(version, golden_json):
+    for prompt, result in golden_json(f"inference_utils_v{version}")["extract_json"].items():
+        if prompt == "a {b} {c}":
+            assert prompts.split_references(prompt) == (prompt, prompts.PromptReferences())  # braces of no JSON: text
+        elif failed(result):
             with pytest.raises(OpenSoraError, match=r"^[^\n]*$"):
                 prompts.split_references(prompt)
         else:
@@ -86,7 +103,11 @@ def test_json_suffix_1_1(golden_json):
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("inference_utils_v1_2", "parse_mask_strategy"), ("inference_long_v1_1", "process_mask_strategy")],
+    [
+        ("inference_utils_v1_2", "parse_mask_strategy"),
+        ("inference_utils_v1_3", "parse_mask_strategy"),
+        ("inference_long_v1_1", "process_mask_strategy"),
+    ],
 )
 def test_mask_strategies(name, function, golden_json):
     for text, result in golden_json(name)[function].items():
@@ -121,8 +142,9 @@ def check_placed(text, loop, alignment, mask, frames, lengths) -> None:
     assert placed.flatten().tolist() == frames
 
 
-def test_conditioning_frames(golden_json):
-    for row in golden_json("inference_utils_v1_2")["apply_mask_strategy"]:
+@GENERATIONS
+def test_conditioning_frames(version, golden_json):
+    for row in golden_json(f"inference_utils_v{version}")["apply_mask_strategy"]:
         check_placed(*row, lengths=(8, 3))
 
 
@@ -131,13 +153,15 @@ def test_conditioning_frames_1_1(golden_json):
         check_placed(text, loop, None, mask, frames, lengths=(8, 1))
 
 
-def test_alignment_of_starts(golden_json):
-    for start, alignment, num_frames, expected in golden_json("inference_utils_v1_2")["find_nearest_point"]:
+@GENERATIONS
+def test_alignment_of_starts(version, golden_json):
+    for start, alignment, num_frames, expected in golden_json(f"inference_utils_v{version}")["find_nearest_point"]:
         assert conditioning.align_start(start, alignment, num_frames) == expected
 
 
-def test_previous_loop(golden_json):
-    fixture = golden_json("inference_utils_v1_2")["append_generated"]
+@GENERATIONS
+def test_previous_loop(version, golden_json):
+    fixture = golden_json(f"inference_utils_v{version}")["append_generated"]
     settings = {"num_frames": fixture["condition_frame_length"], "edit_ratio": fixture["edit"]}
     cases = zip(fixture["inp"], fixture["refs_before"], fixture["refs_after"], fixture["mask_strategy"], strict=True)
     for text, before, after, expected in cases:
@@ -147,8 +171,9 @@ def test_previous_loop(golden_json):
         assert expected.rsplit(";", 1)[-1] == str(added)
 
 
-def test_pixel_frames(golden_json):
-    for latent_frames, result in golden_json("inference_utils_v1_2")["dframe_to_frame"].items():
+@GENERATIONS
+def test_pixel_frames(version, golden_json):
+    for latent_frames, result in golden_json(f"inference_utils_v{version}")["dframe_to_frame"].items():
         if failed(result):
             with pytest.raises(OpenSoraError, match="whole chunks"):
                 conditioning.pixel_frames(int(latent_frames))
@@ -156,9 +181,10 @@ def test_pixel_frames(golden_json):
             assert conditioning.pixel_frames(int(latent_frames)) == result
 
 
-def test_clip_conditions(golden_json):
+@GENERATIONS
+def test_clip_conditions(version, golden_json):
     """The reference rounds them to the network's precision first; ours, rounded, are the same."""
-    for key, result in golden_json("inference_utils_v1_2")["prepare_multi_resolution_info"].items():
+    for key, result in golden_json(f"inference_utils_v{version}")["prepare_multi_resolution_info"].items():
         size, num_frames, fps, dtype = key.split("|")
         height, width = map(int, size.strip("()").split(","))
         clip = ClipConditions.of_clip(height, width, int(num_frames), float(fps))

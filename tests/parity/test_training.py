@@ -47,3 +47,20 @@ def test_the_rate_warms_up_as_the_reference_does(golden_json):
         config = OptimizerConfig(warmup_steps=int(warmup_steps), decay=0.0)
         ours = [fixture["base_lr"] * learning_rate_factor(step, len(rates), config) for step in range(len(rates))]
         assert ours == pytest.approx(rates, rel=1e-12), f"{warmup_steps} steps of warm-up"
+
+
+@pytest.mark.parametrize("version", ["1_3", "2_0"])
+def test_the_rate_warms_up_from_0(version, golden_json):
+    """The reference may begin above 0, which no published configuration does: 1.3 then ends as much too high."""
+    fixture = golden_json(f"lr_warmup_v{version}")
+    base, compared = fixture.pop("base_lr"), 0
+    for name, rates in fixture.items():
+        warmup_steps, start = name.split("|")
+        initial = float(start.removeprefix("initial"))
+        config = OptimizerConfig(warmup_steps=int(warmup_steps.removeprefix("warmup")), decay=0.0)
+        factors = [learning_rate_factor(step, len(rates), config) for step in range(len(rates))]
+        span = base - initial if version == "2_0" else base
+        theirs = [initial + factor * span if factor < 1 else base for factor in factors]
+        assert theirs == pytest.approx(rates, rel=1e-9), name
+        compared += initial == 0
+    assert compared

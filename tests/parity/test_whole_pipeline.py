@@ -20,7 +20,8 @@ from parity.plain_transformers import double
 from torch import Tensor
 
 from opensora.checkpoints.loading import load_pipeline
-from opensora.conditioning.frames import FrameConditioning, place_references
+from opensora.conditioning.frames import FrameConditioning
+from opensora.conditioning.references import place_references
 from opensora.models.text.prompts import parse_mask_strategy
 from opensora.pipeline import OpenSoraPipeline
 

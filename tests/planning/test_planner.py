@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_pipeline import make_pipeline
+from tiny_published import pipeline_of
+from tiny_two_encoders import pipeline_of as two_encoders_of
+from torch import nn
 
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.text.conditioner import T5Conditioner
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.meta_pipeline import meta_pipeline
-from opensora.planning.planner import ACCELERATOR, CPU, Planner
-from opensora.planning.stages import COMPONENT_OF, Choices, Clip, network_of, run_stage
-from opensora.planning.tracing import LiveMemory, Tracer
+from opensora.planning.planner import ACCELERATOR, CPU, Planner, stored_weight_bytes
+from opensora.planning.stages import COMPONENT_OF, Choices, Clip, branches_of, network_of, run_stage
+from opensora.planning.tracing import LiveMemory, Tracer, weight_bytes
 
 SIZE = VideoSize(9, 48, 64)
 
@@ -95,14 +99,50 @@ def test_more_frames_and_pixels_take_more(folder):
     assert needed == sorted(needed) and len(set(needed)) == 3
 
 
+def test_windows_can_be_planned(tmp_path):
+    """Networks of 1.3: blocks over space and over time take different memory, and both are traced."""
+    pipeline_of("opensora-1.3", num_frames=17).save_pretrained(tmp_path)
+    tracer = Tracer()
+    planner = Planner(tracer, meta_pipeline(tracer, tmp_path).pipeline, Clip(VideoSize(17, 48, 64)))
+    text, denoise, decode = planner.stages(default(planner))
+    assert min(text.activation_bytes, denoise.activation_bytes, decode.activation_bytes) > 0
+    longer = Planner(tracer, meta_pipeline(tracer, tmp_path).pipeline, Clip(VideoSize(33, 48, 64)))
+    assert longer.stages(default(planner))[1].activation_bytes > 1.5 * denoise.activation_bytes
+
+
+def test_an_autoencoder_that_works_in_tiles_may_have_smaller_ones(tmp_path):
+    """Those of 2.0; frames at once bound nothing there, so they are not proposed."""
+    two_encoders_of("opensora-2.0").save_pretrained(tmp_path)
+    tracer = Tracer()
+    planner = Planner(tracer, meta_pipeline(tracer, tmp_path).pipeline, Clip(VideoSize(65, 64, 64)))
+    whole = default(planner)
+    ways = list(planner.alternatives([torch.float32]))
+    assert [way.tile_frames for way in ways[::6]] == [None, 64, 32, 16]
+    assert {way.micro_batch_size for way in ways} == {None} and planner.smallest(whole).tile_frames == 16
+    (_, denoise, decode), (_, same, tiled) = planner.stages(whole), planner.stages(planner.smallest(whole))
+    assert tiled.activation_bytes < 0.6 * decode.activation_bytes
+    assert tiled.weight_bytes == decode.weight_bytes and same.weight_bytes == denoise.weight_bytes
+
+
 def test_offloading_takes_the_largest_stage(planner):
     stages = planner.stages(default(planner))
     assert planner.peak(default(planner)) == (
         sum(stage.weight_bytes for stage in stages),
         max(stage.activation_bytes for stage in stages),
     )
-    offloaded = Choices(torch.float32, offload=True, micro_batch_size=4)
-    assert sum(planner.peak(offloaded)) == max(stage.total_bytes for stage in stages)
+    offloaded = Choices(torch.float32, offload="networks", micro_batch_size=4)
+    assert sum(planner.peak(offloaded)) == max(stage.weight_bytes + stage.activation_bytes for stage in stages)
+
+
+def test_of_networks_whose_blocks_take_turns_two_blocks_count():
+    transformer = make_pipeline().transformer
+    blocks = [weight_bytes(block) for block in transformer.blocks]
+    rest = weight_bytes(transformer) - sum(blocks)
+    assert len(blocks) == 4
+    # Small as they are, a block is less than a portion of a file.
+    assert stored_weight_bytes(transformer) == (rest + 4 * blocks[0], rest + 3 * blocks[0])
+    one_block = nn.ModuleList([nn.Linear(2, 2)])
+    assert stored_weight_bytes(one_block) == (weight_bytes(one_block),) * 2
 
 
 def test_what_fits_is_the_least_intrusive(planner):
@@ -127,6 +167,26 @@ def test_without_guidance_there_is_one_branch(folder):
     assert not any(way.sequential_guidance for way in plain.alternatives([torch.float32]))
     one, two = (planner.stages(Choices(torch.float32))[1].activation_bytes for planner in (plain, guided))
     assert one < 0.7 * two
+
+
+class NullPrompt(T5Conditioner):
+    """No text is the text of an empty prompt."""
+
+    null_prompt = ""
+
+
+@pytest.mark.parametrize("conditioner", [T5Conditioner, NullPrompt])
+def test_all_branches_of_a_model_are_planned(conditioner):
+    """On real networks: how many clips of one request go through the transformer at once."""
+    pipeline = pipeline_of("opensora-1.3-i2v")
+    pipeline.transformer.text_conditioner = conditioner
+    sizes: list[int] = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    size = VideoSize(17, 32, 48)
+    clips = [Clip(size, guided=False), Clip(size), Clip(size, conditioned=True)]
+    for clip in clips:
+        run_stage(pipeline, "denoise", clip, Choices(torch.float32))
+    assert sizes == [len(branches_of(pipeline, clip)) for clip in clips] == [1, 2, 3]
 
 
 def test_devices_take_something_for_themselves(planner):

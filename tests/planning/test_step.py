@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_mmdit import TINY
 from torch import Tensor, nn
 
 from opensora.models.clip_conditions import ClipConditions
+from opensora.models.mmdit import MMDiT
 from opensora.models.stdit3 import STDiT3
 from opensora.planning.autocast import MetaAutocast
 from opensora.planning.flops import CountedFlops
@@ -58,6 +60,26 @@ def test_work_told_from_the_forward_pass_is_what_both_passes_compute(frozen):
     compute = loss_of(model, 3, 4, 24, 32, 20)
     work = count_work(compute, model.blocks)
     assert work.forward + work.backward == pytest.approx(trace_step(compute, model).flops, rel=1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "double_blocks"])
+def test_one_layer_of_each_stack_tells_the_work_of_all(frozen):
+    with torch.device("meta"):
+        model = MMDiT(**{**TINY, "depth": 3, "depth_single_blocks": 4}).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+
+    def compute() -> Tensor:
+        given = {"encoder_hidden_states": torch.zeros(2, 5, 10), "pooled_projections": torch.zeros(2, 6)}
+        latents, times = torch.zeros(2, 3, 3, 4, 6), torch.zeros(2)
+        told = {name: tensor.to("meta") for name, tensor in given.items()}
+        return model(latents.to("meta"), times.to("meta"), **told).sample.square().mean()
+
+    work = count_work(compute, list(model.double_blocks), list(model.single_blocks))
+    whole = count_work(compute)
+    assert (work.forward, work.backward) == (whole.forward, whole.backward)
+    assert work.tokens == (2, 3 * 2 * 3, TINY["hidden_size"]) and whole.tokens is None
+    assert 0 < work.in_layers < work.forward
 
 
 def test_work_of_real_tensors_is_that_of_meta_ones():

@@ -8,8 +8,9 @@ import pytest
 from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.overrides import apply_overrides
 from opensora.recipes import RECIPES, find_recipe
-from opensora.settings import apply_overrides, from_dict, to_dict
+from opensora.settings import from_dict, to_dict
 from opensora.training.trainer import Trainer
 from opensora.training.vae.config import VAETaskConfig
 
@@ -33,6 +34,27 @@ def test_weights_are_those_of_the_published_autoencoder(name: str, golden_dir: P
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     temporal = sum(p.numel() for n, p in module.named_parameters() if n.startswith("temporal_vae."))
     assert trained == (sum(p.numel() for p in module.parameters()) if name.endswith("3") else temporal)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("vae_v1_3", "opensora_vae_v1_3"), ("vae_v2_0_dc_stage2", "dc_ae_f32t4c128_v2_0")],
+)
+def test_later_ones_are_trained_whole(name: str, keys: str, golden_dir: Path) -> None:
+    published = json.loads((golden_dir / "checkpoint_keys" / f"{keys}.json").read_text())
+    module = config(name).plan().setup.task.module
+    assert {key: list(p.shape) for key, p in module.named_parameters() if p.requires_grad} == {
+        key: shape for key, (shape, _) in published["keys"].items()
+    }
+
+
+def test_what_later_ones_were_trained_with() -> None:
+    one, two, three = (config(name) for name in ("vae_v1_3", "vae_v2_0_dc_stage1", "vae_v2_0_dc_stage2"))
+    assert [max(shape.num_frames for shape in stage.plan().shapes()) for stage in (one, two, three)] == [17, 32, 32]
+    assert (one.kl_weight, one.perceptual_weight, two.kl_weight, two.perceptual_weight) == (1e-6, 1.0, 0.0, 0.5)
+    assert two.discriminator is None and one.discriminator is not None and three.discriminator is not None
+    assert (one.discriminator.weight, one.discriminator.depth, one.discriminator.start) == (0.5, 3, 0)
+    assert (three.discriminator.weight, three.discriminator.depth, three.discriminator.dropout) == (0.05, 5, 0.3)
 
 
 def test_what_each_stage_was_trained_with() -> None:

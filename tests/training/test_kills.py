@@ -124,7 +124,13 @@ def fill_the_disk() -> None:
 
 def run_out_of_disk(folder: Path) -> str:
     trainer = Trainer(recipe(), folder)
-    trainer.on_step = lambda step, steps, figures: fill_the_disk() if step == 5 else None
+
+    def on_step(step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == 5:
+            trainer.checkpoints.wait()  # the checkpoint of step 3 is written beside the steps after it
+            fill_the_disk()
+
+    trainer.on_step = on_step
     with pytest.raises(OpenSoraError) as error:
         trainer.run()
     return str(error.value)

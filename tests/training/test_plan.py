@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opensora.data.clips import ManifestClips
+from opensora.data.degradation import Degradation
 from opensora.errors import OpenSoraError
 from opensora.planning.devices import find_device
 from opensora.recipes import find_recipe
@@ -98,6 +99,17 @@ def test_frozen_work_of_a_batch_is_told_from_one_clip():
         assert set(workloads) == {"autoencoder", "text_encoder"}
         flops = sum(networks._frozen.trace(workload).flops for workload in workloads.values())
         assert networks.frozen_flops(shape) == pytest.approx(flops, rel=1e-6)
+
+
+def test_clips_that_are_made_worse_are_encoded_twice():
+    def encoding(degradation: Degradation | None) -> float:
+        clips = on_clips(20)
+        objective = replace(clips.objective, degradation=degradation)
+        networks = TrainingPlan(replace(clips, objective=objective), H100).networks
+        workload = networks.task_plan.frozen_workloads(networks.shapes[0])["autoencoder"]
+        return networks._frozen.trace(workload).flops
+
+    assert encoding(Degradation()) == pytest.approx(2 * encoding(None), rel=1e-6)
 
 
 def test_smaller_batches_fit():

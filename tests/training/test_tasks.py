@@ -12,8 +12,8 @@ from tiny_tasks import CLIPS, FAMILY, diffusion_config, family_config, vae_confi
 from torch import Tensor
 
 import opensora
-from opensora.checkpoints.weights import fingerprint
 from opensora.data import toybox
+from opensora.data.degradation import Degradation
 from opensora.data.toybox import CaptionedLatents, OtherLength, ToyboxLatents
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
@@ -23,13 +23,19 @@ from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.text import TrainedText
 from opensora.training.task import TrainingSetup, TrainingTask
 from opensora.training.trainer import Trainer
+from opensora.weights import fingerprint
 
-KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge", *FAMILY]
+KINDS = ["flow", "iddpm", "flow with frames", "iddpm with frames", "frames", "latents", "pixels", "judge"]
+KINDS += [*FAMILY, "1.3 made worse"]
 
 
 def make_config(kind: str, folder: Path) -> Any:
     if kind in FAMILY:
         return family_config(kind, write_clips(folder / "clips"), frame_masks={"head": 0.5})
+    if kind == "1.3 made worse":
+        noisy = {"none": 1.0, "v2v_head_noisy": 1.0, "other_noisy": 1.0}
+        clips = write_clips(folder / "clips")
+        return family_config("1.3", clips, known_frames=noisy, degradation=Degradation(spatial=0.5, noise=0.5))
     if kind in ("flow", "iddpm"):
         return diffusion_config(kind, folder)
     if kind.endswith(" with frames"):
@@ -131,7 +137,7 @@ def run(config: Any, folder: Path, steps: int, stop_after: int | None = None) ->
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["flow", "iddpm", "frames", "pixels", "1.1", "1.2"])
+@pytest.mark.parametrize("kind", ["flow", "iddpm", "frames", "pixels", "1.1", "1.2", "1.3", "2.0", "2.0-dc"])
 def test_two_and_two_steps_are_four_bit_for_bit(kind, tmp_path):
     config = make_config(kind, tmp_path)
     whole = run(config, tmp_path / "whole", 4)

@@ -1,5 +1,6 @@
 """The real training tasks, tiny, on two ranks: what they export is what one rank exports."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_tasks import diffusion_config, family_config, vae_config, write_clips
 
+from opensora.recipes import find_recipe
 from opensora.training.config import LoopConfig, Recipe, TaskConfig
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut
+from opensora.training.vae.config import VAETaskConfig
 from opensora.training.vae.discriminator import DiscriminatorConfig
 
 pytestmark = pytest.mark.multi
@@ -21,7 +24,8 @@ pytestmark = pytest.mark.multi
 
 def train(objective: TaskConfig, folder: Path, loop: dict) -> None:
     torch.set_num_threads(1)
-    settings = {"steps": 3, "precision": "fp32", "preview_every": 2, "log_every": 1, "checkpoint_every": 2}
+    settings = {"steps": 3, "precision": "fp32", "log_every": 1, "checkpoint_every": 2}
+    settings["preview_every"] = 2 if getattr(objective, "preview", objective) is not None else 0
     optimizer = OptimizerConfig(matrices="adamw", lr=1e-2, eps=1e-4, warmup_steps=1)  # for Muon see test_parallel.py
     Trainer(Recipe("tiny", objective, LoopConfig(**settings | {"optimizer": optimizer} | loop)), folder).run()
 
@@ -59,15 +63,34 @@ def test_diffusion_on_two_ranks(tmp_path: Path, kind: str, ranks: dict) -> None:
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
 
 
+@pytest.mark.parametrize("version", ["1.3", "2.0", "2.0-dc"])
 @pytest.mark.parametrize("ranks", [{"sharding": "full"}, {"sequence_parallel": 2, "microbatches": 2}], ids=str)
-def test_an_adapter_on_two_ranks(tmp_path: Path, ranks: dict) -> None:
+def test_known_frames_on_two_ranks(tmp_path: Path, ranks: dict, version: str) -> None:
+    """Clips are shown frames of their own wherever they are; ranks that share one hold windows of it (1.3), or a part
+    of its text and a part of its video (2.0)."""
+    objective = family_config(version, write_clips(tmp_path / "clips"), export_dtype="float32")
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(2, train, objective, tmp_path / "ranks", ranks)
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
+
+
+def test_two_pairs_of_ranks_that_share_a_clip_each(tmp_path: Path) -> None:
+    objective = family_config("2.0", write_clips(tmp_path / "clips"), export_dtype="float32")
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(4, train, objective, tmp_path / "ranks", {"sharding": "full", "sequence_parallel": 2})
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("version", ["1.2", "2.0"])
+@pytest.mark.parametrize("ranks", [{"sharding": "full"}, {"sequence_parallel": 2, "microbatches": 2}], ids=str)
+def test_an_adapter_on_two_ranks(tmp_path: Path, ranks: dict, version: str) -> None:
     """The network is asked twice a step, once without the adapter."""
     manifest = write_clips(tmp_path / "clips")
-    base = family_config("1.2", manifest).build("cpu").task.networks.transformer
+    base = family_config(version, manifest).build("cpu").task.networks.transformer
     torch.nn.init.normal_(base.final_layer.linear.weight, std=0.2)  # zeros would hide all other layers
     base.save_pretrained(tmp_path / "base")
     adapter = LoRAConfig(2, preserve=0.3)
-    objective = family_config("1.2", manifest, init_from=str(tmp_path / "base"), transformer=None, train=adapter)
+    objective = family_config(version, manifest, init_from=str(tmp_path / "base"), transformer=None, train=adapter)
     train(objective, tmp_path / "one", {"microbatches": 2})
     run_ranks(2, train, objective, tmp_path / "ranks", ranks)
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
@@ -81,6 +104,18 @@ def test_an_autoencoder_and_its_critic_on_two_ranks(tmp_path: Path, stage: str, 
     objective = vae_config(stage, frames_per_clip=None, mse_weight=1.0, discriminator=discriminator)
     train(objective, tmp_path / "one", {"microbatches": 2})
     run_ranks(2, train, objective, tmp_path / "ranks", {"sharding": sharding})
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("recipe", ["vae_v1_3_debug", "vae_v2_0_dc_debug"])
+def test_an_autoencoder_of_one_network_on_two_ranks(tmp_path: Path, recipe: str) -> None:
+    """Against our own critic: the published one's norms look at all clips that a rank has at once."""
+    objective = find_recipe(recipe).objective
+    assert isinstance(objective, VAETaskConfig)
+    discriminator = DiscriminatorConfig(dim=4, depth=2, start=1)
+    objective = dataclasses.replace(objective, discriminator=discriminator)
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(2, train, objective, tmp_path / "ranks", {"sharding": "full"})
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
 
 

@@ -213,6 +213,16 @@ LOSSES = ("--sizes", "32x32", "--lengths", "1", "9", "--num-clips", "2", "--batc
 LOSSES_OF = {"flow.json": "toybox", "iddpm.json": "toybox-iddpm", "saved_1.1.json": "models/1.1"}
 
 
+# What the weights that come with the package decide; all else is of random weights saved in `models/`, or of none.
+OF_WEIGHTS = {
+    "latents": [name for name, case in LATENTS.items() if case.model not in MODELS],
+    "loops": list(LOOPS),
+    "runs": ["adapter"],
+    "clips": [name for name, words in CLIPS.items() if not any(word.startswith("models/") for word in words)],
+    "losses": [name for name, model in LOSSES_OF.items() if not model.startswith("models/")],
+}
+
+
 # --- the same bits, or nearly -----------------------------------------------------------------------------------------
 
 

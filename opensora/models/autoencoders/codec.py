@@ -42,6 +42,7 @@ class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
         declared_tensors: tensors in files of weights that only repeat the configuration.
         frame_multiple: frame counts that can be encoded are `frame_offset` + k * `frame_multiple`; 1 for all.
         frame_offset: see `frame_multiple`; (16, 1) for 1, 17, 33, ...
+        single_frame: whether an image can be encoded as well, where the two say otherwise.
         micro_frame_size: frames of a chunk that knows nothing of the others; None where a clip is one piece.
         micro_batch_size: frames that are worked on at once, which bounds the memory and changes nothing but the
             rounding; None for all. Without effect where a codec cannot divide its work.
@@ -53,6 +54,7 @@ class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
     declared_tensors: tuple[str, ...] = ()
     frame_multiple: int = 1
     frame_offset: int = 0
+    single_frame: bool = False
     micro_frame_size: int | None = None
     micro_batch_size: int | None = None
     use_slicing: bool = False
@@ -72,7 +74,9 @@ class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
 
     def size_rule(self, max_frames: int | None = None) -> SizeRule:
         """Which sizes can be encoded; `max_frames` is the limit of the model that uses the latents."""
-        return SizeRule(self.spatial_factor, self.frame_multiple, self.frame_offset, max_frames)
+        return SizeRule(
+            self.spatial_factor, self.frame_multiple, self.frame_offset, max_frames, single_frame=self.single_frame
+        )
 
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(T, H, W) in frames and pixels -> (N, h, w).
@@ -95,6 +99,13 @@ class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
         self._check_latent_frame(latent_frame, total, num_frames)
         return max(0, num_frames - (total - latent_frame) * self.temporal_factor)
 
+    def frame_span(self, latent_frame: int, num_frames: int) -> tuple[int, int]:
+        """The video frames that a latent frame of a clip of `num_frames` frames stands for: first, one past the last.
+
+        Where chunks share a frame, two latent frames stand for it.
+        """
+        return self.frames_before(latent_frame, num_frames), self.frames_before(latent_frame + 1, num_frames)
+
     def chunk_start(self, frame: int, num_frames: int) -> int:
         """The first frame of the chunk in which a frame of a clip of `num_frames` lies.
 
@@ -112,7 +123,7 @@ class VideoCodec(AutoencoderMixin, PortableModelMixin, ABC):
         rule = self.size_rule()
         num_frames = rule.frames_from(1)
         while (found := self.latent_frames(num_frames)) < latent_frames:
-            num_frames += rule.frame_multiple
+            num_frames = rule.frames_from(num_frames + 1)
         if found > latent_frames:
             raise OpenSoraError(f"no clip has {latent_frames} latent frames; one of {num_frames} frames has {found}")
         return num_frames

@@ -1,7 +1,8 @@
-"""The formats that autoencoders are published in, see `format`: the video autoencoder's own, and diffusers' 2D ones.
+"""The formats that autoencoders are published in, see `format`: the video autoencoder's own, and 2D ones.
 
-A video autoencoder applies a 2D one to frames, so it runs the weights of those as well. Names of attention layers from
-before 2023 are brought up to date.
+A video autoencoder applies a 2D one to frames, so it runs the weights of those as well, diffusers' and those in the
+names of latent diffusion's authors (LDM, FLUX). Names of attention layers from before 2023 are brought up to date.
+Codecs of another kind have a format of their own beside them.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders import causal, dc_ae, hunyuan
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.format import (
     REFERENCE_OPTIONS,
@@ -32,6 +34,19 @@ _FRAME_AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderK
 _TOLD_BY_CONFIG = "shapes do not tell; the file's config.json or the model it belongs to does"
 _SPATIAL = "spatial_vae.module."
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
+_OF_LATENT_DIFFUSION = (
+    (r"encoder\.down\.", "encoder.down_blocks."),
+    (r"(?<=\d\.)block\.", "resnets."),
+    (r"nin_shortcut", "conv_shortcut"),
+    (r"(?<=\d\.)(down|up)sample\.", r"\1samplers.0."),
+    (r"mid\.block_1\.", "mid_block.resnets.0."),
+    (r"mid\.block_2\.", "mid_block.resnets.1."),
+    (r"mid\.attn_1\.norm\.", "mid_block.attentions.0.group_norm."),
+    (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."),
+    (r"mid\.attn_1\.proj_out\.", "mid_block.attentions.0.to_out.0."),
+    (r"norm_out", "conv_norm_out"),
+)
+"""Names of latent diffusion's authors, by pattern, and those of diffusers."""
 _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -64,6 +79,34 @@ class _TemporalDecoderFormat(Format):
         config = _with_temporal_decoder(_spatial(shapes)[0])
         unsure = {"scaling_factor": "shapes do not tell; 0.18215 for Stable Video Diffusion"}
         return _run_in_video(self.identity(config | _block_types(config, up=False), unsure))
+
+
+class _LatentDiffusionFormat(Format):
+    cls = AutoencoderKL
+    kind = "autoencoder"
+    summary = "2D autoencoder in the names of its first authors (LDM, FLUX)"
+    prefixes = ("encoder.down.0.block.0.", "encoder.conv_in.weight")
+
+    def identify(self, shapes: TensorShapes) -> Identity | None:
+        if not shapes.has(*self.prefixes):
+            return None
+        levels = shapes.count("encoder.down") or 0
+        widths = [shapes.size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
+        config = known_values(
+            in_channels=shapes.size("encoder.conv_in.weight", 1),
+            out_channels=shapes.size("decoder.conv_out.weight", 0),
+            latent_channels=shapes.size("decoder.conv_in.weight", 1),
+            block_out_channels=widths if widths and None not in widths else None,
+            layers_per_block=shapes.count("encoder.down.0.block"),
+            use_quant_conv=shapes.has("quant_conv."),
+            use_post_quant_conv=shapes.has("post_quant_conv."),
+            mid_block_add_attention=shapes.has("encoder.mid.attn_1."),
+        )
+        unsure = {
+            "norm_num_groups": "shapes do not tell; 32 in every published autoencoder",
+            "scaling_factor": "shapes do not tell; 0.18215 for Stable Diffusion 1.x, 0.3611 after a shift for FLUX",
+        }
+        return _run_in_video(self.identity(config | _block_types(config), unsure))
 
 
 def _run_in_video(identity: Identity) -> Identity:
@@ -190,6 +233,8 @@ class _VideoFormat(Format):
         return f"it has {'a' if config.get('temporal') else 'no'} part over time"
 
     def adapt_weights(self, model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+        if "encoder.down.0.block.0.conv1.weight" in weights:
+            return _of_latent_diffusion(weights)
         prefix = "" if any(name.startswith("spatial_vae.") for name in weights) else _SPATIAL
         kept = {"scale", "shift"}
         renamed = {name if name in kept else prefix + _new_attention(name): name for name in weights}
@@ -197,7 +242,7 @@ class _VideoFormat(Format):
 
 
 def _of_diffusers(stored: Mapping[str, Any], where: Path, assumed: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keywords of the video autoencoder from diffusers' 2D one, which may declare a scaling factor of its own."""
+    """Keywords of the video autoencoder from diffusers' 2D one, which may declare factor and shift of its own."""
     cls = _FRAME_AUTOENCODERS[stored["_class_name"]]
     spatial = known_keywords(stored, where, cls, ())
     default = inspect.signature(cls.__init__).parameters["scaling_factor"].default
@@ -205,7 +250,27 @@ def _of_diffusers(stored: Mapping[str, Any], where: Path, assumed: Mapping[str, 
     factor = spatial.pop("scaling_factor", space["scaling_factor"])
     if factor != space["scaling_factor"] or assumed is None:
         space = {"scaling_factor": factor, "trained_with": "a 2D autoencoder that declares this factor"}
+    if shift := spatial.pop("shift_factor", None):  # it is subtracted before the factor, ours after it
+        channels = spatial.get("latent_channels", 4)
+        space = {**space, "shift": [shift * factor] * channels, "trained_with": "a 2D autoencoder that declares both"}
     return {"spatial": spatial, "latent_space": space, "micro_frame_size": None}
+
+
+def _of_latent_diffusion(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights in the names of latent diffusion's authors; their attention layers are convolutions of one pixel."""
+    levels = TensorShapes(weights).count("decoder.up") or 0
+    names = {_SPATIAL + _name_in_diffusers(name, levels): name for name in weights}
+    matrices = {
+        new: weights[name][..., 0, 0] for new, name in names.items() if ".to_" in new and new.endswith("weight")
+    }
+    return RenamedWeights(weights, names, matrices)
+
+
+def _name_in_diffusers(name: str, levels: int) -> str:
+    name = re.sub(r"decoder\.up\.(\d+)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}", name)
+    for pattern, replacement in _OF_LATENT_DIFFUSION:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _causal_3d(shapes: TensorShapes) -> dict[str, Any]:
@@ -244,5 +309,13 @@ def _new_attention(name: str) -> str:
     return _OLD_ATTENTION.sub(lambda match: _NEW_NAME[match[1]], name)
 
 
-FORMATS: tuple[Format, ...] = (_VideoFormat(), _TemporalDecoderFormat(), _FrameFormat())
-"""In the order in which weights are compared with them."""
+FORMATS: tuple[Format, ...] = (
+    _VideoFormat(),
+    hunyuan.FORMAT,
+    dc_ae.FORMAT,
+    causal.FORMAT,
+    _TemporalDecoderFormat(),
+    _LatentDiffusionFormat(),
+    _FrameFormat(),
+)
+"""In the order in which weights are compared with them; the first one is meant where no class is named."""

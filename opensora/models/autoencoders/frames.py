@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.keywords import check_keywords
 from opensora.models.autoencoders.posterior import Posterior
 
 
@@ -36,11 +37,8 @@ class FrameAutoencoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], patch_size: int = 1) -> None:
         super().__init__()
-        known = [name for name in inspect.signature(self.kind.__init__).parameters if name != "self"]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            kind = self.kind.__name__
-            raise OpenSoraError(f"spatial: unknown option {', '.join(unknown)}; {kind} takes {', '.join(known)}")
+        known = inspect.signature(self.kind.__init__).parameters
+        check_keywords(self.kind.__init__, config, "spatial")
         pixel_channels = 3 * patch_size * patch_size
         values = {"in_channels": pixel_channels, "out_channels": pixel_channels, "latent_channels": 4, **config}
         for end in ("in_channels", "out_channels"):

@@ -6,11 +6,15 @@ steps, because the temporal autoencoder sits between them:
     frame latents of the 2D autoencoder  -- factor -->  input of the temporal autoencoder (or of the next step)
     video latents                        -- (z - shift) / scale -->  normalised latents
 
-The factor multiplies in most autoencoders and divides in some; both are in use under the same name, so the convention
-is part of the declaration.
+An autoencoder that is one network, space and time, has no first step of its own: its latents take both, one after the
+other. The factor multiplies in most autoencoders and divides in some; both are in use under the same name, so the
+convention is part of the declaration.
+
+Shift and scale are one number per channel, or, where an autoencoder works in chunks, one for each latent frame of a
+chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, Literal
@@ -19,8 +23,11 @@ import torch
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+from opensora.keywords import check_keywords
 
 Convention = Literal["multiply", "divide"]
+Figures = tuple[float | tuple[float, ...], ...]
+"""Per channel a number, or one for each latent frame of a chunk, as many in every channel."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class LatentSpace:
     Args:
         scaling_factor: applied to what the 2D encoder predicts; positive.
         convention: whether encoding multiplies or divides by `scaling_factor`.
-        shift: per latent channel, subtracted after encoding; None for 0.
-        scale: per latent channel, divided by after the shift; positive; None for 1.
+        shift: `Figures`, subtracted after encoding; None for 0.
+        scale: `Figures`, divided by after the shift; positive; None for 1.
         trained_with: where the figures come from: a sentence or a hash of the weights they were measured on.
         replaces: the checkpoint's own declaration where a user's override took its place, as a dict; None otherwise.
 
@@ -41,8 +48,8 @@ class LatentSpace:
 
     scaling_factor: float = 1.0
     convention: Convention = "multiply"
-    shift: tuple[float, ...] | None = None
-    scale: tuple[float, ...] | None = None
+    shift: Figures | None = None
+    scale: Figures | None = None
     trained_with: str = ""
     replaces: dict[str, Any] | None = None
 
@@ -50,15 +57,18 @@ class LatentSpace:
         for name in ("shift", "scale"):
             values = getattr(self, name)
             if values is not None:  # JSON knows no tuples
-                object.__setattr__(self, name, tuple(float(value) for value in values))
+                object.__setattr__(self, name, tuple(_entry(value) for value in values))
         if not (isfinite(self.scaling_factor) and self.scaling_factor > 0):
             raise OpenSoraError(f"scaling_factor {self.scaling_factor} given, but it must be a positive number")
         if self.convention not in ("multiply", "divide"):
             raise OpenSoraError(f'convention {self.convention!r} given, but it must be "multiply" or "divide"')
-        if not all(isfinite(value) for value in self.shift or ()):
+        if not all(isfinite(value) for row in _rows(self.shift) for value in row):
             raise OpenSoraError(f"shift {self.shift} given, but every channel needs a finite number")
-        if not all(isfinite(value) and value > 0 for value in self.scale or ()):
+        if not all(isfinite(value) and value > 0 for row in _rows(self.scale) for value in row):
             raise OpenSoraError(f"scale {self.scale} given, but every channel needs a positive number")
+        for name in ("shift", "scale"):
+            if len(lengths := {len(row) for row in _rows(getattr(self, name))}) > 1 or 0 in lengths:
+                raise OpenSoraError(f"{name} has {sorted(lengths)} numbers in its channels; give as many in each")
         if self.shift is not None and self.scale is not None and len(self.shift) != len(self.scale):
             raise OpenSoraError(
                 f"shift has {len(self.shift)} channels and scale {len(self.scale)}; give one of each per latent channel"
@@ -81,16 +91,27 @@ class LatentSpace:
 
     def normalise(self, latents: Tensor) -> Tensor:
         """(z - shift) / scale per channel; latents (B, C, T, h, w) -> normalised latents, same shape."""
-        shift, scale = self.statistics(latents.shape[1], latents.device)
+        shift, scale = self.statistics_of(latents)
         return (latents - shift) / scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        shift, scale = self.statistics(latents.shape[1], latents.device)
+        shift, scale = self.statistics_of(latents)
         return latents * scale + shift
 
+    def statistics_of(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale as float32 tensors that broadcast over latents (B, C, N, h, w).
+
+        Figures of P latent frames are repeated for every chunk of so many; of a lone latent frame they are the first.
+
+        Raises:
+            OpenSoraError: if the declaration is for another number of channels, or N is neither 1 nor a multiple of P.
+        """
+        shift, scale = self.statistics(latents.shape[1], latents.device)
+        return _over_time(shift, latents.shape[2]), _over_time(scale, latents.shape[2])
+
     def statistics(self, channels: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Shift and scale as float32 tensors (1, C, 1, 1, 1).
+        """Shift and scale as float32 tensors (1, C, P, 1, 1), P latent frames of a chunk or 1 for all.
 
         Raises:
             OpenSoraError: if the declaration is for another number of channels.
@@ -100,9 +121,9 @@ class LatentSpace:
                 raise OpenSoraError(
                     f"the latent space declares {name} for {len(values)} channels, but the latents have {channels}"
                 )
-        shift = torch.tensor(self.shift or (0.0,) * channels, dtype=torch.float32, device=device)
-        scale = torch.tensor(self.scale or (1.0,) * channels, dtype=torch.float32, device=device)
-        return shift.view(1, -1, 1, 1, 1), scale.view(1, -1, 1, 1, 1)
+        shift = torch.tensor(_rows(self.shift or (0.0,) * channels), dtype=torch.float32, device=device)
+        scale = torch.tensor(_rows(self.scale or (1.0,) * channels), dtype=torch.float32, device=device)
+        return shift[None, :, :, None, None], scale[None, :, :, None, None]
 
     # ---- configuration
 
@@ -110,7 +131,7 @@ class LatentSpace:
         """Plain values for a JSON configuration."""
         values = asdict(self)
         for name in ("shift", "scale"):
-            values[name] = None if values[name] is None else list(values[name])
+            values[name] = None if values[name] is None else _as_lists(values[name])
         return values
 
     @classmethod
@@ -118,12 +139,13 @@ class LatentSpace:
         """Inverse of `to_dict`; fields left out take their defaults.
 
         Raises:
-            OpenSoraError: for a field that does not exist.
+            OpenSoraError: for a field that does not exist, or a value of another kind.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise OpenSoraError(f"latent space: unknown field {', '.join(unknown)}; known are {', '.join(known)}")
+        check_keywords(cls.__init__, values, "latent space")
         return cls(**values)
 
     # ---- agreement
@@ -143,10 +165,8 @@ class LatentSpace:
             mine, theirs = getattr(self, name), getattr(other, name)
             channels = len(mine or theirs or ())
             ours, others = mine or (neutral,) * channels, theirs or (neutral,) * channels
-            if len(ours) != len(others) or any(
-                abs(a - b) > 1e-6 * max(1.0, abs(a)) for a, b in zip(ours, others, strict=True)
-            ):
-                found[name] = (list(ours), list(others))
+            if not _same_figures(_rows(ours), _rows(others)):
+                found[name] = (_as_lists(ours), _as_lists(others))
         return found
 
     def check_same(self, other: "LatentSpace", *, here: str, there: str) -> None:
@@ -192,3 +212,43 @@ class LatentSpace:
     def declared_by_weights(self) -> "LatentSpace":
         """The checkpoint's own declaration, also under an override."""
         return self if self.replaces is None else LatentSpace.from_dict(self.replaces)
+
+
+def _entry(value: float | Sequence[float]) -> float | tuple[float, ...]:
+    return tuple(float(item) for item in value) if isinstance(value, Sequence) else float(value)
+
+
+def _rows(figures: Figures | None) -> tuple[tuple[float, ...], ...]:
+    """Channels x latent frames."""
+    return tuple(value if isinstance(value, tuple) else (value,) for value in figures or ())
+
+
+def _as_lists(figures: Figures) -> list[Any]:
+    return [list(value) if isinstance(value, tuple) else value for value in figures]
+
+
+def _same_figures(ours: tuple[tuple[float, ...], ...], others: tuple[tuple[float, ...], ...]) -> bool:
+    """Whether two declarations say the same of every channel and latent frame."""
+    if len(ours) != len(others):
+        return False
+    for mine, theirs in zip(ours, others, strict=True):
+        frames = max(len(mine), len(theirs))  # one number stands for all latent frames
+        mine, theirs = (row * frames if len(row) == 1 else row for row in (mine, theirs))
+        if len(mine) != len(theirs):
+            return False
+        if any(abs(a - b) > 1e-6 * max(1.0, abs(a)) for a, b in zip(mine, theirs, strict=True)):
+            return False
+    return True
+
+
+def _over_time(figures: Tensor, latent_frames: int) -> Tensor:
+    """Figures (1, C, P, 1, 1) for so many latent frames; P = 1 broadcasts."""
+    period = figures.shape[2]
+    if period == 1 or latent_frames == 1:
+        return figures[:, :, :1]
+    if latent_frames % period:
+        raise OpenSoraError(
+            f"{latent_frames} latent frames given, but the latent space declares its figures for chunks of {period}; "
+            f"give 1 or a multiple of {period}"
+        )
+    return figures.repeat(1, 1, latent_frames // period, 1, 1)

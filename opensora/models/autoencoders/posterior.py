@@ -36,8 +36,10 @@ class Posterior:
         """Those of pieces, in turn along a dimension, as one."""
         if len(parts) == 1:
             return parts[0]
-        means, logvars = [part.mean for part in parts], [part.logvar for part in parts]
-        return cls(torch.cat(means, dim=dim), torch.cat(logvars, dim=dim))
+        mean = torch.cat([part.mean for part in parts], dim=dim)
+        if all(isinstance(part, Certain) for part in parts):
+            return Certain(mean)
+        return cls(mean, torch.cat([part.logvar for part in parts], dim=dim))
 
     def float(self) -> "Posterior":
         """The same in float32."""
@@ -72,3 +74,32 @@ class Posterior:
         """Negative log-likelihood of `z` under this Gaussian, summed over all but the batch, in nats: (B,)."""
         terms = math.log(2.0 * math.pi) + self.logvar + (z - self.mean).square() * torch.exp(-self.logvar)
         return 0.5 * terms.flatten(1).sum(dim=1)
+
+
+class Certain(Posterior):
+    """What an encoder without uncertainty predicts: every draw is the mean.
+
+    Args:
+        mean: mu, (B, C, ...).
+    """
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__(mean, torch.full_like(mean, -math.inf))
+
+    @property
+    def var(self) -> Tensor:
+        """0, same shape as the mean."""
+        return torch.zeros_like(self.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """0, same shape as the mean."""
+        return torch.zeros_like(self.mean)
+
+    def sample(self, generator: Generators | None = None, *, noise: Tensor | None = None) -> Tensor:
+        """The mean, whatever is drawn from."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """0 for every sample, as in diffusers: there is nothing to hold to a standard normal."""
+        return self.mean.new_zeros(len(self.mean))

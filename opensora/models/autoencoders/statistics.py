@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.models.autoencoders.codec import VideoCodec
+from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.declared import DeclaredCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 
 
-class StoredStatistics(VideoCodec):
-    """A codec whose state dict names `shift` and `scale`, each (1, Z, 1, 1, 1).
+class StoredStatistics(DeclaredCodec):
+    """A codec whose state dict names `shift` and `scale`, each (1, Z, 1, 1, 1): one number per channel.
 
     Published files may hold one number for all channels, none at all, or the declared ones in half precision.
     """
@@ -26,28 +27,18 @@ class StoredStatistics(VideoCodec):
 
     def _declare(self, latent_space: LatentSpace) -> None:
         """The declaration that goes with the weights, when the model is built."""
-        latent_space.statistics(self.latent_channels)
-        self._latent_space = latent_space
+        _check_per_channel(latent_space, self.latent_channels)
+        super()._declare(latent_space)
         self._precisions: dict[str, torch.dtype] = {}  # in which the weights that were loaded have them
         self.register_state_dict_post_hook(_write_statistics)
         self.register_load_state_dict_pre_hook(_read_statistics)
 
-    @property
-    def latent_space(self) -> LatentSpace:
-        """The declaration in force; `latent_space.overridden` tells whether a user put it there."""
-        return self._latent_space
-
     def set_latent_space(self, latent_space: LatentSpace) -> None:
         """Declares what these weights' latents stand for, after training them."""
-        latent_space.statistics(self.latent_channels)
+        _check_per_channel(latent_space, self.latent_channels)
         if latent_space.declared_by_weights != self._latent_space.declared_by_weights:
             self._precisions = {}
-        self._latent_space = latent_space
-        self.register_to_config(latent_space=latent_space.to_dict())
-
-    def override_latent_space(self, latent_space: LatentSpace) -> None:
-        """Uses another declaration than the checkpoint's; the config and every output remember both."""
-        self.set_latent_space(latent_space.overriding(self.latent_space))
+        super().set_latent_space(latent_space)
 
     def latent_space_of(self, weights: Mapping[str, Tensor]) -> LatentSpace:
         """The checkpoint's own declaration with the figures that stand in stored weights, where those say otherwise."""
@@ -90,6 +81,13 @@ class StoredStatistics(VideoCodec):
 
     def _own_statistics(self) -> tuple[Tensor, Tensor]:
         return self.latent_space.declared_by_weights.statistics(self.latent_channels)
+
+
+def _check_per_channel(latent_space: LatentSpace, channels: int) -> None:
+    if any(figures.shape[2] > 1 for figures in latent_space.statistics(channels)):
+        raise OpenSoraError(
+            "shift or scale has numbers for each latent frame of a chunk, but this autoencoder takes one per channel"
+        )
 
 
 def _write_statistics(model: StoredStatistics, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

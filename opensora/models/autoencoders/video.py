@@ -16,11 +16,10 @@ Letters: B batch, T frames, H, W height and width in pixels, C channels of a fra
 latent, N latent frames, h, w latent height and width, p spatial patch size.
 """
 
-import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -29,6 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.keywords import check_keywords
 from opensora.models.autoencoders.folded import FoldedTemporalAutoencoder
 from opensora.models.autoencoders.frames import FrameAutoencoder, TemporalDecoderAutoencoder
 from opensora.models.autoencoders.latent_space import LatentSpace
@@ -42,10 +42,6 @@ TEMPORAL_TYPES: dict[str, type[TemporalPart]] = {
     "causal3d": TemporalAutoencoder,
     "folded": FoldedTemporalAutoencoder,
 }
-
-
-# Options of `from_pretrained` that say where a configuration is found.
-_WHERE = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies")
 
 
 class VideoAutoencoder(StoredStatistics):
@@ -189,7 +185,7 @@ class VideoAutoencoder(StoredStatistics):
         else:
             time_posterior = self.encode_time(frame_posterior.mode())
             mean, logvar = time_posterior.mean, time_posterior.logvar
-        _, scale = space.statistics(mean.shape[1], mean.device)
+        _, scale = space.statistics_of(mean)
         return Posterior(space.normalise(mean), logvar + 2 * (log_factor - scale.log()))
 
     @apply_offload_hooks
@@ -199,15 +195,11 @@ class VideoAutoencoder(StoredStatistics):
         Raises:
             OpenSoraError: if the latents are not those of a clip of `num_frames` frames.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
-            raise OpenSoraError(
-                f"latents of shape {tuple(latents.shape)} given, expected (B, {self.latent_channels}, N, h, w)"
-            )
+        self._check_latents(latents, num_frames)
         latents = self.latent_space.denormalise(latents.float())
         if self.temporal_vae is not None:
             frame_latents = self.decode_time(latents, num_frames)
         else:
-            self._check_latent_frames(latents, num_frames)
             frame_latents = self.latent_space.unscale_frames(latents)
         return self.decode_frames(frame_latents)
 
@@ -261,11 +253,7 @@ class VideoAutoencoder(StoredStatistics):
     @apply_offload_hooks
     def encode_frames(self, video: Tensor) -> Posterior:
         """Posterior of the 2D autoencoder, float32 (B, C, T, h, w), before the scaling factor."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise OpenSoraError(f"video of shape {tuple(video.shape)} given, expected (B, 3, T, H, W)")
-        if not video.is_floating_point():
-            raise OpenSoraError(f"video of {video.dtype} given, expected floating point in [-1, 1]; use x / 127.5 - 1")
-        self.latent_size((video.shape[2], video.shape[3], video.shape[4]))
+        self._check_video(video)
         video = video.to(self.dtype)
         parts = [self.spatial_vae.encode(clips, self.micro_batch_size) for clips in self._slices(video)]
         return Posterior.cat(parts, dim=0).float()
@@ -296,7 +284,7 @@ class VideoAutoencoder(StoredStatistics):
     def decode_time(self, latents: Tensor, num_frames: int) -> Tensor:
         """Video latents (B, Z, N, h, w) without shift and scale -> frame latents (B, C, T, h, w) before the factor."""
         temporal = self._require_temporal()
-        self._check_latent_frames(latents, num_frames)
+        self._check_latents(latents, num_frames)
         lengths = self._chunks(num_frames)
         sizes = [temporal.latent_frames(length) for length in lengths]
         clips = [
@@ -310,80 +298,6 @@ class VideoAutoencoder(StoredStatistics):
             raise OpenSoraError("this autoencoder has no temporal part; use encode_frames and decode_frames")
         return self.temporal_vae
 
-    def _check_latent_frames(self, latents: Tensor, num_frames: int) -> None:
-        expected = self.latent_frames(num_frames)
-        if latents.shape[2] != expected:
-            raise OpenSoraError(
-                f"{latents.shape[2]} latent frames given for a video of {num_frames} frames, which has {expected}"
-            )
-
-    # ---- latent space
-
-    @torch.no_grad()
-    def measure_latent_space(self, videos: Iterable[Tensor], trained_with: str) -> LatentSpace:
-        """Sets shift and scale to mean and standard deviation per channel over `videos`; factor stays.
-
-        Args:
-            videos: batches (B, 3, T, H, W) in [-1, 1].
-            trained_with: what they are and for which weights, for whoever reads the config.
-        """
-        count = 0
-        total = torch.zeros(self.latent_channels, dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for video in videos:
-            latents = self.latent_space.denormalise(self.encode_video(video)).transpose(0, 1).flatten(1).cpu().double()
-            count += latents.shape[1]
-            total += latents.sum(dim=1)
-            squares += latents.square().sum(dim=1)
-        if count < 2:
-            raise OpenSoraError(f"{count} latent positions given, but a mean and a deviation need at least 2")
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        measured = replace(
-            self.latent_space.declared_by_weights,
-            shift=tuple(mean.tolist()),
-            scale=tuple(std.tolist()),
-            trained_with=trained_with,
-        )
-        self.set_latent_space(measured)
-        return measured
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *,
-        override_latent_space: LatentSpace | Mapping[str, Any] | None = None,
-        **loading: Any,
-    ) -> Self:
-        """Loads a folder as diffusers does, and holds its latent space against the one in the weights.
-
-        Args:
-            pretrained_model_name_or_path: the folder.
-            override_latent_space: used instead of the folder's, and recorded as such.
-            **loading: diffusers' own options (`subfolder`, `torch_dtype`, ...).
-
-        Raises:
-            OpenSoraError: if configuration and weights declare different latent spaces and no override is given, or
-                for a configuration field among the options.
-        """
-        fields = {"latent_space", "spatial", "temporal", "spatial_patch_size", "temporal_decoder"}
-        fields = sorted(fields & set(loading))
-        if fields:
-            raise OpenSoraError(
-                f"{', '.join(fields)} given, but the folder's own configuration belongs to its weights; "
-                "keep it, or pass override_latent_space=... to replace the latent space"
-            )
-        if isinstance(loading.get("device_map"), dict):  # it is added to
-            loading["device_map"] = dict(loading["device_map"])
-        if override_latent_space is not None:
-            found = {name: loading[name] for name in _WHERE if name in loading}
-            config: Any = cls.load_config(pretrained_model_name_or_path, **found)
-            wanted = override_latent_space
-            wanted = wanted if isinstance(wanted, LatentSpace) else LatentSpace.from_dict(wanted)
-            loading["latent_space"] = wanted.instead_of(config.get("latent_space"))
-        return super().from_pretrained(pretrained_model_name_or_path, **loading)
-
 
 def _build_spatial(
     config: Mapping[str, Any], patch_size: int, temporal_decoder: Mapping[str, Any] | None
@@ -393,6 +307,7 @@ def _build_spatial(
     unknown = sorted(set(temporal_decoder) - {"chunk_size"})
     if unknown:
         raise OpenSoraError(f"temporal_decoder: unknown option {', '.join(unknown)}; it takes chunk_size")
+    check_keywords(TemporalDecoderAutoencoder.__init__, temporal_decoder, "temporal_decoder")
     return TemporalDecoderAutoencoder(config, patch_size, **temporal_decoder)
 
 
@@ -401,10 +316,7 @@ def _build_temporal(config: Mapping[str, Any]) -> TemporalPart:
     kind = options.pop("type", None)
     if kind not in TEMPORAL_TYPES:
         raise OpenSoraError(f"temporal: type {kind!r} given; known are {', '.join(TEMPORAL_TYPES)}")
-    known = [name for name in inspect.signature(TEMPORAL_TYPES[kind].__init__).parameters if name != "self"]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise OpenSoraError(f"temporal: unknown option {', '.join(unknown)}; {kind} takes {', '.join(known)}")
+    check_keywords(TEMPORAL_TYPES[kind].__init__, options, "temporal")
     return TEMPORAL_TYPES[kind](**options)
 
 

@@ -62,6 +62,8 @@ class DPMSolverScheduler(Scheduler):
         prediction_type: the network's first C channels: ``"epsilon"`` the noise, ``"sample"`` the clean latents.
         variance_type: ``"learned_range"`` (the network has C variance channels behind them), ``"fixed_small"`` or
             ``"fixed_large"`` (it has not).
+        lower_order_final: the last step is of first order whatever the number of steps, as in Open-Sora 1.3, and not
+            only of fewer than 10.
 
     Raises:
         OpenSoraError: an unknown name or a number out of range.
@@ -81,12 +83,14 @@ class DPMSolverScheduler(Scheduler):
         beta_end: float = 0.02,
         prediction_type: gaussian.PredictionType = "epsilon",
         variance_type: gaussian.VarianceType = "learned_range",
+        lower_order_final: bool = False,
     ) -> None:
         diffusion = IDDPMScheduler(
             num_train_timesteps, beta_schedule, beta_start, beta_end, prediction_type, variance_type
         )
         self.num_train_timesteps = num_train_timesteps
         self.variance_type: gaussian.VarianceType = variance_type
+        self.lower_order_final = lower_order_final
         self.alphas_cumprod = diffusion.alphas_cumprod
         """abar of the training steps, (N,)."""
         abar = self.alphas_cumprod.numpy()
@@ -253,7 +257,8 @@ class DPMSolverScheduler(Scheduler):
 
     def _looks_back(self, index: int) -> bool:
         num_steps = len(self._values)
-        return index + 1 < num_steps or num_steps >= _MIN_STEPS_TO_END_IN_SECOND_ORDER
+        is_long = num_steps >= _MIN_STEPS_TO_END_IN_SECOND_ORDER and not self.lower_order_final
+        return index + 1 < num_steps or is_long
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float

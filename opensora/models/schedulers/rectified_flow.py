@@ -17,7 +17,8 @@ Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``,
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -40,15 +41,22 @@ class RectifiedFlowScheduler(Scheduler):
         num_train_timesteps: N, the timestep of pure noise.
         use_discrete_timesteps: round timesteps to whole numbers before the shift.
         use_timestep_transform: shift times by size and length of the video; ``set_timesteps`` then needs both.
+        transform: what the shift ratio follows, ``"area"`` (Open-Sora 1.2 and 1.3, :class:`flow.AreaShift`) or
+            ``"tokens"`` (2.0, :class:`flow.TokenShift`), of which ``token_px`` is the side in pixels.
+        transform_ratio: one ratio for all videos instead; ``None`` for none.
         transform_scale: factor on the shift ratio, in sampling and in training alike.
         transform_base_size: side in pixels of the square image that is not shifted.
         transform_frames: ``"latent"`` counts the autoencoder's latent frames (Open-Sora 1.2), ``"after_first"`` those
             after the first, and applies ``transform_scale`` to videos only (1.3).
+        transform_bf16: see :class:`flow.AreaShift`.
+        token_px: see ``transform``.
+        training_token_px: that of training, where it was another; ``None`` for the same.
         temporal_factor: video frames to one latent frame of the autoencoder; 1 for one that works frame by frame.
         micro_frame_size: frames the autoencoder encodes at once; ``None`` for the whole video.
         sample_method: how training draws its times, ``"uniform"`` or ``"logit-normal"``.
         sample_loc: mean of the logit of the logit-normal times.
         sample_scale: standard deviation of the logit of the logit-normal times.
+        velocity: what networks predict, ``"data - noise"``, or ``"noise - data"`` (Open-Sora 2.0).
 
     Raises:
         OpenSoraError: an unknown name or a number out of range.
@@ -63,33 +71,62 @@ class RectifiedFlowScheduler(Scheduler):
         transform_scale: float = 1.0,
         transform_base_size: int = 512,
         transform_frames: Literal["latent", "after_first"] = "latent",
+        transform_bf16: bool = False,
+        transform: Literal["area", "tokens"] = "area",
+        transform_ratio: float | None = None,
+        token_px: int = 16,
         temporal_factor: int = 4,
         micro_frame_size: int | None = 17,
         sample_method: Literal["uniform", "logit-normal"] = "uniform",
         sample_loc: float = 0.0,
         sample_scale: float = 1.0,
+        velocity: flow.Velocity = "data - noise",
+        training_token_px: int | None = None,
     ) -> None:
         if num_train_timesteps < 1:
             raise OpenSoraError(f"got num_train_timesteps={num_train_timesteps}; expected at least 1")
-        if transform_frames not in ("latent", "after_first"):
-            raise OpenSoraError(f"got transform_frames={transform_frames!r}; expected 'latent' or 'after_first'")
-        if sample_method not in ("uniform", "logit-normal"):
-            raise OpenSoraError(f"got sample_method={sample_method!r}; expected 'uniform' or 'logit-normal'")
+        for name, value, allowed in (
+            ("transform_frames", transform_frames, ("latent", "after_first")),
+            ("transform", transform, ("area", "tokens")),
+            ("sample_method", sample_method, ("uniform", "logit-normal")),
+            ("velocity", velocity, get_args(flow.Velocity)),
+        ):
+            if value not in allowed:
+                raise OpenSoraError(f"got {name}={value!r}; expected {' or '.join(map(repr, allowed))}")
+        for name, side in (("token_px", token_px), ("training_token_px", training_token_px)):
+            if side is not None and side < 1:
+                raise OpenSoraError(f"got {name}={side}; expected at least 1")
         self.num_train_timesteps = num_train_timesteps
         self.use_discrete_timesteps = use_discrete_timesteps
         self.use_timestep_transform = use_timestep_transform
         self.temporal_factor = temporal_factor
         self.micro_frame_size = micro_frame_size
-        self.time_shift = flow.TimeShift(
-            transform_scale, transform_base_size, transform_frames, temporal_factor, micro_frame_size
-        )
-        """How times are shifted under ``use_timestep_transform``."""
+        self.velocity: flow.Velocity = velocity
+        self.time_shift: flow.TimeShift
+        if transform_ratio is not None:
+            self.time_shift = flow.FixedShift(transform_ratio)
+        elif transform == "tokens":
+            self.time_shift = flow.TokenShift(token_px, temporal_factor, micro_frame_size)
+        else:
+            self.time_shift = flow.AreaShift(
+                transform_scale,
+                transform_base_size,
+                transform_frames,
+                temporal_factor,
+                micro_frame_size,
+                bf16=transform_bf16,
+            )
+        """How times are shifted under ``use_timestep_transform``, in sampling."""
+        training_shift = self.time_shift
+        if training_token_px is not None and isinstance(training_shift, flow.TokenShift):
+            training_shift = replace(training_shift, token_px=training_token_px)
         self._process = RectifiedFlowProcess(
             num_train_timesteps,
             times="discrete" if use_discrete_timesteps else sample_method,
             loc=sample_loc,
             scale=sample_scale,
-            time_shift=self.time_shift if use_timestep_transform else None,
+            time_shift=training_shift if use_timestep_transform else None,
+            velocity=velocity,
         )
         # As in every diffusers scheduler there is something to iterate before set_timesteps: the training grid.
         self._schedule(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), device=None)
@@ -111,6 +148,7 @@ class RectifiedFlowScheduler(Scheduler):
         height: float | None = None,
         width: float | None = None,
         num_frames: int | None = None,
+        num_latents: int | None = None,
     ) -> None:
         """Lay out the steps of one run in ``timesteps``, (n,) float32, descending from N.
 
@@ -123,6 +161,8 @@ class RectifiedFlowScheduler(Scheduler):
             height: of the video in pixels; the sizes matter only under ``use_timestep_transform``.
             width: of the video in pixels.
             num_frames: of the video (not of the latent).
+            num_latents: latent frames that the autoencoder makes of it; ``None`` for what the configuration tells of
+                that.
 
         Raises:
             OpenSoraError: fewer than one step, more whole timesteps than there are, a schedule that does not descend or
@@ -143,7 +183,7 @@ class RectifiedFlowScheduler(Scheduler):
             even = even.round()
         t = even / grid
         if self.use_timestep_transform:
-            t = self.time_shift(t, height, width, num_frames)
+            t = self.time_shift(t, height, width, num_frames, num_latents)
         self._schedule(t * grid, device)
 
     def _custom_timesteps(
@@ -223,7 +263,7 @@ class RectifiedFlowScheduler(Scheduler):
         """Walk from ``timestep`` to the next one, or to 0 from the last.
 
         Args:
-            model_output: guided velocity, (B, C, T, H, W); of (B, 2C, T, H, W) the first C channels are used.
+            model_output: guided prediction, (B, C, T, H, W); of (B, 2C, T, H, W) the first C channels are used.
             timestep: an entry of ``timesteps``.
             sample: latents at ``timestep``, (B, C, T, H, W).
             frame_mask: (B, T) bool; frames where it is False are returned as they came.
@@ -249,7 +289,8 @@ class RectifiedFlowScheduler(Scheduler):
         is_last = index + 1 == len(self._values)
         t_next = 0.0 if is_last else self._values[index + 1] / self.num_train_timesteps
         self._step_index = index + 1
-        stepped = flow.euler_step(sample, model_output[:, :channels].to(sample.dtype), t, t_next)
+        towards_data = flow.towards_data(model_output[:, :channels].to(sample.dtype), self.velocity)
+        stepped = flow.euler_step(sample, towards_data, t, t_next)
         if frame_mask is not None:
             check_frames("frame_mask", frame_mask, sample)
             stepped = choose_frames(frame_mask, stepped, sample)

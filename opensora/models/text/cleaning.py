@@ -8,6 +8,7 @@ Hangul stay while ideographs go.
 
 import html
 import re
+import unicodedata
 import urllib.parse
 import warnings
 from collections.abc import Sequence
@@ -90,6 +91,9 @@ _ENDS = _compiled(
     ]
 )
 
+# Words, as far as cleaning tells them apart: ideographs need no spaces around them.
+_WORD = re.compile("[\u31c0-\u9fff]+|[^\\W_\u31c0-\u9fff]+")
+
 # With more of these than 3, they stand for spaces: this-is-my-cute-cat.
 _JOINTS = re.compile("[-_]")
 _MOST_JOINTS = 3
@@ -112,6 +116,33 @@ def clean_text(text: str, passes: int = 2) -> str:
     for _ in range(passes):
         text = _clean_once(text)
     return text
+
+
+def removed_words(text: str, cleaned: str) -> list[str]:
+    """The words that cleaning took out of a text, as they stood in it, each once: `["R2D2", "一个小红球"]`.
+
+    Args:
+        text: before cleaning.
+        cleaned: what `clean_text` made of it.
+    """
+    kept = _folded(cleaned)
+    words = dict.fromkeys(_WORD.findall(html.unescape(urllib.parse.unquote_plus(text))))
+    return [word for word in words if _folded(word) not in kept]
+
+
+def leaves_nothing(text: str) -> bool:
+    """Whether cleaning takes every letter and digit out of a text that had some, such as a Chinese caption."""
+    return has_words(text) and not has_words(clean_text(text))
+
+
+def has_words(text: str) -> bool:
+    """Whether there is a letter or a digit in it."""
+    return any(character.isalnum() for character in text)
+
+
+def _folded(text: str) -> str:
+    """Without differences in case and width, which cleaning may change and nobody misses."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _clean_once(text: str) -> str:

@@ -9,15 +9,16 @@ Letters: B prompts, L tokens, D width of the states, P width of the pooled vecto
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
 from opensora.models.offload_hooks import execution_device
-from opensora.models.text.tokens import check_words, tokenize
+from opensora.models.text.tokens import check_words, tokenize, unread_pieces
 
 Padding = Literal["longest", "max_length"]
 
@@ -61,6 +62,31 @@ class TextStates:
             None if self.dropped is None else self.dropped.to(device),
         )
 
+    def padded(self, num_tokens: int) -> "TextStates":
+        """The same with so many tokens, the new ones masked out; never fewer than it has."""
+        missing = max(0, num_tokens - self.states.shape[1])
+        mask = self.states.new_ones(self.states.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        return replace(self, states=F.pad(self.states, (0, 0, 0, missing)), mask=F.pad(mask, (0, missing)))
+
+    def replaced(self, other: "TextStates", states: Tensor, pooled: Tensor) -> "TextStates":
+        """Rows of another text, which has one row, in place of some.
+
+        Args:
+            other: the text.
+            states: (B,) bool, True where its states are taken, and their mask.
+            pooled: (B,) bool, True where its pooled vector is, of texts that have one.
+        """
+        length = max(self.states.shape[1], other.states.shape[1])
+        own, other = self.padded(length), other.padded(length)
+        assert own.mask is not None and other.mask is not None
+        return TextStates(
+            torch.where(states[:, None, None], other.states, own.states),
+            torch.where(states[:, None], other.mask, own.mask),
+            None
+            if own.pooled is None or other.pooled is None
+            else torch.where(pooled[:, None], other.pooled, own.pooled),
+        )
+
     def repeat_each(self, times: int) -> "TextStates":
         """Every row so often, its copies one after the other."""
 
@@ -79,10 +105,14 @@ class TextStates:
         """Rows of several texts, one text after the other.
 
         Raises:
-            OpenSoraError: some have a pooled vector and some have not.
+            OpenSoraError: some have a pooled vector and some have not, or their states are of several sizes.
         """
         if len(texts) == 1:
             return texts[0]
+        sizes = sorted({tuple(text.states.shape[1:]) for text in texts})
+        if len(sizes) > 1:
+            listed = " and ".join(map(str, sizes))
+            raise OpenSoraError(f"text states (L, D) = {listed} in one batch; all must be as encode_prompt makes them")
         pooled = [text.pooled for text in texts if text.pooled is not None]
         if pooled and len(pooled) < len(texts):
             raise OpenSoraError(f"{len(pooled)} of {len(texts)} texts have a pooled vector; give all one, or none")
@@ -100,6 +130,11 @@ def _cat(texts: Sequence[TextStates], name: str, neutral: Any) -> Tensor | None:
     if all(value is None for value in values):
         return None
     return torch.cat([neutral(text) if value is None else value for text, value in zip(texts, values, strict=True)])
+
+
+def tokenizer_place(encoder_place: str) -> str:
+    """The component that cuts text into the tokens of an encoder."""
+    return encoder_place.replace("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -125,13 +160,28 @@ class TextTokens:
 class TextConditioner(ABC):
     """The encoders of a pipeline, and what they make of text: one way for prompts, captions and plans.
 
+    Attributes:
+        encoder_places: components of a pipeline that encode text; each has a tokenizer of the same number.
+        null_prompt: the text that stands opposite to prompts where there is no negative prompt, of networks that read
+            text then too; None of those that learnt a null text.
+        pools: whether its states come with a pooled text, which the network reads too.
+
     Args:
         components: the pipeline's, by name: "text_encoder", "tokenizer" and what else the family has.
         network: the transformer that reads the text.
     """
 
+    encoder_places: tuple[str, ...] = ("text_encoder",)
+    null_prompt: str | None = None
+    pools: bool = False
+
     def __init__(self, components: Mapping[str, Any], network: Any) -> None:
         self.components, self.network = components, network
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """`encoder_places`, in the order in which the conditioner asks them."""
+        return self.encoder_places
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str], *, cut: bool = False, padding: Padding = "max_length") -> TextTokens:
@@ -157,6 +207,10 @@ class TextConditioner(ABC):
             OpenSoraError: naming them.
         """
 
+    def unread_pieces(self, text: str) -> list[str]:
+        """What of a text the encoders cannot tell from any other text, because no token stands for it."""
+        return []
+
     @abstractmethod
     def blank_tokens(self, count: int, device: torch.device | str) -> TextTokens:
         """Texts of the greatest length without content, for plans."""
@@ -175,7 +229,10 @@ class TextConditioner(ABC):
         return self.encode_tokens(self.tokenize(prompts))
 
     def branches(self, text: TextStates, negative: TextStates | None) -> dict[str, TextStates]:
-        """What every branch of guidance reads, by the names that the network's guidance rule knows."""
+        """The texts that branches of guidance read, by the names that the network's guidance rule knows.
+
+        "text" and "null" are always among them.
+        """
         return {"text": text, "null": self.unconditional(text) if negative is None else negative}
 
 
@@ -191,6 +248,7 @@ class T5Conditioner(TextConditioner):
         ids, mask, num_cut = tokenize(
             self.components["tokenizer"], texts, self.network.max_text_tokens, cut=cut, padding=padding
         )
+        check_vocabulary(ids, self.components["text_encoder"])
         return TextTokens({"text_encoder": ids}, {"text_encoder": mask}, num_cut)
 
     def encode_tokens(self, tokens: TextTokens) -> TextStates:
@@ -205,6 +263,9 @@ class T5Conditioner(TextConditioner):
     def check_words(self, texts: Sequence[str]) -> None:
         check_words(self.components["tokenizer"], texts)
 
+    def unread_pieces(self, text: str) -> list[str]:
+        return unread_pieces(self.components["tokenizer"], text)
+
     def blank_tokens(self, count: int, device: torch.device | str) -> TextTokens:
         ids = torch.zeros(count, self.network.max_text_tokens, dtype=torch.long, device=device)
         return TextTokens({"text_encoder": ids}, {"text_encoder": ids + 1})
@@ -212,3 +273,13 @@ class T5Conditioner(TextConditioner):
     def blank_states(self, count: int, device: torch.device | str, dtype: torch.dtype) -> TextStates:
         size = (count, self.network.max_text_tokens, self.network.config.caption_channels)
         return TextStates(torch.zeros(size, device=device, dtype=dtype))
+
+
+def check_vocabulary(ids: Tensor, encoder: Any) -> None:
+    """Refuses tokens that an encoder does not know, because tokenizer and encoder are not of one model."""
+    words = encoder.get_input_embeddings().num_embeddings
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise OpenSoraError(
+            f"the tokenizer makes the token {int(ids.max())} of this text, but the text encoder knows {words} tokens; "
+            "they belong to different models, or the files of the tokenizer were changed"
+        )

@@ -7,14 +7,16 @@ frames of which reference go where. All of it is read as data; spelling mistakes
 """
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from opensora import limits
+from opensora.contents import parse_json, shown
 from opensora.errors import OpenSoraError
+from opensora.limits import parse_count
 
 
 def as_prompt_list(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -46,7 +48,7 @@ def as_prompt_lists(
 
     Args:
         prompt: one sentence or several; None where their text is at hand.
-        negative_prompt: one for all prompts, or one each; None for none.
+        negative_prompt: one for all prompts, or one each; None, or nothing but blanks, for none.
         num_videos_per_prompt: 1 or more.
 
     Raises:
@@ -56,6 +58,7 @@ def as_prompt_lists(
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise OpenSoraError(f"num_videos_per_prompt is {count!r}; expected a whole number, 1 or more")
     prompts = None if prompt is None else as_prompt_list(prompt)
+    negative_prompt = _none_if_blank(negative_prompt)
     if negative_prompt is None:
         return prompts, None
     negatives = as_prompt_list(negative_prompt, "negative_prompt")
@@ -64,38 +67,136 @@ def as_prompt_lists(
     return prompts, negatives * (len(prompts) // len(negatives) if prompts is not None else 1)
 
 
+def _none_if_blank(texts: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """As given, or None where there is no word in any of them: an empty negative prompt is no negative prompt."""
+    listed = [texts] if isinstance(texts, str) else texts
+    if not listed or any(not isinstance(text, str) or text.strip() for text in listed):
+        return texts
+    return None
+
+
 # ---- scores
 
 
+SCORE_WORDS = {
+    "aesthetic": "aesthetic score:",
+    "flow": "motion score:",
+    "camera_motion": "camera motion:",
+    "fps": "FPS.",
+    "motion": "motion score.",
+}
+"""What each score is called in a prompt."""
+
+
+SCORE_SCALES: dict[str, tuple[tuple[float, str], ...]] = {
+    "aesthetic": (
+        (-math.inf, "terrible"),
+        (4, "very poor"),
+        (4.5, "poor"),
+        (5, "fair"),
+        (5.5, "good"),
+        (6, "very good"),
+        (6.5, "excellent"),
+    ),
+    "flow": (
+        (-math.inf, "very low"),
+        (0.5, "low"),
+        (2, "fair"),
+        (5, "high"),
+        (10, "very high"),
+        (20, "extremely high"),
+    ),
+}
+"""What scores are from which number on, in words (1.3)."""
+
+_SPELLED = {"aesthetic": "The aesthetic score is", "flow": "The motion strength is"}
+
+_RATE = re.compile(r"\d FPS\.( [-+.\de]+ motion score\.)?$")
+_MOTION = re.compile(r"\d motion score\.$")
+
+
 def append_scores(
-    prompt: str, *, aesthetic: float | None = None, flow: float | None = None, camera_motion: str | None = None
+    prompt: str,
+    *,
+    aesthetic: float | str | None = None,
+    flow: float | str | None = None,
+    camera_motion: str | None = None,
+    fps: float | None = None,
+    motion: float | None = None,
+    in_words: bool = False,
 ) -> str:
-    """The prompt with the scores at its end, as in the captions the 1.2 models were trained on.
+    """The prompt with the scores at its end, as in the captions that the models were trained on.
 
     A score the prompt names already stays as it is.
 
     Args:
         prompt: the sentence.
-        aesthetic: how beautiful, about 4 to 7.
-        flow: how much moves, 0 and up.
-        camera_motion: in words, such as "pan left" or "static".
+        aesthetic: how beautiful, about 4 to 7 (1.2, 1.3), or one of the words for it (1.3).
+        flow: how much moves, 0 and up (1.2, 1.3), or likewise.
+        camera_motion: in words, such as "pan left" or "static" (1.2, 1.3).
+        fps: frames per second (2.0), a sentence of its own.
+        motion: how much moves, 1 to 15 (2.0), likewise.
+        in_words: `aesthetic` and `flow` are told in the words of `SCORE_SCALES`, as to 1.3.
 
     Raises:
-        OpenSoraError: a score that is not finite, or an empty camera motion.
+        OpenSoraError: a score that is not finite, an unknown word, or an empty camera motion.
     """
-    for name, score in (("aesthetic", aesthetic), ("flow", flow)):
-        if score is not None and not math.isfinite(score):
+    if in_words:
+        for name, score in (("aesthetic", aesthetic), ("flow", flow)):
+            prompt += (
+                "" if score is None or _SPELLED[name] in prompt else f" {_SPELLED[name]} {score_word(name, score)}."
+            )
+        aesthetic = flow = None
+    for name, score in (("aesthetic", aesthetic), ("flow", flow), ("fps", fps), ("motion", motion)):
+        if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
             raise OpenSoraError(f"{name} score is {score}, expected a number such as 6.5")
     if camera_motion is not None and not camera_motion.strip():
         raise OpenSoraError("camera motion is empty; say it in words such as 'pan left', or leave it out")
     scores = {
-        "aesthetic score:": None if aesthetic is None else f"{aesthetic:.1f}",
-        "motion score:": None if flow is None else f"{flow:.1f}",
-        "camera motion:": camera_motion,
+        SCORE_WORDS["aesthetic"]: None if aesthetic is None else f"{aesthetic:.1f}",
+        SCORE_WORDS["flow"]: None if flow is None else f"{flow:.1f}",
+        SCORE_WORDS["camera_motion"]: camera_motion,
     }
-    return prompt + "".join(
-        f" {name} {score}." for name, score in scores.items() if score is not None and name not in prompt
-    )
+    for name, score in scores.items():
+        prompt += "" if score is None or name in prompt else f" {name} {score}."
+    if fps is not None:
+        prompt = prompt.strip()
+        prompt += "" if prompt.endswith(".") else "."
+        prompt += "" if _RATE.search(prompt) else f" {fps:g} FPS."
+    return prompt if motion is None or _MOTION.search(prompt) else f"{prompt} {motion:g} motion score."
+
+
+def score_word(name: str, score: float | str) -> str:
+    """A score in words.
+
+    Args:
+        name: "aesthetic" or "flow".
+        score: a number, or the word itself.
+
+    Raises:
+        OpenSoraError: a number that is not finite, or an unknown word.
+    """
+    words = [word for _, word in SCORE_SCALES[name]]
+    if isinstance(score, str):
+        if score.strip().lower() not in words:
+            raise OpenSoraError(f"{name} score is {score!r}, expected a number or one of {', '.join(words)}")
+        return score.strip().lower()
+    if not math.isfinite(score):
+        raise OpenSoraError(f"{name} score is {score}, expected a number such as 6.5")
+    return next(word for least, word in reversed(SCORE_SCALES[name]) if score >= least)
+
+
+def caption_of_2_0(text: str, *, fps: float | None, motion: float | None) -> str:
+    """A caption as Open-Sora 2.0 was trained on: "a cat 24 FPS, 4 motion score.", other than its prompts are spelled.
+
+    Args:
+        text: what the clip shows.
+        fps: frames per second of the frames that are taken; None for images, and where nobody knows.
+        motion: the score of the whole clip, which is rounded; None where nobody knows.
+    """
+    told = [] if fps is None else [f"{fps:g} FPS"]
+    told += [] if motion is None else [f"{math.floor(motion + 0.5)} motion score"]
+    return f"{text} {', '.join(told)}." if told else text
 
 
 # ---- one text for each loop
@@ -152,7 +253,7 @@ def _loop_pieces(prompt: str) -> list[tuple[int, str]] | None:
         raise OpenSoraError(
             f"the prompt {prompt!r} begins with |0|, so loop number and text must take turns: |0|first|2|from loop 2 on"
         )
-    numbers = [int(start) for start in starts]
+    numbers = [parse_count("a loop of the prompt", start, limits.LOOPS, least=0) for start in starts]
     if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
         raise OpenSoraError(f"the loops of the prompt begin at {numbers}; expected rising numbers")
     return list(zip(numbers, texts, strict=True))
@@ -174,23 +275,29 @@ class PromptReferences:
     mask_strategy: str = ""
 
 
+# A quoted name and a colon, or a name of ours: whoever writes that means an object, not a brace.
+_QUOTE = r"""["'“”„]"""
+_JSON_BEGINS = re.compile(rf"\{{\s*(?:{_QUOTE}[^{{}}:]*{_QUOTE}\s*:|{_QUOTE}?(?:reference_path|mask_strategy)|\}}\s*$)")
+
+
 def split_json(prompt: str) -> tuple[str, dict[str, Any]]:
     """The prompt without the JSON object at its end, and that object (empty where there is none).
 
-    A prompt holds no braces of its own: the object begins at the first one.
+    The object begins where it looks like one, at a brace before a quoted name with a colon. Any other brace is text, as
+    in `a {red|blue} ball`.
 
     Raises:
-        OpenSoraError: what begins at the first brace is not one JSON object up to the end.
+        OpenSoraError: what begins like an object is none up to the end of the prompt, or names a thing twice.
     """
-    text, brace, rest = prompt.partition("{")
-    if not brace:
+    begin = _JSON_BEGINS.search(prompt)
+    if begin is None:
         return prompt, {}
+    text, rest = prompt[: begin.start()], prompt[begin.start() :]
     try:
-        return text, json.loads(brace + rest)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        return text, parse_json(rest, "it")
+    except OpenSoraError as error:
         raise OpenSoraError(
-            f"the prompt ends in {brace + rest!r}, which is not a JSON object ({reason}); "
+            f"the prompt ends in {shown(repr(rest))}, which is not a JSON object ({error}); "
             'expected for example {"reference_path": "first.png", "mask_strategy": "0"}'
         ) from None
 

@@ -4,6 +4,7 @@ Letters: B sentences, L tokens.
 """
 
 import threading
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -40,8 +41,10 @@ def tokenize(
         Ids (B, L), their mask (B, L), 1 = token, and how many texts were cut.
 
     Raises:
-        OpenSoraError: a text is longer than `max_length` and is not to be cut.
+        OpenSoraError: a text is longer than `max_length` and is not to be cut; a tokenizer without a padding token.
     """
+    if getattr(tokenizer, "pad_token", "") is None:
+        raise OpenSoraError("the tokenizer has no padding token; name its `pad_token` in tokenizer_config.json")
     with _TOKENIZING:
         tokens = tokenizer(list(texts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
         full = [text for text, mask in zip(texts, tokens["attention_mask"], strict=True) if mask.sum() == max_length]
@@ -80,6 +83,27 @@ def check_words(tokenizer: Any, prompts: Sequence[str]) -> None:
         words = list(dict.fromkeys(unknown))
         more = f" and {len(words) - _MOST_WORDS} more words" if len(words) > _MOST_WORDS else ""
         raise OpenSoraError(f"this model does not know: {', '.join(words[:_MOST_WORDS])}{more}")
+
+
+def unread_pieces(tokenizer: Any, text: str) -> list[str]:
+    """What of a text a tokenizer turns into its unknown token, such as the letters of a script that it was not made of.
+
+    Marks that carry no meaning of their own (braces, quotation marks) are not told. Tokenizers that read any text, byte
+    by byte, or that do not say which piece became which token, have none; of whole words, see `check_words`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or isinstance(backend.model, WordLevel) or tokenizer.unk_token_id is None:
+        return []
+    with _TOKENIZING:
+        tokens = tokenizer(text, return_attention_mask=False, return_offsets_mapping=True)
+    places = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    pieces = (text[start:end].strip() for token, (start, end) in places if token == tokenizer.unk_token_id)
+    return [piece for piece in dict.fromkeys(pieces) if any(_means_something(character) for character in piece)]
+
+
+def _means_something(character: str) -> bool:
+    """Letters, digits and pictures."""
+    return character.isalnum() or unicodedata.category(character) == "So"
 
 
 def _start_of(prompt: str, num_characters: int = 40) -> str:

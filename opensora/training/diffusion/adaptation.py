@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from opensora.checkpoints.components import build_model
 from opensora.checkpoints.key_maps import adapt_weights
 from opensora.checkpoints.source import find_part
-from opensora.checkpoints.weights import load_weights, read_weights
 from opensora.errors import OpenSoraError
 from opensora.models.families import format_of, network_class
 from opensora.models.format import Part, RenamedWeights
 from opensora.models.transformer import SpaceTimeTransformer
 from opensora.training.parts import META, Origin, meta_model
+from opensora.weights import load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def build_transformer(
         return part.load().train()
     cls = part.cls if options is None else network_class("transformer", architecture)
     model: SpaceTimeTransformer = build_model(cls, part.keywords() if options is None else options, part.path)
-    start_from(model, read_weights(part.path), new_parts, source=str(part.path))
+    start_from(model, read_weights(part.path, "transformer"), new_parts, source=str(part.path))
     return model.train()
 
 
@@ -78,8 +78,9 @@ def start_from(
         new_parts: "qk_norm": norms of queries and keys may be missing, and have weight 1 then. "temporal_blocks":
             everything that attends along time may be missing, or is left behind with an earlier generation; its
             projections back to the tokens begin at 0. "conditions": embedders of frame rate, size and the like may be
-            missing (their last layers begin at 0) or too many (they are left out). "last_layer": begins at 0 in any
-            case, for a model that learns to predict something else.
+            missing (their last layers begin at 0) or too many (they are left out). "first_layer": takes in latents, and
+            is new where those of another autoencoder have another size. "last_layer": begins at 0 in any case, for a
+            model that learns to predict something else. Of each, tensors of other sizes are left behind.
         source: what to call the weights in a message.
 
     Returns:
@@ -93,6 +94,12 @@ def start_from(
     adapted = adapt_weights(model, renamed, source)
     missing = {name: family.part_of(name) for name in own if name not in adapted}
     unnamed = Counter(part for part in missing.values() if part is not None and part not in new_parts)
+    if unnamed and (foreign := [name for name in adapted if name not in own and family.part_of(name) is None]):
+        raise OpenSoraError(  # nothing of it would be left: no advice to begin all that anew
+            f"{source} is of another network than the {type(model).__name__} wanted here: it lacks "
+            f"{len(missing)} tensors ({next(iter(missing))}, ...) and holds {len(foreign)} others ({foreign[0]}, ...); "
+            "give its own objective.architecture, or other weights as objective.init_from"
+        )
     if unnamed:
         parts = ", ".join(f"{count} tensors of {part}" for part, count in unnamed.items())
         raise OpenSoraError(
@@ -134,7 +141,8 @@ def _renamed(
 ) -> Mapping[str, Tensor]:
     """Weights of an image model or an earlier generation under the model's names, without what is left behind."""
     family, own = format_of(type(model)), model.state_dict()
-    renamed = family.from_ancestor(weights)
+    renamed = family.from_ancestor(model, weights)
     replaceable = [part for part in ("temporal_blocks", "conditions") if part in new_parts]
     kept = [name for name in renamed if name in own or family.part_of(name) not in replaceable]
-    return RenamedWeights(renamed, {name: name for name in kept})
+    resized = [name for name in kept if family.part_of(name) in new_parts and renamed[name].shape != own[name].shape]
+    return RenamedWeights(renamed, {name: name for name in kept if name not in resized})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from opensora.data.batch import LatentBatch
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.text.conditioner import TextStates, TextTokens
 
 
@@ -19,13 +20,18 @@ class DiffusionBatch:
         noise: like the latents.
         t: (B,) times, in the unit of the noise process.
         text: of the captions; tokens where the encoder is trained along.
-        drop_text: (B,) bool, True where the network reads its null text.
+        drop_text: (B,) bool, True where the network reads its learned null text; None for networks whose null text is
+            an encoded one, which lies in `text` then.
         frame_mask: (B, T) bool, True = generated; None = all are.
+        channels: known frames beside the noise, of networks that read them.
+        worse: latents that are corrupted in place of the clean ones, of clips that were made worse; None for those.
     """
 
     clips: LatentBatch
     noise: Tensor
     t: Tensor
     text: TextStates | TextTokens
-    drop_text: Tensor
+    drop_text: Tensor | None
     frame_mask: Tensor | None = None
+    channels: ChannelConditioning | None = None
+    worse: Tensor | None = None

@@ -25,6 +25,7 @@ class LatentData(TrainingData):
         context = DataContext(
             autoencoder=self.networks.autoencoder,
             sample_posterior=self.settings.sample_posterior,
+            keep_video=self.settings.takes_pixels is not None,
             frame_interval=self.networks.frame_interval,
             cache=cache,
             captions=self.networks.captions,
@@ -47,4 +48,6 @@ class LatentData(TrainingData):
     def figures(self) -> dict[str, float]:
         if self.source is None:
             return {}
-        return {**self.source.figures(), "cut_captions": float(self.networks.captions.num_cut)}
+        captions = self.networks.captions
+        emptied = {"emptied_captions": float(captions.num_emptied)} if captions.num_emptied else {}
+        return {**self.source.figures(), "cut_captions": float(captions.num_cut), **emptied}

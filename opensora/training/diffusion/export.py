@@ -2,13 +2,14 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from opensora.checkpoints.weights import cast_weights, fingerprint
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.pipeline import OpenSoraPipeline
+from opensora.weights import cast_weights, fingerprint
 
 
 def copies(networks: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -30,14 +31,16 @@ def save_pipeline(pipeline: OpenSoraPipeline, folder: Path, *, with_text_encoder
     Args:
         pipeline: to be written.
         folder: where.
-        with_text_encoder: False leaves the encoder's weights out and writes its configuration: it is the largest part
-            of a published model, and never trained. The folder is then loaded with `components={"text_encoder": ...}`.
+        with_text_encoder: False leaves the weights of text encoders out and writes their configurations: T5 is the
+            largest part of a published model, and never trained. The folder is then loaded with
+            `components={"text_encoder": ...}`.
     """
     if with_text_encoder:
         pipeline.save_pretrained(folder)
         return
-    for name, part in pipeline.components.items():
-        if name == "text_encoder":
+    parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if part is not None}
+    for name, part in parts.items():
+        if name.startswith("text_encoder"):
             part.config.save_pretrained(folder / name)
         elif hasattr(part, "save_pretrained"):
             part.save_pretrained(folder / name)

@@ -1,10 +1,12 @@
 """Low-rank adaptation (LoRA, Hu et al., 2021): small matrices beside frozen weights, trained in their place by PEFT.
 
 A linear layer W learns W + alpha / r * B A, with A (r, in) drawn at random and B (out, r) zero at first, so that a run
-begins at the base. Only A and B are trained, averaged, kept in checkpoints and exported.
+begins at the base. Only A and B are trained, averaged, kept in checkpoints and exported. A run may also begin at an
+adapter that is there, whatever tool wrote it: its layers, ranks and alphas are taken over.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.checkpoints.adapters import AdapterOrigin, fingerprint_of_layers, save_adapter
+from opensora.adapters.adapter import Adapter, AdapterOrigin, read_adapter
+from opensora.adapters.layouts import peft_config, write_adapter
+from opensora.adapters.merging import fingerprint_of_layers, fit, fit_to_weights
+from opensora.adapters.reading import ADAPTER_FILE, adapter_hash
 from opensora.errors import OpenSoraError
 from opensora.models.families import format_of
 from opensora.models.transformer import SpaceTimeTransformer
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"  # PEFT's name of the only one
 
@@ -34,6 +41,8 @@ class LoRAConfig:
         preserve: weight of the mean absolute difference that the adapter makes to predictions. It is a threshold: what
             the clips would have changed by less than half of it stays as it was (soft thresholding), so a look is
             learnt where it is, and the rest stays. It takes a forward pass more.
+        init_adapter: file or folder of an adapter to begin with, of any layout that is read. Rank, alpha and layers are
+            its own then; a log line says so where `rank`, `alpha` or `targets` say otherwise.
     """
 
     rank: int = 16
@@ -41,6 +50,7 @@ class LoRAConfig:
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     preserve: float = 0.0
+    init_adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,22 +84,56 @@ def add_adapter(transformer: SpaceTimeTransformer, config: LoRAConfig) -> None:
     """Freezes a transformer and puts an adapter beside its layers, which alone has gradients then.
 
     Raises:
-        OpenSoraError: peft is not installed, or no layer is meant.
+        OpenSoraError: peft is not installed, no layer is meant, or the adapter to begin with is of another network.
     """
-    layers = config.layers_of(transformer)
+    start = None if config.init_adapter is None else _read_start(transformer, config)
+    chosen = peft_config(start) if start is not None else _fresh(transformer, config)
     try:
         import peft
     except ImportError as error:
         raise OpenSoraError("training an adapter needs peft; install it with: pip install 'opensora[train]'") from error
     transformer.requires_grad_(False)
+    transformer.add_adapter(peft.LoraConfig(**{**chosen, "lora_dropout": config.dropout}), _ADAPTER)
+    for layer, pair in adapter_layers(transformer).items():
+        for parameter, value in zip(pair, start.layers[layer] if start is not None else (), strict=False):
+            if not parameter.is_meta:
+                parameter.data.copy_(value)
+
+
+def _fresh(transformer: SpaceTimeTransformer, config: LoRAConfig) -> dict[str, Any]:
     alpha = config.rank if config.alpha is None else config.alpha
-    options = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type] # its annotation says int, its arithmetic takes any number
-        lora_dropout=config.dropout,
-        target_modules=layers,
-    )
-    transformer.add_adapter(options, _ADAPTER)
+    return {"r": config.rank, "lora_alpha": alpha, "target_modules": config.layers_of(transformer)}
+
+
+def _read_start(transformer: SpaceTimeTransformer, config: LoRAConfig) -> Adapter:
+    """The adapter that a run begins with, under the transformer's names."""
+    adapter, name = read_adapter(str(config.init_adapter)), type(transformer).__name__
+    weights = transformer.state_dict()
+    without_data = any(weight.is_meta for weight in weights.values())
+    fitted = fit(adapter, transformer, name) if without_data else fit_to_weights(adapter, transformer, weights, name)
+    if fitted.differences:
+        raise OpenSoraError(
+            f"{adapter.path} changes biases or whole weights, such as {next(iter(fitted.differences))}, beside which "
+            "nothing is trained; give an adapter of low-rank matrices alone to objective.train.init_adapter"
+        )
+    adapter.log_notes()
+    for note in _differences(transformer, config, fitted):
+        logger.warning("%s: %s", adapter.path, note)
+    return fitted
+
+
+def _differences(transformer: SpaceTimeTransformer, config: LoRAConfig, start: Adapter) -> list[str]:
+    """What the settings say otherwise than the adapter that a run begins with."""
+    chosen = peft_config(start)
+    notes = []
+    if config.rank != chosen["r"] or "rank_pattern" in chosen:
+        notes.append(f"its rank {chosen['r']} is trained, not objective.train.rank={config.rank}")
+    alpha = config.rank if config.alpha is None else config.alpha
+    if alpha != chosen["lora_alpha"] or "alpha_pattern" in chosen:
+        notes.append(f"its alpha {chosen['lora_alpha']:g} is used, not objective.train.alpha={alpha:g}")
+    if set(config.layers_of(transformer)) != set(start.layers):
+        notes.append(f"its layers are trained ({len(start.layers)}), not those of objective.train.targets")
+    return notes
 
 
 @contextlib.contextmanager
@@ -134,15 +178,17 @@ def export_adapter(
         class_name=type(transformer).__name__,
         config={key: value for key, value in dict(transformer.config).items() if not key.startswith("_")},
         fingerprint=fingerprint_of_layers(weights, layers),
-        training=dict(training),
+        training={**training, **_start_of(config)},
     )
-    peft_config = {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(layers),
-    }
-    return save_adapter(
-        folder, {n: (a.to(torch.float32), b.to(torch.float32)) for n, (a, b) in layers.items()}, peft_config, origin
-    )
+    in_float32 = {name: (a.to(torch.float32), b.to(torch.float32)) for name, (a, b) in layers.items()}
+    modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in layers}
+    alphas = {name: module.lora_alpha[_ADAPTER] for name, module in modules.items()}
+    return write_adapter(Adapter(folder / ADAPTER_FILE, in_float32, alphas, origin=origin), folder)
+
+
+def _start_of(config: LoRAConfig) -> dict[str, Any]:
+    """What an adapter says of the one that its training began with: its name, and a hash of it."""
+    if config.init_adapter is None:
+        return {}
+    path = Path(config.init_adapter).expanduser()
+    return {"init_adapter": {"name": path.resolve().name, "sha256": adapter_hash(path)}}

@@ -1,16 +1,25 @@
 """The networks of a diffusion transformer's training: the transformer, and all that it reads or is read through."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from opensora.checkpoints.source import find_part
+from opensora.errors import OpenSoraError
+from opensora.files import replacing_folder
+from opensora.geometry import VideoSize
 from opensora.pipeline import OpenSoraPipeline
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained
+from opensora.training.diffusion.export import origin_of_latents
 from opensora.training.diffusion.lora import LoRAConfig, add_adapter
 from opensora.training.diffusion.settings import DiffusionSettings
+from opensora.training.diffusion.teacher import Teacher
 from opensora.training.diffusion.text import Captions
+from opensora.training.frozen_parts import save_frozen_part
 from opensora.training.muon import hidden_matrices
 from opensora.training.parts import build_part
 from opensora.training.task import Partition
@@ -26,6 +35,7 @@ class DiffusionNetworks:
     Attributes:
         module: the transformer, and the text encoder where that is trained along.
         frozen: the others, by name.
+        teacher: whose answers are learnt; None where the clips are.
         defaults: how a pipeline of these networks samples, as keywords of `OpenSoraPipeline`.
         scheduler: samples from the transformer.
         noise_process: what the transformer is trained with.
@@ -35,11 +45,23 @@ class DiffusionNetworks:
         self.defaults: dict[str, Any] = {**settings.data.defaults(), **settings.defaults}
         frozen_dtype = getattr(torch, settings.frozen_dtype)
         self.autoencoder = build_part(settings.autoencoder, "autoencoder", device, frozen_dtype)
+        self._check_size()
         self.scheduler, noise_process = settings.diffusion.build(self.autoencoder)
         self.noise_process = noise_process.to(device)
+        check_last_layer(settings, type(self.scheduler).__name__)
         self.transformer = build_transformer(
             settings.architecture, settings.transformer, settings.init_from, settings.new_parts, device
         )
+        if settings.known_frames and not self.transformer.reads_channels:
+            raise OpenSoraError(
+                "objective.known_frames are shown beside the noise, which a "
+                f"{type(self.transformer).__name__} does not read; use objective.frame_masks"
+            )
+        if settings.frame_masks and not self.transformer.reads_frame_mask:
+            raise OpenSoraError(
+                "objective.frame_masks put known frames in place of the noise, where a "
+                f"{type(self.transformer).__name__} reads none; use objective.known_frames"
+            )
         self.captions = Captions(
             settings.text,
             settings.init_from,
@@ -48,14 +70,35 @@ class DiffusionNetworks:
             device=device,
             dtype=frozen_dtype,
         )
+        self.teacher: Teacher | None = None
+        if settings.teacher is not None:
+            trains_text = self.captions.trained
+            self.teacher = Teacher(settings.teacher, trains_text=trains_text, device=device, dtype=frozen_dtype)
         if isinstance(settings.train, LoRAConfig):
             add_adapter(self.transformer, settings.train)
         else:
             choose_trained(self.transformer, settings.train, freeze_text_embedder=settings.freeze_text_embedder)
         self.module = nn.ModuleDict({"transformer": self.transformer})
         self.frozen: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
-        if self.captions.encoder is not None:
-            (self.module if self.captions.trained else self.frozen)["text_encoder"] = self.captions.encoder
+        for place, encoder in self.captions.encoders.items():
+            (self.module if self.captions.trained else self.frozen)[place] = encoder
+        if settings.drop_pooled is not None and self.captions.null_prompt is None:
+            raise OpenSoraError(
+                f"a {type(self.transformer).__name__} learns one null text; leave objective.drop_pooled out"
+            )
+        if self.teacher is not None:
+            self.frozen["teacher"] = self.teacher.networks
+
+    def _check_size(self) -> None:
+        """Finds before the first step that the clips of the exported pipeline would have an impossible size.
+
+        Raises:
+            OpenSoraError: names the nearest possible one.
+        """
+        names = ("num_frames", "height", "width")
+        if all(name in self.defaults for name in names):
+            rule = self.autoencoder.size_rule(self.defaults.get("max_frames"))
+            VideoSize(*(self.defaults[name] for name in names)).check(rule)
 
     @property
     def not_matrices(self) -> set[str]:
@@ -67,9 +110,9 @@ class DiffusionNetworks:
         """How much slower than they are told to be the clips of the model play."""
         return self.defaults.get("frame_interval", 1)
 
-    def text_encoder(self, module: nn.ModuleDict) -> nn.Module:
-        """The encoder among the trained networks, or the frozen one, which is loaded if it is not here yet."""
-        return module["text_encoder"] if "text_encoder" in module else self.captions.load()
+    def text_encoders(self, module: nn.ModuleDict) -> dict[str, nn.Module]:
+        """The encoder among the trained networks, or the frozen ones, which are loaded if they are not here yet."""
+        return {"text_encoder": module["text_encoder"]} if "text_encoder" in module else self.captions.load()
 
     def pipeline(self, module: nn.ModuleDict, **changes: Any) -> OpenSoraPipeline:
         """A pipeline, which by default makes clips like those it was trained on.
@@ -78,14 +121,56 @@ class DiffusionNetworks:
             module: the trained networks, or a copy of them.
             changes: keywords of `OpenSoraPipeline` to take the place of these.
         """
+        encoders = {} if "text_encoder" in changes else self.text_encoders(module)
         parts = {
             "transformer": module["transformer"],
             "scheduler": self.scheduler,
             "autoencoder": self.autoencoder,
-            "text_encoder": self.text_encoder(module),
-            "tokenizer": self.captions.tokenizer,
+            **encoders,
+            **self.captions.tokenizers,
         }
         return OpenSoraPipeline(**{**parts, **self.defaults, **changes})
+
+    def save_frozen(self, folder: Path) -> None:
+        """Writes what a checkpoint lacks of a pipeline, see `containers.runs`; of a frozen encoder, where it is."""
+        encoders, tokenizers = self.captions.outline()
+        origin = origin_of_latents(self.autoencoder)
+        pipeline = self.pipeline(self.module, **encoders, **tokenizers, trained_on=origin)
+        origins = self.captions.origins
+        with replacing_folder(folder, overwrite=True) as temporary:
+            for name, part in pipeline.components.items():
+                if name in self.module or name in origins:
+                    save_configuration(part, temporary / name)
+                elif hasattr(part, "save_pretrained"):
+                    part.save_pretrained(temporary / name)
+            pipeline.save_config(temporary)
+            save_frozen_part(self.module, temporary, trained=list(self.module), origins=origins)
+
+
+def check_last_layer(settings: DiffusionSettings, scheduler: str) -> None:
+    """Refuses to begin a last layer anew that has learnt to predict what this training is towards.
+
+    Raises:
+        OpenSoraError: the model that training starts from is sampled by the same scheduler.
+    """
+    another_space = "first_layer" in settings.new_parts  # of latents, whose velocity the last layer has not learnt
+    if "last_layer" not in settings.new_parts or another_space or settings.init_from is None:
+        return
+    try:
+        known = find_part(settings.init_from, "scheduler", on_disk=False).class_name
+    except OpenSoraError:  # not there yet, which a plan does not mind, and reading the weights tells
+        return
+    if known is not None and known[1] == scheduler:
+        others = ",".join(part for part in settings.new_parts if part != "last_layer") or "none"
+        raise OpenSoraError(
+            f"{settings.init_from} was trained for the same {scheduler}, and objective.new_parts would begin its "
+            f"last_layer anew; leave that out: objective.new_parts={others}"
+        )
+
+
+def save_configuration(network: Any, folder: Path) -> None:
+    """Writes the configuration of a network of diffusers or transformers, without its weights."""
+    network.save_config(folder) if hasattr(network, "save_config") else network.config.save_pretrained(folder)
 
 
 class TransformerPartition(Partition):
@@ -94,6 +179,7 @@ class TransformerPartition(Partition):
     def __init__(self, transformer: Any) -> None:
         super().__init__(list(transformer.blocks))
         self.transformer = transformer
+        self.stacks = [list(alike) for _, alike in itertools.groupby(self.blocks, key=type)]
 
     def split_sequences(self, group: ProcessGroup) -> None:
         self.transformer.enable_sequence_parallel(group)

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from opensora.diffusion import gaussian
+from opensora.diffusion.flow import Velocity
 from opensora.diffusion.losses import speed_tables, velocity_weights
 from opensora.diffusion.process import NoiseProcess
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.models.schedulers.base import Scheduler, process_of
+from opensora.models.schedulers.base import Scheduler
 from opensora.models.schedulers.iddpm import IDDPMScheduler
 from opensora.models.schedulers.rectified_flow import RectifiedFlowScheduler
 
@@ -21,12 +22,23 @@ class Flow:
         loc, scale: of the logit of logit-normal times; a `loc` above 0 trains more on noisy clips, where a motion's
             direction is decided.
         time_shift: shift times by size and length of the clips, in training and in sampling.
+        shift_frames: what of the length, see `transform_frames` of `RectifiedFlowScheduler`; None for latent frames.
+        shift_token_px: the shift follows tokens of so many pixels a side (Open-Sora 2.0); None for the area.
+        training_token_px: those of training, where they are others; None for the same.
+        velocity: what is predicted, "noise - data" in Open-Sora 2.0; None for "data - noise".
+        uniform_above, sigma_min: see `RectifiedFlowProcess`; of training alone. None for neither.
     """
 
     times: Literal["uniform", "discrete", "logit-normal"] = "logit-normal"
     loc: float = 0.0
     scale: float = 1.0
     time_shift: bool = False
+    shift_frames: Literal["latent", "after_first"] | None = None
+    shift_token_px: int | None = None
+    training_token_px: int | None = None
+    velocity: Velocity | None = None
+    uniform_above: float | None = None
+    sigma_min: float | None = None
 
     def build(self, autoencoder: VideoCodec) -> tuple[Scheduler, NoiseProcess]:
         """What samples the model, and what it is trained with, for clips that this autoencoder encodes.
@@ -36,13 +48,19 @@ class Flow:
         scheduler = RectifiedFlowScheduler(
             use_discrete_timesteps=self.times == "discrete",
             use_timestep_transform=self.time_shift,
+            transform_frames=self.shift_frames or "latent",
+            transform="area" if self.shift_token_px is None else "tokens",
+            token_px=self.shift_token_px or 1,
+            training_token_px=self.training_token_px,
+            velocity=self.velocity or "data - noise",
             temporal_factor=autoencoder.temporal_factor,
             micro_frame_size=autoencoder.micro_frame_size,
             sample_method="logit-normal" if self.times == "logit-normal" else "uniform",
             sample_loc=self.loc,
             sample_scale=self.scale,
         )
-        return scheduler, process_of(scheduler)
+        process = scheduler.noise_process()
+        return scheduler, replace(process, uniform_above=self.uniform_above, sigma_min=self.sigma_min or 0.0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from opensora.data.batch import BatchShape, ClipBatch, LatentBatch
 from opensora.data.clips import ManifestClips
 from opensora.data.encoding import whole_cells
+from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.networks import DiffusionNetworks
 from opensora.training.diffusion.settings import DiffusionSettings
@@ -43,16 +44,23 @@ class DiffusionPlan(TaskPlan):
             text = conditioner.blank_states(size, device, torch.float32)
             text = replace(text, mask=torch.ones(text.states.shape[:2], dtype=torch.bool, device=device))
         t = networks.noise_process.draw_times(
-            size, height=shape.height, width=shape.width, num_frames=shape.num_frames, generator=torch.Generator()
+            size,
+            height=shape.height,
+            width=shape.width,
+            num_frames=shape.num_frames,
+            num_latents=frames,
+            generator=torch.Generator(),
         )
+        learns_null = networks.captions.null_prompt is None
         masked = self.settings.frame_masks and frames > 1
         return DiffusionBatch(
             clips,
             noise=torch.zeros_like(clips.latents),
             t=t.to(device),
             text=text,
-            drop_text=torch.zeros(size, dtype=torch.bool, device=device),
+            drop_text=torch.zeros(size, dtype=torch.bool, device=device) if learns_null else None,
             frame_mask=torch.zeros(size, frames, dtype=torch.bool, device=device) if masked else None,
+            channels=ChannelConditioning.none(clips.latents) if networks.transformer.reads_channels else None,
         )
 
     def frozen_workloads(self, shape: BatchShape) -> dict[str, Callable[[], Any]]:
@@ -62,8 +70,9 @@ class DiffusionPlan(TaskPlan):
         if isinstance(self.settings.data, ManifestClips):  # other data were encoded before the first step
 
             def encode() -> Any:
-                video = ClipBatch.meta(shape, device).video
-                return networks.autoencoder.posterior(whole_cells(video, networks.autoencoder.spatial_factor))
+                video = whole_cells(ClipBatch.meta(shape, device).video, networks.autoencoder.spatial_factor)
+                posterior = networks.autoencoder.posterior(video)
+                return posterior if self.settings.degradation is None else networks.autoencoder.posterior(video)
 
             workloads["autoencoder"] = encode
         if isinstance(self.settings.text, FrozenText):

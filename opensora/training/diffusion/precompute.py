@@ -1,7 +1,6 @@
 """Latents and text states of a manifest, encoded once for a recipe that would encode them at every step."""
 
 import contextlib
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterator
@@ -11,19 +10,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from opensora.checkpoints.weights import fingerprint
+from opensora.conditioning.known_frames import takes_pixels, without_noise
+from opensora.contents import shown
 from opensora.data import precompute
-from opensora.data.cache import Index, LatentsMadeFrom, MadeFrom, TextMadeFrom
+from opensora.data.cache import Cache, Index, LatentsMadeFrom, MadeFrom, TextMadeFrom
+from opensora.data.cached import CachedLatents
 from opensora.data.clips import ClipSource, ManifestClips
 from opensora.data.precompute import EncodeText
 from opensora.errors import OpenSoraError
-from opensora.settings import to_dict
+from opensora.models.text.conditioner import TextStates
+from opensora.sampling.finite import check_finite
 from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.networks import DiffusionNetworks
-from opensora.training.diffusion.text import Captions, TrainedText
-from opensora.training.parts import META, build_part
+from opensora.training.diffusion.text import (
+    CachedText,
+    Captions,
+    FrozenText,
+    TrainedText,
+    describe_origins,
+    fingerprint_of_encoders,
+    origins_of,
+)
+from opensora.training.parts import META, build_part, describe_origin
+from opensora.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -109,23 +119,26 @@ def make_cache(
     if options.text and not isinstance(config.text, TrainedText):
         meta = DiffusionNetworks(config, META).captions
         captions = Captions(config.text, config.init_from, meta.network, meta.clean, device, meta.dtype)
-        encoder = captions.load()
+        encoders = captions.load()
         captions.check_words(row.text for row in source.rows)
         text = TextMadeFrom(
-            encoder=fingerprint(encoder.state_dict()),
-            origin=describe_origin(config.text.origin),
+            encoder=fingerprint_of_encoders(encoders),
+            origin=describe_origins(origins_of(config.text, captions.network)),
             max_tokens=captions.max_tokens,
             clean=captions.clean,
             stored=options.text_dtype,
             arithmetic=config.frozen_dtype,
         )
-        text_bytes = captions.max_tokens * encoder.config.d_model * getattr(torch, options.text_dtype).itemsize
+        most = captions.conditioner.blank_states(1, META, getattr(torch, options.text_dtype))
+        text_bytes = most.states.nbytes + (0 if most.pooled is None else most.pooled.nbytes)
     made_from = MadeFrom(
         clips=precompute.hash_of(source.rows),
         buckets=clips.buckets,
         frame_interval=clips.frame_interval,
         told_fps=clips.told_fps,
         scores=clips.scores,
+        max_fps=clips.max_fps,
+        rate_told=clips.rate_told,
         windows=options.windows_per_clip,
         seed=options.seed,
         shard_bytes=round(options.shard_mb * 1e6),
@@ -139,7 +152,8 @@ def make_cache(
         ),
         text=text,
     )
-    plan = precompute.make_plan(source, made_from, autoencoder, text_bytes)
+    null = None if captions is None else captions.null_prompt
+    plan = precompute.make_plan(source, made_from, autoencoder, text_bytes, null)
     precompute.begin(folder, source.rows, made_from)
     share = {"rank": rank, "num_ranks": num_ranks}
     if captions is not None:
@@ -193,31 +207,51 @@ def task_on_clips(name: str, objective: Any, manifest: Path | None) -> tuple[Dif
 def encode_with(captions: Captions) -> EncodeText:
     """Captions -> states and mask."""
 
-    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(texts: list[str]) -> TextStates:
         text = captions.encode(captions.tokens(texts).to(captions.device))
-        assert text.mask is not None and text.pooled is None
-        return text.states, text.mask
+        check_finite(text.states, f"the text states of {shown(', '.join(map(repr, texts)), 160)}")
+        return text
 
     return encode
 
 
-def describe_origin(origin: Any) -> str:
-    """Where a network came from, in words."""
-    return origin if isinstance(origin, str) else f"untrained, seed {origin.seed}"
-
-
-def summary(folder: Path, index: Index, config: DiffusionTaskConfig) -> list[str]:
-    """What was made, and the settings of the recipe that train on it."""
+def summary(folder: Path, index: Index, config: DiffusionTaskConfig, recipe: Any) -> list[str]:
+    """What was made, and the options that train a recipe on it; `config` is the recipe's task as it was changed."""
     size = sum((folder / shard).stat().st_size for shard in (*index.latents, *index.text))
     lines = [f"{folder}: {index.num_latents} clips, {index.num_captions} captions, {size / 1e9:.3g} GB"]
     if index.failed:
         lines.append(f"left out: {len(index.failed)}")
         lines += [f"  {clip.path}: {clip.reason}" for clip in index.failed[:_MOST_FAILED]]
         lines += [f"  and {len(index.failed) - _MOST_FAILED} more"] * (len(index.failed) > _MOST_FAILED)
-    settings = to_dict(config)
-    data = {"type": "CachedLatents", "folder": str(folder), "batches_in_a_row": settings["data"]["batches_in_a_row"]}
-    train: dict[str, Any] = {"data": data}
-    if index.made_from.text is not None:
-        train["text"] = {**settings["text"], "type": "CachedText"}
-    overrides = (shlex.quote(f"objective.{name}={json.dumps(value)}") for name, value in train.items())
-    return [*lines, f"train on it with: {' '.join(overrides)}"]
+    settings = f"--cache {shlex.quote(str(folder))}"
+    if config.known_encoded is not None:
+        settings += " objective.known_encoded=none"
+    in_a_row = getattr(config.data, "batches_in_a_row", None)  # no part of a cache
+    if in_a_row not in (None, getattr(recipe.data, "batches_in_a_row", CachedLatents.batches_in_a_row)):
+        settings += f" objective.data.batches_in_a_row={in_a_row}"
+    return [*lines, f"train on it with: {settings}"]
+
+
+def on_cache(name: str, objective: Any, folder: Path) -> DiffusionTaskConfig:
+    """The training task of a recipe, on what `make_cache` wrote.
+
+    Its latents take the place of the clips, and its text states, if it has any, that of a frozen text encoder.
+
+    Args:
+        name: of the recipe.
+        objective: the task's settings, of the recipe.
+        folder: of the cache.
+
+    Raises:
+        OpenSoraError: it trains something else, or there is no cache.
+    """
+    if not isinstance(objective, DiffusionTaskConfig):
+        raise OpenSoraError(f"recipe {name} trains no diffusion transformer, so it has no use for `cache`")
+    data, text = CachedLatents(folder), objective.text
+    if isinstance(objective.data, ManifestClips | CachedLatents):
+        data = replace(data, batches_in_a_row=objective.data.batches_in_a_row)
+    if isinstance(text, FrozenText) and Cache(folder).index.made_from.text is not None:
+        text = CachedText(text.origin, text.exported, text.origin_2)
+    if takes_pixels(objective.known_frames):
+        logger.warning("what lies in a cache has no noise in its pixels: all known frames are shown without")
+    return replace(objective, data=data, text=text, known_frames=without_noise(objective.known_frames))

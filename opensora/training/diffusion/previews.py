@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opensora.data.batch import DataConfig
-from opensora.data.buckets import BucketConfig
+from opensora.data.bucket_config import BucketConfig
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ClipSource, ManifestClips
 from opensora.errors import OpenSoraError

@@ -1,14 +1,20 @@
 """What a recipe says of the training of a diffusion transformer."""
 
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from opensora.conditioning.known_frames import Drop, check_drops, check_weights, takes_pixels
 from opensora.conditioning.masks import check_ratios
 from opensora.data.cached import CachedLatents
 from opensora.data.clips import ManifestClips
+from opensora.data.degradation import Degradation
 from opensora.data.toybox import ToyboxLatents
 from opensora.errors import OpenSoraError
 from opensora.models.format import Part
+from opensora.pipeline import OpenSoraPipeline
+from opensora.settings import build_value, nearest_name
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
@@ -29,13 +35,26 @@ class DiffusionSettings:
         transformer: its keywords; None for those of `init_from`.
         init_from: what to start from: a model's name, a pipeline's folder, or weights of a transformer.
         new_parts: parts of the transformer that may be missing there and are initialised, see `adaptation.start_from`.
+        teacher: a model of rectified flow whose answers to the same noisy latents are learnt in place of the clips, see
+            `training.diffusion.teacher`; None for the clips.
         train: "all" of it, what attends along time alone ("temporal"), all the rest ("spatial"), or an adapter beside
             it, which alone is exported then.
         freeze_text_embedder: leave the layers that take in the text as they are.
         sample_posterior: draw latents of clips from the autoencoder's posterior, as all published models were trained;
             otherwise take its mean. The toybox's latents are means.
         frame_masks: strategy -> share of the clips conditioned on frames so, see `conditioning.masks`.
+        known_frames: kind -> weight of clips of which frames are shown beside the noise, to networks that read them,
+            see `conditioning.known_frames`.
+        known_encoded: "alone", they are encoded by themselves, as those are that a clip is generated from, and hold
+            nothing of the frames beside them (Open-Sora 2.0); that takes clips, not latents. None, they are cut out of
+            the clip's latents (1.3).
+        degradation: clips are made worse before they are encoded and noised, and the way to the good ones is learnt,
+            see `data.degradation`; that takes clips, not latents, and rectified flow. None leaves them as they are.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
+        drop_pooled: share of pooled vectors of text that are replaced by that of no text, by themselves, so that either
+            text may be missing alone (Open-Sora 2.0); None for those whose captions `drop_text` replaces.
+        drop_of_known: what is dropped ("text", "frames" or "both") -> share of the clips with known frames, in place of
+            `drop_text`.
         object_weight: extra weight of errors on latent cells that an object touches, where that is known.
         frozen_dtype: precision of networks that are used and not trained.
         preview: what is generated or measured to watch the training.
@@ -52,11 +71,17 @@ class DiffusionSettings:
     transformer: dict[str, Any] | None = None
     init_from: str | None = None
     new_parts: tuple[Part, ...] = ()
+    teacher: str | None = None
     train: Literal["all", "temporal", "spatial"] | LoRAConfig = "all"
     freeze_text_embedder: bool = False
     sample_posterior: bool = True
     frame_masks: dict[str, float] = field(default_factory=dict)
+    known_frames: dict[str, float] = field(default_factory=dict)
+    known_encoded: Literal["alone"] | None = None
+    degradation: Degradation | None = None
     drop_text: float = 0.1
+    drop_pooled: float | None = None
+    drop_of_known: dict[Drop, float] = field(default_factory=dict)
     object_weight: float = 0.0
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     preview: JudgedPrompts | Prompts | HeldOutLosses | None = None
@@ -65,8 +90,20 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         check_ratios(self.frame_masks)
-        if not 0 <= self.drop_text <= 1:
-            raise OpenSoraError(f"objective.drop_text is {self.drop_text}; give a share from 0 to 1")
+        check_weights(self.known_frames)
+        check_drops(self.drop_of_known)
+        check_pipeline_defaults(self.defaults)
+        for name, share in (("drop_text", self.drop_text), ("drop_pooled", self.drop_pooled)):
+            if share is not None and not 0 <= share <= 1:
+                raise OpenSoraError(f"objective.{name} is {share}; give a share from 0 to 1")
+        if self.takes_pixels and not isinstance(self.data, ManifestClips):
+            what, instead = self.takes_pixels
+            raise OpenSoraError(
+                f"{what}, and {type(self.data).__name__} are latents; use {instead}, or "
+                "objective.data.type=ManifestClips"
+            )
+        if self.degradation is not None and not isinstance(self.diffusion, Flow):
+            raise OpenSoraError("objective.degradation is for rectified flow alone; use objective.diffusion.type=Flow")
         if isinstance(self.train, LoRAConfig):
             if self.init_from is None:
                 raise OpenSoraError("an adapter is trained beside a model: name it by objective.init_from")
@@ -74,3 +111,44 @@ class DiffusionSettings:
                 raise OpenSoraError("an adapter changes the transformer alone; freeze the text encoder: objective.text")
             if self.new_parts:
                 raise OpenSoraError("an adapter is trained beside whole weights; leave objective.new_parts out")
+
+    @property
+    def takes_pixels(self) -> tuple[str, str] | None:
+        """Which setting encodes frames of clips after they were read, and what does not; None for none."""
+        if self.known_encoded == "alone":
+            return "objective.known_encoded=alone encodes frames of clips", "objective.known_encoded=none"
+        if takes_pixels(self.known_frames):
+            return "noisy kinds of objective.known_frames encode clips with noise in them", "kinds without noise"
+        if self.degradation is not None:
+            return "objective.degradation encodes clips that are made worse", "objective.degradation=none"
+        return None
+
+    def idle(self) -> dict[str, str]:
+        """Settings that change nothing, and why; see `overrides.apply_overrides`."""
+        idle = {}
+        if self.transformer is None and self.init_from is not None:
+            idle["architecture"] = "the transformer is that of objective.init_from"
+        if self.init_from is None:
+            idle["new_parts"] = "all parts are new without objective.init_from"
+        if isinstance(self.train, LoRAConfig):
+            idle["freeze_text_embedder"] = "an adapter alone is trained, and all else stays as it is"
+            idle["text.exported"] = "an adapter alone is exported"
+        if not isinstance(self.data, ToyboxLatents):
+            idle["object_weight"] = "objects are known of the toybox's clips alone"
+        else:
+            idle["sample_posterior"] = "the latents of the toybox's clips are means"
+        if not self.known_frames:
+            idle["drop_of_known"] = idle["known_encoded"] = "no frames are known without objective.known_frames"
+        return idle
+
+
+def check_pipeline_defaults(defaults: Mapping[str, Any]) -> None:
+    """Raises `OpenSoraError` for keywords that `OpenSoraPipeline` does not take, or not with that value."""
+    hints = typing.get_type_hints(OpenSoraPipeline.__init__)
+    parts = ("transformer", "scheduler", "autoencoder", "text_encoder", "tokenizer", "trained_on", "return")
+    known = {name: hint for name, hint in hints.items() if name not in parts}
+    for name, value in defaults.items():
+        if name not in known:
+            hint = nearest_name(name, known).replace("did you mean ", "did you mean objective.defaults.")
+            raise OpenSoraError(f"unknown setting objective.defaults.{name}{hint}")
+        build_value(known[name], value, f"objective.defaults.{name}")

@@ -1,6 +1,7 @@
 """A stage of an autoencoder's training, put together from its settings."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -8,13 +9,20 @@ from opensora.data.batch import BatchShape, ClipBatch
 from opensora.training.parts import META
 from opensora.training.task import Partition, TaskPlan, TrainingSetup
 from opensora.training.vae.data import AutoencoderData
-from opensora.training.vae.discriminator import PatchDiscriminator
 from opensora.training.vae.latent_space import build_autoencoder
 from opensora.training.vae.perceptual import build_perceptual
 from opensora.training.vae.previews import Reconstructions
 from opensora.training.vae.settings import VAESettings
-from opensora.training.vae.stages import FramesTask, LatentsTask, PictureCritic, PixelsTask
+from opensora.training.vae.stages import DecodersTask, FramesTask, LatentsTask, PictureCritic, PixelsTask
 from opensora.training.vae.task import VAETask, blocks_of
+from opensora.training.vae.whole import WholeTask, blocks_of_network, check_kind
+
+_PICTURE_TASKS: dict[str, Any] = {
+    "frames": FramesTask,
+    "pixels": PixelsTask,
+    "decoders": DecodersTask,
+    "whole": WholeTask,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class VAETaskConfig(VAESettings):
 
     def _setup(self, device: str) -> tuple[TrainingSetup, AutoencoderData]:
         autoencoder, factor_is_known = build_autoencoder(self, device)
+        check_kind(self, autoencoder)
         autoencoder.micro_batch_size = self.micro_batch_size
         data = AutoencoderData(self, autoencoder, factor_is_known, device)
         task, frozen, critic = self._task(data, device)
@@ -36,7 +45,7 @@ class VAETaskConfig(VAESettings):
             task,
             data,
             # How often a block runs depends on a batch's length, which ranks draw each for itself.
-            Partition(blocks_of(autoencoder), gathered=()),
+            Partition(blocks_of_network(autoencoder) if self.stage == "whole" else blocks_of(autoencoder), gathered=()),
             not_matrices=task.not_matrices,
             frozen=frozen,
             critic=critic,
@@ -55,9 +64,8 @@ class VAETaskConfig(VAESettings):
         discriminator = None
         if self.discriminator is not None:
             with torch.device(device):
-                discriminator = PatchDiscriminator(self.discriminator.dim, self.discriminator.depth)
-        stage = FramesTask if self.stage == "frames" else PixelsTask
-        task = stage(self, data.autoencoder, data, perceptual, discriminator)
+                discriminator = self.discriminator.build()
+        task = _PICTURE_TASKS[self.stage](self, data.autoencoder, data, perceptual, discriminator)
         critic = None
         if discriminator is not None and self.discriminator is not None:
             critic = PictureCritic(task, discriminator, self.discriminator.start)

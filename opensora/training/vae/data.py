@@ -10,6 +10,7 @@ from torch import Tensor
 from opensora.data.batch import ClipBatch, DataContext, Source
 from opensora.data.clips import ManifestClips
 from opensora.distributed.seeding import BatchKey, derive_seed
+from opensora.manifest import tables_of
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.task import TrainingData
 from opensora.training.vae.clips import Cut, CutClips
@@ -93,7 +94,8 @@ class AutoencoderData(TrainingData):
         """What the latent space is measured on, for whoever reads the checkpoint."""
         data = self.settings.data
         manifest = data.manifest if isinstance(data, ManifestClips) else None
-        return f"{self.settings.num_clips} clips of {manifest.name if manifest else 'the toybox'}"
+        tables = ", ".join(table.name for table, _ in tables_of(manifest)) if manifest else ""
+        return f"{self.settings.num_clips} clips of {tables or 'the toybox'}"
 
     def held_out_clips(self) -> Iterator[ClipBatch]:
         """Whole clips that are never trained on; none where nobody named any."""

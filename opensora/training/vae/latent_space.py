@@ -12,23 +12,31 @@ Frame latents are scaled before the temporal autoencoder sees them, and what is 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoints.components import build_model
 from opensora.checkpoints.key_maps import adapt_weights
 from opensora.checkpoints.source import find_part
-from opensora.checkpoints.weights import load_weights, read_object, read_weights
+from opensora.containers.files import is_there
+from opensora.contents import read_object
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.joint import JointCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
+from opensora.models.families import network_class
 from opensora.settings import load_settings, save_settings
 from opensora.training.parts import META, meta_model
 from opensora.training.vae.settings import VAESettings
+from opensora.weights import load_weights, read_weights
 
 
-def build_autoencoder(config: VAESettings, device: str) -> tuple[VideoAutoencoder, bool]:
+def build_autoencoder(config: VAESettings, device: str) -> tuple[Any, bool]:
     """The autoencoder of a run's first step, and whether its scaling factor is known.
+
+    One that is a single network has no scaled frame latents inside, so its factor is what its configuration says.
 
     On the meta device nothing is read that is not there: `config.autoencoder` then says what there will be.
 
@@ -40,7 +48,10 @@ def build_autoencoder(config: VAESettings, device: str) -> tuple[VideoAutoencode
     if config.autoencoder is None:
         raise OpenSoraError(f"stage {config.stage} needs objective.init_from or objective.autoencoder to begin with")
     with torch.device(device):
-        autoencoder = VideoAutoencoder(**config.autoencoder)
+        cls = network_class("autoencoder", config.architecture)
+        autoencoder = build_model(cls, config.autoencoder, Path("objective.autoencoder"))
+    if isinstance(autoencoder, JointCodec):
+        return autoencoder, True
     known, space = "latent_space" in config.autoencoder, autoencoder.latent_space
     if config.spatial_from is not None and device != META:
         factor = _load_spatial(autoencoder, Path(config.spatial_from))
@@ -61,7 +72,7 @@ def _is_missing(origin: str) -> bool:
     return False
 
 
-def _go_on(config: VAESettings, origin: str, device: str) -> VideoAutoencoder:
+def _go_on(config: VAESettings, origin: str, device: str) -> Any:
     """The autoencoder of a stage before, or a released one, with its own scaling factor."""
     if _is_missing(origin):
         raise OpenSoraError(
@@ -83,11 +94,13 @@ def _go_on(config: VAESettings, origin: str, device: str) -> VideoAutoencoder:
 
 def _load_spatial(autoencoder: VideoAutoencoder, path: Path) -> float | None:
     """Fills the spatial part from diffusers' AutoencoderKL; returns the scaling factor that it declares, if any."""
-    if not path.exists():
+    if not is_there(path):
         raise OpenSoraError(
             f"{path} is missing; put a spatial autoencoder of diffusers there, or set objective.spatial_from"
         )
-    weights = adapt_weights(autoencoder, read_weights(path), str(path))  # named as parts of a video autoencoder
+    weights = adapt_weights(
+        autoencoder, read_weights(path, "autoencoder"), str(path)
+    )  # named as parts of a video autoencoder
     load_weights(nn.ModuleDict({"spatial_vae": autoencoder.spatial_vae}), weights, source=str(path))
     described = path / "config.json"
     # diffusers fills in a factor where the file has none, so the file itself is asked.

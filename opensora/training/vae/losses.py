@@ -1,4 +1,4 @@
-"""Terms of the autoencoder's loss, one value a clip, and the figure it is judged by.
+"""Terms of the autoencoder's loss, one value a clip, and what it has to beat.
 
 Letters: B clips, C channels, T frames, H, W pixels or latent cells.
 """
@@ -72,12 +72,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]
     return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
-
-
-def frame_psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every frame in decibels; videos (B, 3, T, H, W) in [-1, 1] -> (B, T)."""
-    error = (reconstruction.float().clamp(-1, 1) - target.float()).square().mean(dim=(1, 3, 4))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
 def bilinear_reconstruction(video: Tensor, factor: int) -> Tensor:

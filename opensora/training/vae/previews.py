@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opensora.evaluation.psnr import frame_psnr
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.task import Preview
 from opensora.training.vae.data import AutoencoderData
-from opensora.training.vae.losses import bilinear_reconstruction, frame_psnr
+from opensora.training.vae.losses import bilinear_reconstruction
 
 
 class Reconstructions(Preview):

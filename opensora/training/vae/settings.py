@@ -4,6 +4,8 @@
 - `latents`: the temporal autoencoder on scaled frame latents, the spatial one frozen. With `identity_weight` it also
   learns to leave the latents of images as they are (stage 1 of Open-Sora 1.2); without, it is stage 2.
 - `pixels`: the temporal autoencoder and the spatial one together, on pixels, clips of any length in chunks (stage 3).
+- `whole`: an autoencoder that is one network (of Open-Sora 1.3 and 2.0), on pixels.
+- `decoders`: both decoders on pixels. The latent space stays what it is, so models that were trained on it stay usable.
 
 The scaling factor between the two autoencoders belongs to their weights: see `latent_space.py`. Shift and scale of
 every latent channel are measured at the end and written into the checkpoint.
@@ -35,8 +37,9 @@ class VAESettings:
         data: where clips come from.
         held_out: clips that are never trained on, for previews; those of the toybox have their own.
         cut: what of them is trained on.
-        autoencoder: configuration of the `VideoAutoencoder`, for a run that starts from nothing; others take the one
-            of `init_from`, and this one only to be planned before that exists.
+        autoencoder: configuration of the autoencoder, for a run that starts from nothing; others take the one of
+            `init_from`, and this one only to be planned before that exists.
+        architecture: its class; None for `VideoAutoencoder`.
         spatial_from: folder or file of a spatial autoencoder (diffusers' AutoencoderKL) to begin with.
         init_from: model's name, folder or file of the video autoencoder to start from.
         scaling_factor: what frame latents are multiplied by; None for that of `init_from`, or of `spatial_from`, or
@@ -58,11 +61,12 @@ class VAESettings:
         preview_batches: held-out batches that previews are measured on.
     """
 
-    stage: Literal["frames", "latents", "pixels"]
+    stage: Literal["frames", "latents", "pixels", "decoders", "whole"]
     data: ToyboxVideos | ManifestClips = field(default_factory=ToyboxVideos)
     held_out: ManifestClips | None = None
     cut: Cut = field(default_factory=Cut)
     autoencoder: dict[str, Any] | None = None
+    architecture: str | None = None
     spatial_from: str | None = None
     init_from: str | None = None
     scaling_factor: float | None = None
@@ -91,5 +95,30 @@ class VAESettings:
             raise OpenSoraError(
                 f"objective.cache_latents given, but stage {self.stage} learns from pixels; leave it out"
             )
-        if self.discriminator is not None and self.stage == "pixels" and self.frames_per_clip is not None:
+        if self.stage == "whole":
+            for name in ("spatial_from", "scaling_factor", "frames_per_clip"):
+                if getattr(self, name) is not None:
+                    raise OpenSoraError(
+                        f"objective.{name} is for autoencoders in parts, not for stage whole; leave it out"
+                    )
+            if self.cut.random_lengths:
+                raise OpenSoraError("cut.random_lengths draws lengths that stage whole cannot encode; leave it out")
+        if self.discriminator is not None and self.stage != "frames" and self.frames_per_clip is not None:
             raise OpenSoraError("objective.discriminator looks at whole clips; set objective.frames_per_clip=none")
+
+    def idle(self) -> dict[str, str]:
+        """Settings that change nothing, and why; see `overrides.apply_overrides`."""
+        idle = {}
+        if self.stage != "latents":
+            idle["identity_weight"] = f"only stage latents compares latents of images, and this one is {self.stage}"
+        if self.stage == "whole":
+            idle["sample_frames"] = "stage whole draws from the only posterior there is"
+        if self.stage != "pixels":
+            idle["train_encoder"] = f"only stage pixels can train the encoder, and this one is {self.stage}"
+        if not self.perceptual_weight:
+            idle["perceptual"] = "objective.perceptual_weight is 0"
+        if isinstance(self.data, ManifestClips):
+            idle["object_weight"] = "objects are known of the toybox's clips alone"
+        else:
+            idle["held_out"] = "the toybox has held-out clips of its own"
+        return idle

@@ -6,7 +6,7 @@ Letters: B clips, C channels, T frames, F frames that are decoded, H, W pixels, 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.training.task import Critic
 from opensora.training.vae.clips import pick_frames, random_frames
 from opensora.training.vae.data import AutoencoderData
-from opensora.training.vae.discriminator import PatchDiscriminator
+from opensora.training.vae.discriminator import PatchDiscriminator, PatchGAN
 from opensora.training.vae.frame_latents import FrameLatents, draw_latents, encode_frames, frame_latents
 from opensora.training.vae.latent_space import measure_scaling_factor
 from opensora.training.vae.losses import adaptive_weight, adversarial_loss, critic_hinge_loss, per_clip
 from opensora.training.vae.settings import VAESettings
-from opensora.training.vae.task import VAETask, require_temporal, temporal_boundary_layers
+from opensora.training.vae.task import VAETask, boundary_layers, require_temporal, temporal_boundary_layers
 
 
 class LatentsTask(VAETask):
@@ -88,14 +88,29 @@ class PictureTask(VAETask):
         autoencoder: VideoAutoencoder,
         data: AutoencoderData,
         perceptual: nn.Module | None = None,
-        discriminator: PatchDiscriminator | None = None,
+        discriminator: PatchDiscriminator | PatchGAN | None = None,
     ) -> None:
         super().__init__(settings, autoencoder, data)
         self.perceptual, self.discriminator = perceptual, discriminator
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """What makes pixels, at the end of the decoder."""
+        return self.autoencoder.spatial_vae.module.decoder.conv_out
+
     @abstractmethod
     def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
         """A batch, encoded and decoded."""
+
+    def decoded_from(self, posterior: Posterior, batch: ClipBatch, key: BatchKey) -> Decoded:
+        """Latents drawn from the posterior of a batch, decoded: all frames, or some drawn at random."""
+        video, mask, autoencoder = batch.video, batch.object_mask, self.autoencoder
+        frame_latents = autoencoder.decode_time(draw_latents(posterior, key, "posterior"), video.shape[2])
+        if self.settings.frames_per_clip is not None:
+            rows, frames = random_frames(video, self.settings.frames_per_clip, key)
+            frame_latents, video = pick_frames(frame_latents, rows, frames), pick_frames(video, rows, frames)
+            mask = None if mask is None else pick_frames(mask, rows, frames)
+        return Decoded(autoencoder.decode_frames(frame_latents), video, mask, posterior)
 
     def loss(self, batch: ClipBatch, key: BatchKey) -> dict[str, Tensor]:
         settings, made = self.settings, self.decoded(batch, key)
@@ -118,18 +133,14 @@ class PictureTask(VAETask):
         self.discriminator.requires_grad_(False)  # it learns from its own loss alone
         deceived = adversarial_loss(self.discriminator(pictures))
         self.discriminator.requires_grad_(True)
-        last_layer = self.autoencoder.spatial_vae.module.decoder.conv_out.weight
-        return (
-            self.settings.discriminator.weight
-            * adaptive_weight(compared.mean(), deceived.mean(), last_layer)
-            * deceived
-        )
+        weight = adaptive_weight(compared.mean(), deceived.mean(), cast(Tensor, self.last_layer.weight))
+        return self.settings.discriminator.weight * weight * deceived
 
 
 class PictureCritic(Critic):
     """Learns to tell real clips from those that the autoencoder now makes of them."""
 
-    def __init__(self, task: PictureTask, discriminator: PatchDiscriminator, start: int) -> None:
+    def __init__(self, task: PictureTask, discriminator: PatchDiscriminator | PatchGAN, start: int) -> None:
         self.task, self.start = task, start
         self.module = self.discriminator = discriminator
 
@@ -149,8 +160,7 @@ class FramesTask(PictureTask):
         super().__init__(settings, autoencoder, *others)
         if autoencoder.temporal_vae is not None:
             autoencoder.temporal_vae.requires_grad_(False)
-        names = [n for n, _ in autoencoder.named_parameters()]
-        self.not_matrices = {n for n in names if "conv_in" in n or "conv_out" in n or "quant_conv" in n}
+        self.not_matrices = boundary_layers(autoencoder)
 
     def prepare(self, key: BatchKey) -> ClipBatch:
         """Clips of which only the frames that are trained on are left."""
@@ -173,6 +183,31 @@ class FramesTask(PictureTask):
         module.save_pretrained(folder)
 
 
+class DecodersTask(PictureTask):
+    """Both decoders on pixels; the encoders stay as they are, and with them the latent space and every model of it."""
+
+    def __init__(self, settings: VAESettings, autoencoder: VideoAutoencoder, *others: Any) -> None:
+        super().__init__(settings, autoencoder, *others)
+        require_temporal(autoencoder)
+        encoders = ("spatial_vae.module.encoder.", "spatial_vae.module.quant_conv.", "temporal_vae.encoder")
+        for name, parameter in autoencoder.named_parameters():
+            parameter.requires_grad_(not name.startswith(encoders))
+        self.not_matrices = boundary_layers(autoencoder)
+
+    def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
+        with torch.no_grad():
+            posterior = self.autoencoder.encode_time(encode_frames(self.autoencoder, batch.video))
+        return self.decoded_from(posterior, batch, key)
+
+    def kl_loss(self, posterior: Posterior) -> Tensor:
+        """None: what it would pull at does not learn."""
+        return posterior.mean.new_zeros(len(posterior.mean))
+
+    def export(self, module: Any, folder: Path) -> None:
+        """Writes the weights; shift and scale of the latents are what they were."""
+        module.save_pretrained(folder)
+
+
 class PixelsTask(PictureTask):
     """The temporal autoencoder and the spatial one, on pixels."""
 
@@ -188,13 +223,7 @@ class PixelsTask(PictureTask):
         self.not_matrices = spatial_names | temporal_boundary_layers(autoencoder)
 
     def decoded(self, batch: ClipBatch, key: BatchKey) -> Decoded:
-        video, mask, autoencoder = batch.video, batch.object_mask, self.autoencoder
+        video, autoencoder = batch.video, self.autoencoder
         with torch.set_grad_enabled(self.settings.train_encoder and torch.is_grad_enabled()):
             frame_latents = encode_frames(autoencoder, video, key if self.settings.sample_frames else None)
-        posterior = autoencoder.encode_time(frame_latents)
-        frame_latents = autoencoder.decode_time(draw_latents(posterior, key, "posterior"), video.shape[2])
-        if self.settings.frames_per_clip is not None:
-            rows, frames = random_frames(video, self.settings.frames_per_clip, key)
-            frame_latents, video = pick_frames(frame_latents, rows, frames), pick_frames(video, rows, frames)
-            mask = None if mask is None else pick_frames(mask, rows, frames)
-        return Decoded(autoencoder.decode_frames(frame_latents), video, mask, posterior)
+        return self.decoded_from(autoencoder.encode_time(frame_latents), batch, key)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
+from opensora.files import replacing_folder
 from opensora.models.autoencoders.folded import CausalMixer
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.temporal import ResBlock
 from opensora.models.autoencoders.video import TemporalPart, VideoAutoencoder
+from opensora.training.frozen_parts import save_frozen_part
 from opensora.training.task import TrainingTask
 from opensora.training.vae.data import AutoencoderData
 from opensora.training.vae.losses import kl_loss, reconstruction_loss
@@ -73,6 +75,13 @@ class VAETask(TrainingTask):
         module.measure_latent_space(self.data.measured_videos(), trained_with)
         module.save_pretrained(folder)
 
+    def export_frozen(self, folder: Path) -> None:
+        """Configuration and frozen weights; shift and scale of the latents are measured at the end alone."""
+        module: Any = self.module
+        with replacing_folder(folder, overwrite=True) as temporary:
+            module.save_config(temporary)
+            save_frozen_part(module, temporary, trained=["autoencoder"])
+
 
 def blocks_of(autoencoder: VideoAutoencoder) -> list[nn.Module]:
     """The levels of the spatial part and the blocks of the temporal one."""
@@ -93,3 +102,10 @@ def temporal_boundary_layers(module: nn.Module) -> set[str]:
     ends = ("_in.", "_out.", "quant_conv.", "encoder.conv2.", "decoder.conv1.")
     names = {n for n, _ in module.named_parameters() if n.startswith("temporal_vae.")}
     return {n for n in names if any(end in n for end in ends)}
+
+
+def boundary_layers(autoencoder: VideoAutoencoder) -> set[str]:
+    """First and last layers of every half of an autoencoder, spatial and temporal."""
+    names = [n for n, _ in autoencoder.named_parameters()]
+    spatial = {n for n in names if any(end in n for end in ("conv_in", "conv_out", "quant_conv"))}
+    return spatial | temporal_boundary_layers(autoencoder)

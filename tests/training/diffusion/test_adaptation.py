@@ -15,6 +15,7 @@ from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit4 import STDiT4
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained, start_from
 
 IMAGE = {"clip_conditions": ClipConditions(fps=120.0, height=512.0, width=512.0, num_frames=1.0)}
@@ -40,6 +41,24 @@ def images(batch: int = 2) -> dict[str, Tensor]:
 
 
 PARTS = {STDiT: ("temporal_blocks",), STDiT3: ("temporal_blocks", "conditions")}
+
+
+@torch.no_grad()
+def test_more_latent_channels_start_as_repetitions_of_few(caplog) -> None:
+    """What a model of 3 channels predicts, one of 6 does that is shown them twice."""
+    weights, image_model = image_weights()
+    torch.manual_seed(5)
+    model = STDiT4(
+        **{**TINY, "in_channels": 6, "qk_norm": False, "kernel_size": None, "use_spatial_rope": False}
+    ).eval()
+    with caplog.at_level(logging.WARNING):
+        start_from(model, weights, ("temporal_blocks", "conditions"), source="image.pth")
+    assert "the 3 latent channels of the weights are repeated to 6" in caplog.text
+    arguments = images()
+    expected = image_model(**arguments, **IMAGE).sample
+    twice = model(**{**arguments, "hidden_states": arguments["hidden_states"].repeat(1, 2, 1, 1, 1)}, **IMAGE).sample
+    mean, variance = expected.chunk(2, dim=1)
+    torch.testing.assert_close(twice, torch.cat([mean, mean, variance, variance], dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cls", PARTS)

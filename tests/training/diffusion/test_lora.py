@@ -12,7 +12,8 @@ from tiny_pipeline import make_pipeline, seeded
 from tiny_tasks import FAMILY, family_config, write_clips
 from tiny_transformers import SIZES, build, inputs
 
-from opensora.checkpoints.adapters import ADAPTER_FILE, is_adapter, read_adapter
+from opensora.adapters.adapter import read_adapter
+from opensora.adapters.reading import ADAPTER_FILE, is_adapter
 from opensora.checkpoints.components import load_component
 from opensora.checkpoints.loading import load_pipeline
 from opensora.data.clips import ManifestClips
@@ -20,6 +21,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.models.stdit4 import STDiT4
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.lora import LoRAConfig, adapter_layers, add_adapter, export_adapter, without_adapter
@@ -32,6 +34,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "1.0": (STDiT, {"input_size": [3, 4, 6]}),
     "1.1": (STDiT2, {}),
     "1.2": (STDiT3, {}),
+    "1.3": (STDiT4, {"kernel_size": [2, 2, -1]}),
 }
 PROMPT = "a small red ball rolls left"
 
@@ -85,7 +88,7 @@ def test_every_kind_of_layer_is_adapted(trained, version):
     _, adapter, model = trained
     ends = {".".join(layer.split(".")[-2:]) for layer in read_adapter(adapter).layers}
     expected = {"attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"}
-    expected |= {"mlp.fc1", "mlp.fc2"} | ({"attn_temp.qkv", "attn_temp.proj"} if version != "1.2" else set())
+    expected |= {"mlp.fc1", "mlp.fc2"} | ({"attn_temp.qkv", "attn_temp.proj"} if version in ("1.0", "1.1") else set())
     assert ends == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         f"{layer}.lora_{which}.default.weight" for layer in adapter_layers(model) for which in "AB"
@@ -186,7 +189,7 @@ def test_targets_choose_layers(version):
     cls, options = MODELS[version]
     model = build(cls, **options)
     assert all(name.endswith(".mlp.fc1") for name in LoRAConfig(targets=("mlp.fc1",)).layers_of(model))
-    part = "spatial_blocks" if version == "1.2" else "blocks"
+    part = "blocks" if version in ("1.0", "1.1") else "spatial_blocks"
     assert {name.split(".")[0] for name in LoRAConfig(targets=(part,)).layers_of(model)} == {part}
     with pytest.raises(OpenSoraError, match=r"targets to_q name no linear layer of this STDiT.*it has .*attn\.qkv"):
         LoRAConfig(targets=("to_q",)).layers_of(model)

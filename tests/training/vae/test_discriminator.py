@@ -37,6 +37,14 @@ def test_a_critic_learns_to_tell_clips_that_flicker():
 def test_a_critic_without_layers_is_refused():
     with pytest.raises(OpenSoraError, match="must be 1 or more"):
         DiscriminatorConfig(depth=0)
+    with pytest.raises(OpenSoraError, match="patch has none"):
+        DiscriminatorConfig(dropout=0.3)
+
+
+def test_the_published_critic_halves_time_twice():
+    critic = DiscriminatorConfig(dim=4, depth=5, architecture="patchgan", dropout=0.3).build()
+    assert critic(torch.randn(1, 3, 32, 64, 64)).shape == (1, 1, 8, 2, 2)
+    assert critic(torch.randn(1, 3, 1, 64, 64)).shape == (1, 1, 1, 2, 2)
 
 
 def test_features_at_four_scales():

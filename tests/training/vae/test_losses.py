@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.evaluation.psnr import frame_psnr
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.training.vae.losses import (
     adaptive_weight,
     adversarial_loss,
     bilinear_reconstruction,
     critic_hinge_loss,
-    frame_psnr,
     kl_loss,
     reconstruction_loss,
 )

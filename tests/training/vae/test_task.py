@@ -142,6 +142,7 @@ def render_frames(seed: int) -> np.ndarray:
         ("latents", {}, {"temporal"}),
         ("pixels", {}, {"temporal", "decoder"}),
         ("pixels", {"train_encoder": True}, {"temporal", "encoder", "decoder"}),
+        ("decoders", {}, {"temporal", "decoder"}),
     ],
 )
 def test_a_stage_moves_its_own_part_alone(stage, options, trained, tmp_path):
@@ -158,6 +159,21 @@ def test_a_stage_moves_its_own_part_alone(stage, options, trained, tmp_path):
         names = [name for name in before if name.startswith(prefix)]
         moved = any(not torch.equal(before[name], after[name]) for name in names)
         assert names and moved == (part in trained), part
+
+
+def test_decoders_learn_and_the_latent_space_stays(tmp_path):
+    VideoAutoencoder(**AUTOENCODER).save_pretrained(tmp_path / "before")
+    before = VideoAutoencoder.from_pretrained(tmp_path / "before")
+    config = vae_config("decoders", autoencoder=None, init_from=str(tmp_path / "before"))
+    train(config, tmp_path / "run")
+    after = VideoAutoencoder.from_pretrained(tmp_path / "run" / "model")
+    clips = config.data.open(DataContext()).batch(BatchKey(0, 0)).video
+    with torch.no_grad():
+        latents = before.encode_video(clips)
+        assert torch.equal(after.encode_video(clips), latents)
+        num_frames = clips.shape[2]
+        assert not torch.equal(after.decode_latents(latents, num_frames), before.decode_latents(latents, num_frames))
+    assert after.latent_space == before.latent_space
 
 
 def test_latents_of_images_are_to_stay_as_they_are():

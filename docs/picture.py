@@ -1,0 +1,26 @@
+"""Makes the README's moving picture, held-out prompts drawn by the bundled model: `python docs/picture.py`."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import opensora
+from opensora.evaluation.toybox import generate, held_out_samples
+from opensora.media.write import write_video
+
+PICTURE = Path(__file__).parent / "images" / "toybox.gif"
+ROWS, COLUMNS, SCALE, MARGIN, FPS = 3, 6, 2, 1, 8
+
+
+def main() -> None:
+    pipeline = opensora.load_pipeline("toybox", device="cpu")
+    clips = generate(pipeline, held_out_samples(ROWS * COLUMNS))  # (N, 3, T, H, W), -1 to 1
+    framed = F.pad(clips.repeat_interleave(SCALE, 3).repeat_interleave(SCALE, 4), [MARGIN] * 4, value=1.0)
+    rows = [torch.cat(list(row), dim=3) for row in framed.split(COLUMNS)]
+    frames = (torch.cat(rows, dim=2).permute(1, 2, 3, 0) + 1) * 127.5  # (T, H, W, 3)
+    write_video(PICTURE, frames.round().clamp(0, 255).byte().numpy(), FPS)
+
+
+if __name__ == "__main__":
+    main()
