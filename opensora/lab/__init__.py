@@ -1,0 +1,1 @@
+"""Experiments: settings compared on the same prompts and noise, with intervals."""
