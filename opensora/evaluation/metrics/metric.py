@@ -1,8 +1,8 @@
 """What a metric of clips is: a few figures of every clip, each with a unit, a direction and a word on what it can tell.
 
 A metric sees nothing but the frames and how long one lasts, so it reads clips of any model, of any other program, and
-real ones alike. Figures of whole sets of clips (distances) and figures against a reference (PSNR) are functions of their
-own beside these.
+real ones alike. Figures of whole sets of clips (distances), and those against a reference (PSNR), are functions of
+their own beside these.
 """
 
 from abc import ABC, abstractmethod
