@@ -53,6 +53,7 @@ def test_buckets_by_pixels(golden_json):
                 rule = buckets.rules[number]
                 assert (rule.resolution, rule.num_frames) == (resolution, int(num_frames))
         rows = [row for row in case["results"] if row[0] > 1]
+        assert all(row[5] is None for row in case["results"] if row[0] == 1), "lost: told 24 or 60, taken 16"
         rates = {1: 24.0, 3: 60.0}
         clips = [slowed(ClipRow(Path(), "", *row[:3], rates[row[3]]), 16.0, tell=False) for row in rows]
         frames, height, width = (np.array([getattr(c, n) for c in clips]) for n in ("num_frames", "height", "width"))

@@ -1,7 +1,11 @@
 """What Open-Sora 2.0's prompts and captions end in, against the reference."""
 
+from pathlib import Path
+
 import pytest
 
+from opensora.clip_rows import ClipRow
+from opensora.data.clips import slowed
 from opensora.models.text.prompts import append_scores, caption_of_2_0
 
 
@@ -28,7 +32,7 @@ def test_prompts(text):
 def test_a_rate_is_said_once(text):
     for prompt, said in text["check_fps_added"].items():
         once = append_scores(prompt, fps=99)
-        assert ("99 FPS." not in once) == (said or prompt == "ends with 24 FPS")
+        assert said == ("99 FPS." not in once and prompt != "ends with 24 FPS")  # there it tells an end without a stop
     told = append_scores("a cat", fps=24, motion=4)
     assert told == "a cat. 24 FPS. 4 motion score." == append_scores(told, fps=24, motion=7)
 
@@ -39,5 +43,16 @@ def test_captions(text):
         fps_max, told = kind.removeprefix("fps_max").split("|vmaf")
         for row, (caption, interval) in zip(text["training_rows"], expected, strict=True):
             fps, motion = row.get("fps"), row.get("score_vmafmotion") if told == "True" else None
-            rate = None if fps is None or fps_max == "None" else fps if interval == 1 else fps // interval
-            assert caption_of_2_0(row["text"], fps=rate, motion=motion) == caption.replace(".0 FPS", " FPS")
+            if fps_max == "None":  # nothing of the rate is told, as with a rate that is not known
+                assert interval == 1 and caption_of_2_0(row["text"], fps=None, motion=motion) == caption
+                continue
+            clip = slowed(ClipRow(Path(), row["text"], 240, 8, 8, fps, motion=motion), float(fps_max), tell=True)
+            assert (clip.text, clip.num_frames) == (caption.replace(".0 FPS", " FPS"), 240 // interval)
+
+
+def test_rates_at_which_frames_are_left_out(text):
+    for case, (told, interval) in text["map_target_fps"].items():
+        fps, fps_max = map(float, case.split("|"))
+        clip = slowed(ClipRow(Path(), "a cat", 240, 8, 8, fps), fps_max, tell=True)
+        assert (clip.num_frames, clip.fps) == (240 // interval, pytest.approx(fps / interval))
+        assert clip.text == f"a cat {told:g} FPS."

@@ -211,6 +211,9 @@ def test_averages(golden):
 def test_texts_are_lengthened_by_what_ranks_need_and_ours_are_not(golden_json):
     """The reference appends padding, which takes part in attention, until ranks divide all tokens; ours pad what each
     of them holds, and leave the padding out."""
+    for case, pad_tokens in golden_json("sizes_v2_0")["seq_align_pad_tokens"].items():
+        video, most, ranks = map(int, case.split("|"))
+        assert pad_tokens == -(video + most) % ranks
     for case, expected in golden_json("text_seq_align_v2_0").items():
         video, most, ranks = map(int, case.split("|"))
         assert expected["attention_mask"] is None
