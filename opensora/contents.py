@@ -399,7 +399,7 @@ def _kind_of_text(head: bytes) -> Kind:
     text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<body")):
         return "web page"
-    if text.startswith((b"{", b"[")):
+    if re.match(rb"""\{|\[\s*(?:[\[\]{"\d-]|true|false|null)""", text):  # and no [section] of other files
         return "json"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut

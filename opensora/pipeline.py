@@ -51,6 +51,7 @@ from opensora.sampling.guiding import GuidingMixin, check_guidance_options
 from opensora.sampling.habits import HabitsMixin
 from opensora.sampling.prompting import PromptingMixin
 from opensora.sampling.runs import CALLBACK_TENSORS, Run, RunsMixin
+from opensora.settings import expected_one_of
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
@@ -193,7 +194,7 @@ class OpenSoraPipeline(
         if guidance_options is not None:
             check_guidance_options(guidance_scale, guidance_options, transformer)
         if known_frames not in _KNOWN_FRAMES:
-            raise OpenSoraError(f"known_frames is {known_frames!r}; expected one of {', '.join(_KNOWN_FRAMES)}")
+            raise OpenSoraError(f"known_frames is {known_frames!r}; {expected_one_of(known_frames, _KNOWN_FRAMES)}")
         check_scheduler(scheduler)
         _check_time_shift(scheduler, autoencoder)
         _check_trained_on(trained_on, autoencoder)
@@ -629,7 +630,7 @@ def _repeated(texts: Sequence[str] | None, times: int) -> list[str] | None:
 
 def _check_choices(output_type: str, tensor_inputs: Sequence[str]) -> None:
     if output_type not in _OUTPUT_TYPES:
-        raise OpenSoraError(f"output_type is {output_type!r}; expected one of {', '.join(_OUTPUT_TYPES)}")
+        raise OpenSoraError(f"output_type is {output_type!r}; {expected_one_of(output_type, _OUTPUT_TYPES)}")
     for name in tensor_inputs:
         if name not in CALLBACK_TENSORS:
             raise OpenSoraError(

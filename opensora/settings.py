@@ -43,6 +43,12 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
+def expected_one_of(value: Any, choices: Iterable[Any]) -> str:
+    """`"expected one of X, Y"`, and `"; did you mean X?"` where one lies near what was written."""
+    names = [str(choice) for choice in choices]
+    return f"expected one of {', '.join(names)}{_only_near(nearest_name(str(value), names))}"
+
+
 def to_dict(settings: Any) -> Any:
     """What `json.dump` can write: dataclasses as objects, tuples as lists, paths and enums as their values.
 
@@ -144,17 +150,14 @@ def _build(annotation: Any, value: Any, key: str, place: str) -> Any:
         for choice in arguments:
             if value == choice and type(value) is type(choice):
                 return value
-        hint = nearest_name(str(value), [str(choice) for choice in arguments])
-        raise OpenSoraError(
-            f"{key}{place} is {value!r}, expected one of {', '.join(map(str, arguments))}{_only_near(hint)}"
-        )
+        raise OpenSoraError(f"{key}{place} is {value!r}, {expected_one_of(value, arguments)}")
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return _build_dataclass(annotation, value, key, place)
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         for member in annotation:
             if value == member.value:
                 return member
-        raise OpenSoraError(f"{key}{place} is {value!r}, expected one of {', '.join(str(m.value) for m in annotation)}")
+        raise OpenSoraError(f"{key}{place} is {value!r}, {expected_one_of(value, (m.value for m in annotation))}")
     if origin in (list, tuple, Sequence) or annotation in (list, tuple):
         return _build_sequence(annotation, origin or annotation, arguments, value, key, place)
     if origin is dict or annotation is dict:
@@ -190,7 +193,7 @@ def _build_union(annotation: Any, members: tuple[Any, ...], value: Any, key: str
             raise OpenSoraError(f"{key}{place} needs a key {TYPE_KEY!r} naming one of {', '.join(by_name)}")
         name = value[TYPE_KEY]
         if not isinstance(name, str) or name not in by_name:
-            raise OpenSoraError(f"{key}.{TYPE_KEY}{place} is {name!r}, expected one of {', '.join(by_name)}")
+            raise OpenSoraError(f"{key}.{TYPE_KEY}{place} is {name!r}, {expected_one_of(name, by_name)}")
         rest = {item: content for item, content in value.items() if item != TYPE_KEY}
         return _build(by_name[name], rest, key, place)
     # An exact match first, so that `int | float` keeps 3 an int and `str | Path` keeps text as text.
@@ -262,7 +265,8 @@ def dataclasses_in(annotation: Any) -> list[type]:
 
 
 def _mistyped(annotation: Any, value: Any, key: str, place: str) -> OpenSoraError:
-    return OpenSoraError(f"{key or 'the value'}{place} is {value!r}, expected {_name_of(annotation)}")
+    near = _only_near(nearest_name(value, _words_in(annotation))) if isinstance(value, str) else ""
+    return OpenSoraError(f"{key or 'the value'}{place} is {value!r}, expected {_name_of(annotation)}{near}")
 
 
 def _name_of(annotation: Any) -> str:
@@ -273,6 +277,16 @@ def _name_of(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(annotation)))
     return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+def _words_in(annotation: Any) -> list[str]:
+    """What may be written for an annotation, as far as it is words."""
+    members = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return [str(member) for member in members]
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [word for member in members for word in _words_in(member)]
+    return ["none"] if annotation is type(None) else []
 
 
 def _only_near(hint: str) -> str:

@@ -42,6 +42,7 @@ class Recipe:
     notes: dict[str, int] = field(default_factory=dict)
     limits: dict[str, float | None] | None = field(default_factory=lambda: {"low": 0.0})
     network: dict[str, Any] | None = field(default_factory=lambda: {"depth": 2, "spatial": {"groups": 4}})
+    chosen: Literal["spatial", "temporal"] | Adam = "spatial"
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def test_the_order_of_overrides_does_not_matter():
         ("training.steps=many", "training.steps is 'many', expected int"),
         ("training.steps.x=3", "training.steps is a value"),
         ("training.precision=bf6", "did you mean bf16?"),
-        ("training.optimizer.type=Adem", "expected one of Adam, Muon"),
+        ("training.optimizer.type=Adem", "expected one of Adam, Muon; did you mean Adam?"),
         ("training.optimizer.betas=0.8", "has 1 entries, expected 2"),
         ("training.compile=2", "expected bool"),
+        ("chosen=spatil", "chosen is 'spatil', expected one of spatial, temporal or Adam; did you mean spatial?"),
         ('training.optimizer={"type": "Muon",}', "is not valid JSON: "),
         ("training", "write KEY=VALUE"),
         ("notes.b=two", "notes.b is 'two', expected int"),

@@ -15,6 +15,7 @@ from opensora.adapters.adapter import read_adapter
 from opensora.checkpoints.source import ModelSource, Part
 from opensora.errors import OpenSoraError
 from opensora.offloading import STREAMED, BlockStream, Offload, Offloader, stream_to_accelerator
+from opensora.settings import expected_one_of
 
 if TYPE_CHECKING:
     from opensora.models.autoencoders.latent_space import LatentSpace
@@ -60,7 +61,7 @@ def load_pipeline(
             an absent device.
     """
     if offload not in (None, False, True, *get_args(Offload)):
-        raise OpenSoraError(f"`offload` is {offload!r}, expected one of {', '.join(get_args(Offload))}")
+        raise OpenSoraError(f"`offload` is {offload!r}, {expected_one_of(offload, get_args(Offload))}")
     device = resolve_device(device)
     dtype = dtype or usual_dtype(on_cpu=device.type == "cpu")
     merged = [(read_adapter(path), scale) for path, scale in (adapters or {}).items()]

@@ -21,7 +21,7 @@ from opensora.cli.mistakes import (
     options_of,
 )
 from opensora.errors import OpenSoraError
-from opensora.settings import nearest_name
+from opensora.settings import expected_one_of, nearest_name
 
 _NARROW = 100  # groups of options come side by side on a wider terminal, where a line is no longer an option
 _WIDE = 20_000
@@ -71,15 +71,29 @@ def _settings_together(args: Sequence[str], chosen: Any) -> list[str]:
 
 
 def _with_values(args: Sequence[str], chosen: Any) -> Iterator[str]:
-    """Options whose metavar is in brackets, such as `[networks|blocks]`, with the first value where none is given."""
+    """Options whose metavar is in brackets, such as `[networks|blocks]`, with the first value where none is given.
+
+    Raises:
+        OpenSoraError: what follows is nearly one of the values.
+    """
     known = options_of(chosen)
     for token, following in itertools.zip_longest(args, args[1:]):
         yield token
         option = known.get(token.replace("_", "-"))
         if option is not None and option.metavar.startswith("["):
-            values = option.metavar.strip("[]").split("|")
+            values = _values_of(option)
             if following not in values:
+                if following is not None and "; did" in nearest_name(following, values):
+                    raise OpenSoraError(_no_choice(token, following, values))
                 yield values[0]
+
+
+def _values_of(option: Option) -> list[str]:
+    return option.metavar.strip("[]").split("|")
+
+
+def _no_choice(name: str, value: str, values: Sequence[str]) -> str:
+    return f"{name} is {value!r}, {expected_one_of(value, values)}"
 
 
 def _statement(page: str, options: Any, args: Sequence[str], prog: str) -> str:
@@ -105,7 +119,15 @@ def _statement(page: str, options: Any, args: Sequence[str], prog: str) -> str:
     if mistyped := re.match(r"(\S+): no type matching .* could be instantiated from \[(.*?)\](?:\. Got|$)", sentence):
         return _mistyped(mistyped[1], mistyped[2], sentence, known)
     if unexpected := re.fullmatch(r"Unrecognized options: ([^-].*)", sentence):
+        for token, _, following in zip(args, args[1:], args[2:], strict=False):  # its first value stands between
+            option = known.get(token.replace("_", "-"))
+            if following == unexpected[1] and option is not None and option.metavar.startswith("["):
+                return _no_choice(token, following, _values_of(option))
         return _unexpected(unexpected[1], list(known))
+    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
+        return _no_choice(
+            choice[2], choice[1], [value for value in re.findall(r"'([^']*)'", choice[3]) if value != "None"]
+        )
     return sentence
 
 

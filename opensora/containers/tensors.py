@@ -145,7 +145,7 @@ def _is_safetensors(path: Path) -> bool:
         return False
     if kind == "safetensors":
         return True
-    if kind in ("unknown", "text", "empty"):
+    if kind in ("unknown", "empty"):
         raise damaged(path, "it is empty" if kind == "empty" else "neither safetensors nor a file of torch.save")
     raise OpenSoraError(f"{path} is {describe_kind(kind)}; expected weights: safetensors, or a file of torch.save")
 

@@ -84,7 +84,7 @@ def cut_in_half(model):
         (weights_with_nan, "NaN"),
         (cut_in_half, "damaged"),
         (lambda model: (model / WEIGHTS).unlink(), "weights"),
-        (lambda model: (model / WEIGHTS).write_text("not weights"), "damaged"),
+        (lambda model: (model / WEIGHTS).write_text("not weights"), "is a text file"),
         (lambda model: shutil.rmtree(model / "autoencoder"), "autoencoder"),
         (lambda model: (model / "model_index.json").unlink(), "model_index.json"),
         (lambda model: (model / "model_index.json").write_text("{"), "model_index.json"),

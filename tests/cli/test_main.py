@@ -5,13 +5,14 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import tyro
 
 import opensora
 from opensora.cli.main import COMMANDS, main
+from opensora.cli.options import option
 from opensora.cli.parsing import parse
 from opensora.errors import OpenSoraError
 
@@ -49,8 +50,8 @@ def test_the_help_of_a_subcommand(capsys):
         main(["generate", "--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
-    for option in ["--cfg-channels", "--cfg-channel", "--from", "--negative-prompt", "--no-metadata"]:
-        assert option in text
+    for name in ["--cfg-channels", "--cfg-channel", "--from", "--negative-prompt", "--no-metadata"]:
+        assert name in text
     assert "None" not in text
 
 
@@ -141,6 +142,31 @@ def test_a_union_of_commands():
         with pytest.raises(OpenSoraError, match=r"^[^\n]*$") as caught:
             parse(Either, args, "x")
         assert message in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Choosing:
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    colour: Literal["red", "green"] = "red"
+    stream: Annotated[Literal["networks", "blocks"] | None, option("[networks|blocks]")] = None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--colour", "gren"], "--colour is 'gren', expected one of red, green; did you mean green? (see x --help)"),
+        (["--colour", "blue"], "--colour is 'blue', expected one of red, green (see x --help)"),
+        (["--stream", "bloks"], "--stream is 'bloks', expected one of networks, blocks; did you mean blocks?"),
+        (["word", "--stream", "bloks"], "--stream is 'bloks', expected one of networks, blocks; did you mean blocks?"),
+        (["word", "--stream", "gpu"], "--stream is 'gpu', expected one of networks, blocks (see x --help)"),
+        (["--stream=gpu"], "--stream is 'gpu', expected one of"),
+    ],
+)
+def test_a_value_that_is_none_of_those_there_are(args, message):
+    with pytest.raises(OpenSoraError, match=r"^[^\n]*$") as caught:
+        parse(Choosing, args, "x")
+    assert message in str(caught.value)
+    assert parse(Choosing, ["--stream", "a word"], "x") == Choosing(("a word",), stream="networks")
 
 
 def test_help_loads_nothing_heavy():

@@ -53,7 +53,7 @@ WRONG = [
     (["generate", BALL, "--model", "Toybox"], "did you mean 'toybox'?"),
     (["generate", BALL, "--dtype", "fp16"], "known: float32, bfloat16, float16"),
     (["generate", BALL, "--device", "gpu"], "here there is: cpu"),
-    (["generate", BALL, "--offload", "yes"], "unexpected yes"),
+    (["generate", BALL, "--offload", "yes"], "--offload is 'yes', expected one of networks, blocks"),
     (["generate", BALL, "--no-metadata=true"], "--no-metadata takes no value"),
     # twice, and two at once
     (["generate", BALL, "--seed", "1", "--seed", "2"], "--seed is given twice; give it once"),

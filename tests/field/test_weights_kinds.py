@@ -51,6 +51,7 @@ NO_WEIGHTS = {
     "gzip": (gzip.compress(b"x" * 1000), "unpack it"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(100), "unpack it"),
     "json": (json.dumps({"error": "not found"}).encode(), "a JSON file"),
+    "text": (b"[project]\nname = 'access denied'\n", "is a text file; expected weights"),
     "gguf": (b"GGUF" + bytes(100), "GGUF"),
     "picture": (archive(lambda file: Image.new("RGB", (4, 4)).save(file, "PNG")), "a picture"),
     "empty": (b"", "damaged"),

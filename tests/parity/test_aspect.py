@@ -34,7 +34,7 @@ def test_image_sizes(version, golden_json):
     names = golden_json(f"aspect_v{version}").get("ASPECT_RATIO_MAP", {})
     for key, result in golden_json(f"aspect_fn_v{version}").get("image_size", {}).items():
         resolution, name = key.split("|")
-        height, width = map(int, "25:12".split(":") if name == "50:27" else name.split(":"))
+        height, width = map(int, ("25:12" if name == "50:27" else name).split(":"))
         assert names[name] == f"{height / width:.2f}"
         table = geometry.aspect_table(resolution)
         if names[name] in tables[resolution]["ratios"]:

@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from opensora.diffusion.process import NoiseProcess
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers import SAMPLERS
+from opensora.settings import expected_one_of
 
 
 class Scheduler(SchedulerMixin, ConfigMixin):
@@ -99,7 +100,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             OpenSoraError: an unknown name, or a model of rectified flow, which has one sampler only.
         """
         if name not in SAMPLERS:
-            raise OpenSoraError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+            raise OpenSoraError(f"unknown sampler {name!r}; {expected_one_of(name, SAMPLERS)}")
         for kind in self.compatibles:
             if name in kind.samplers:
                 return cast(Scheduler, kind.from_config(self.config, **kind.samplers[name]))

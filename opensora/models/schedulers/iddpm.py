@@ -29,6 +29,7 @@ from opensora.diffusion.process import GaussianProcess
 from opensora.errors import OpenSoraError
 from opensora.models.schedulers.base import Scheduler, check_schedule
 from opensora.models.schedulers.frames import Generators, check_frames, choose_frames, index_of, noise_like
+from opensora.settings import expected_one_of
 
 GAUSSIAN_SCHEDULERS = [f"{__package__}.iddpm.IDDPMScheduler", f"{__package__}.dpm_solver.DPMSolverScheduler"]
 """Those that sample the same models, so that each can be made of the other's configuration."""
@@ -300,4 +301,4 @@ class IDDPMScheduler(Scheduler):
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise OpenSoraError(f"got {name}={value!r}; expected one of {', '.join(map(repr, choices))}")
+        raise OpenSoraError(f"got {name}={value!r}; {expected_one_of(value, choices)}")
