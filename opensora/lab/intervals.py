@@ -1,8 +1,8 @@
 """How sure a mean is: bootstrap intervals (Efron and Tibshirani 1993, chapter 13), paired where the noise is shared.
 
 Clips of one prompt resemble each other, so what is drawn again is whole groups (prompts), not clips; where there is one
-group alone, its clips are. The draws depend on nothing but the number of groups, so the same rows have the same interval
-on every machine, and two settings that are compared on the same prompts are drawn alike.
+group alone, its clips are. The draws depend on nothing but the number of groups, so the same rows have the same
+interval on every machine, and two settings that are compared on the same prompts are drawn alike.
 
 Letters: N clips, G groups, R draws.
 """
