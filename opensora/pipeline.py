@@ -31,6 +31,7 @@ from opensora.geometry import SizeRule, VideoSize
 from opensora.media.transforms import to_pixels
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.channel_scales import ChannelScales
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
     NOT_GIVEN,
@@ -262,6 +263,7 @@ class OpenSoraPipeline(
         image_guidance_scale: float | None = None,
         cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
         cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
+        channel_scales: ChannelScales | None = None,
         guider: Any = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
@@ -305,9 +307,10 @@ class OpenSoraPipeline(
             guidance_scale: strength of classifier-free guidance; 1 = none, which halves the work.
             image_guidance_scale: how strongly known frames are followed by a model that reads them beside the noise,
                 likewise.
-            cfg_channels: which latent channels are guided: the first k, a list of indices, {index: weight} (1 is what
-                the rule says, 0 no guidance), None or "all".
+            cfg_channels: which latent channels are guided: the first k, a list of indices, None or "all".
             cfg_channel: an older name of `cfg_channels`.
+            channel_scales: in place of `guidance_scale` and `cfg_channels`, a scale for each latent channel (1 = none):
+                a list, or ranges ("0-2:7,3:1"). A `guider` works at these in place of its own scale.
             guider: a guider of `diffusers.guiders` in place of plain guidance, or a `GuidanceRule`; it brings its own
                 scale. A `GuidanceRule` guides all channels unless `cfg_channels` are given.
             num_videos_per_prompt: the videos of one prompt come one after the other.
@@ -338,7 +341,7 @@ class OpenSoraPipeline(
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _check_choices(output_type, tensor_inputs)
         channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=NOT_GIVEN)
-        rule = self._guidance_rule(guider, guidance_scale, image_guidance_scale, channels)
+        rule = self._guidance_rule(guider, guidance_scale, image_guidance_scale, channels, channel_scales)
         prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
         scores = self.rated_scores(scores, fps)
         size = self._size(num_frames, height, width)
@@ -451,7 +454,7 @@ class OpenSoraPipeline(
         """Raises `OpenSoraError` if a call that asks for nothing but a prompt would be refused."""
         clip = self._clip_conditions(self._size(None, None, None), None, None)
         self._prepared_scheduler(None, None, None, clip, torch.device("cpu"))
-        self._guidance_rule(None, None, None, NOT_GIVEN)
+        self._guidance_rule(None, None, None)
         self.spell(["rain"])
         self.text_conditioner.blank_tokens(1, "cpu")
 
@@ -583,7 +586,7 @@ class OpenSoraPipeline(
         `tile_frames` is there where the autoencoder was set to work in other tiles than its own.
         """
         names = ("num_frames", "height", "width", "fps", "frame_interval", "num_inference_steps")
-        rule = self._guidance_rule(None, None, None, NOT_GIVEN)
+        rule = self._guidance_rule(None, None, None)
         tile_frames = getattr(self.autoencoder, "tile_sample_frames", None)
         own_tiles = tile_frames == self.autoencoder.config.get("tile_sample_frames")
         return {

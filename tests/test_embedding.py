@@ -155,7 +155,9 @@ def test_what_a_pipeline_returns_is_saved_with_its_colours(output_type, tmp_path
 
 
 def test_a_request_is_plain_data():
-    request = ClipRequest(PROMPT, num_frames="4s", cfg_channels=[0, 2], scores={"flow": None}, image=Path("a.png"))
+    request = ClipRequest(
+        PROMPT, num_frames="4s", channel_scales=[7.0, 1.0], scores={"flow": None}, image=Path("a.png")
+    )
     assert ClipRequest.from_json(request.to_json()) == request
     assert ClipRequest.from_json('{"prompt": "x", "loop": 2}') == ClipRequest("x", loop=2)
     with pytest.raises(OpenSoraError, match="num_frame"):

@@ -109,15 +109,13 @@ def component_lines(report: ComponentReport, what: str = "weights") -> Lines:
 def defaults_lines(defaults: dict[str, Any]) -> Lines:
     """How a pipeline samples where nothing else is asked for."""
     numbers = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
-    whole = "cfg_channels" in defaults and all(isinstance(defaults.get(name), int | float) for name in numbers)
+    channels = defaults.get("cfg_channels", {})
+    whole = not isinstance(channels, dict) and all(isinstance(defaults.get(name), int | float) for name in numbers)
     if not whole:  # what a damaged file declares is told as it stands
         return [("defaults", describe_config(defaults))]
-    channels = defaults["cfg_channels"]
     guided = "all latent channels" if channels is None else f"the first {channels} latent channels"
     if isinstance(channels, list | tuple):
         guided = f"latent channels {', '.join(map(str, channels))}"
-    elif isinstance(channels, dict):
-        guided = "latent channels " + ", ".join(f"{channel} (by {weight})" for channel, weight in channels.items())
     return [
         ("makes", "{num_frames} frames of {width}x{height} at {fps:g} fps".format(**defaults)),
         ("samples", "{num_inference_steps} steps, guidance {guidance_scale:g} on ".format(**defaults) + guided),

@@ -93,8 +93,12 @@ class SamplingOptions:
     """How strongly the prompt is followed; 1 switches guidance off."""
     image_guidance_scale: Annotated[float | None, option("S", aliases=["--image-cfg-scale", "--guidance-img"])] = None
     """How strongly pictures and clips are followed that are given, by models that are guided by them."""
-    cfg_channels: Annotated[str | None, option("K|0,2|0:1,2:.5|all", aliases=["--cfg-channel"])] = None
-    """Latent channels that guidance touches: the first K, indices ("2," for one), these with a weight each, or all."""
+    cfg_channels: Annotated[str | None, option("K|0,2|all", aliases=["--cfg-channel"])] = None
+    """Latent channels that guidance touches: the first K, indices ("2," for one), or all."""
+    channel_scales: Annotated[str | None, option("0-2:S,3:S|[S,...]")] = None
+    """In place of both, a scale for each latent channel: by ranges, or a JSON list; 1 leaves a channel unguided."""
+    equivalent_to: Annotated[str | None, option("K|0,2|all", "none")] = None
+    """Guide these channels instead, at the scale of equal strength: 7 on 3 of 4 channels becomes 5.5 on all."""
     sampler: Annotated[str | None, option("|".join(SAMPLERS))] = None
     """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
 

@@ -16,6 +16,7 @@ import torch
 
 from opensora.errors import OpenSoraError, is_out_of_memory
 from opensora.generation.clip import Clip, to_uint8
+from opensora.generation.guidance import equal_strength_note
 from opensora.generation.inputs import (
     InputFiles,
     Inputs,
@@ -27,7 +28,7 @@ from opensora.generation.inputs import (
 from opensora.generation.loading import LoadedModel, load_model
 from opensora.generation.loops import generate_loops, still_frames
 from opensora.generation.record import NamedFrames, PlacedReferences, Record, Sampling, versions
-from opensora.generation.request import ClipRequest, guided_channels
+from opensora.generation.request import ClipRequest
 from opensora.generation.resolve import check_effects, resolve, total_frames
 from opensora.generation.words import check_words
 from opensora.models.autoencoders.tiles import TiledCodec
@@ -204,9 +205,7 @@ class Engine:
             if isinstance(inputs, PlacedReferences) and request.cond_type is not None:
                 inputs = placed_by_type(pipeline, inputs, files, request, sampling)
             if not self._repeats:
-                check_effects(request, sampling)
-                if pipeline.sequential_guidance and sampling.guidance_scale == 1:
-                    raise OpenSoraError("`sequential_guidance` has no effect: `guidance_scale` is 1, no guidance")
+                check_effects(request, sampling, sequential_guidance=pipeline.sequential_guidance)
             num_frames = total_frames(pipeline, sampling)  # refuses frames to be carried over that are too many
             rates = (sampling.input_fps, sampling.file_fps)
             key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames, *rates)
@@ -216,6 +215,7 @@ class Engine:
             num_frames -= sum(still_frames(pipeline, sampling.size, encoded[key]))
             texts, negatives = request.texts(), [request.negative_prompt] if request.negative_prompt else []
             notes = [*former_name(request.cond_type), *pipeline.text_notes(texts, negatives, sampling.scores)]
+            notes += equal_strength_note(pipeline, request)
             notes += notes_on_files(inputs, files, sampling)
             spelled = pipeline.spell(texts, sampling.scores)
             negative = next(iter(pipeline.spell_negative(negatives)), None)
@@ -342,8 +342,7 @@ def _sample(prepared: PreparedClip, watch: _Watch) -> "OpenSoraPipelineOutput":
         fps=sampling.fps,
         scores=sampling.scores,
         num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
+        **sampling.guidance,
         image_guidance_scale=sampling.image_guidance_scale,
-        cfg_channels=guided_channels(sampling.cfg_channels),
         callback_on_step_end=watch.step_done,
     )

@@ -34,9 +34,10 @@ class Sampling:
         width: in pixels.
         fps: frames per second that the network was told.
         num_inference_steps: a number, or a respacing.
-        guidance_scale: 1 = none.
+        guidance_scale: 1 = none; None where each channel has its own.
         image_guidance_scale: likewise, of known frames; None for models without.
         cfg_channels: as the pipeline takes them.
+        channel_scales: a scale for each latent channel, in place of both; None for one scale.
         nominal_size: (height, width) that the network was told; None for the size that was made.
         frame_interval: the file was written at `fps / frame_interval`,
         save_fps: or at this rate.
@@ -55,7 +56,7 @@ class Sampling:
     width: int
     fps: float
     num_inference_steps: int | str
-    guidance_scale: float
+    guidance_scale: float | None
     cfg_channels: int | list[int] | str | None
     nominal_size: tuple[int, int] | None = None
     frame_interval: int = 1
@@ -67,6 +68,20 @@ class Sampling:
     condition_strength: float = 0.0
     input_fps: float | None = None
     image_guidance_scale: float | None = None
+    channel_scales: list[float] | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the text guides any channel."""
+        scales = [self.guidance_scale] if self.channel_scales is None else self.channel_scales
+        return any(scale != 1 for scale in scales)
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """How strongly which channels are guided by the text, in keywords of the pipeline."""
+        if self.channel_scales is not None:
+            return {"channel_scales": self.channel_scales}
+        return {"guidance_scale": self.guidance_scale, "cfg_channels": self.cfg_channels}
 
     @property
     def size(self) -> VideoSize:
@@ -220,6 +235,9 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
     named = given if isinstance(given, NamedFrames) else NamedFrames()
     placed = given if isinstance(given, PlacedReferences) else None
     shows_frames = placed is not None or bool(named.image or named.last_image or named.extend) or sampling.num_loops > 1
+    guidance = sampling.guidance
+    if sampling.guidance_scale == 1:
+        guidance["cfg_channels"] = "default"
     carries_over = sampling.num_loops > 1 or named.extend is not None
 
     def place(file: InputFile | None) -> Path | None:
@@ -241,9 +259,8 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         frame_interval=sampling.frame_interval if sampling.save_fps is None else None,
         save_fps=sampling.save_fps,
         num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
+        **guidance,
         image_guidance_scale=sampling.image_guidance_scale if shows_frames else None,
-        cfg_channels="default" if sampling.guidance_scale == 1 else sampling.cfg_channels,
         sampler=sampling.sampler,
         scores=sampling.scores or {},
         image=place(named.image),

@@ -19,6 +19,7 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import num_pixels, parse_aspect_ratio
 from opensora.limits import check_count, parse_count
 from opensora.media.write import check_fps
+from opensora.models.channel_scales import parse_channel_scales
 from opensora.models.schedulers import SAMPLERS
 from opensora.models.text.condition_types import check_condition_type
 from opensora.models.text.prompts import parse_mask_strategy, split_loops, split_references
@@ -107,8 +108,11 @@ class ClipRequest:
         num_inference_steps: a number, or a respacing ("ddim50").
         guidance_scale: 1 = none.
         image_guidance_scale: likewise, of the frames that the clip is conditioned on, for models that have one.
-        cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), weights by index
-            ("0:1,2:0.5", see `models.guidance.ChannelGuidance`), "all" or None for all; "default" for the model's own.
+        cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), "all" or None for all;
+            "default" for the model's own.
+        channel_scales: in place of both, a scale for each latent channel: a list, or ranges ("0-2:7,3:1").
+        equivalent_to: channels, likewise, that are guided instead, at the scale of equal strength, see
+            `models.guidance_strength`; None for those of `cfg_channels`.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.
         scores: in place of the model's defaults, by name; None switches one off.
         image: the clip begins with this picture,
@@ -155,6 +159,8 @@ class ClipRequest:
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
     cfg_channels: int | list[int] | str | None = "default"
+    channel_scales: list[float] | str | None = None
+    equivalent_to: int | list[int] | str | None = None
     sampler: str | None = None
     scores: dict[str, float | str | None] = field(default_factory=dict)
 
@@ -276,7 +282,8 @@ def _check_lengths(request: ClipRequest) -> None:
         if len(getattr(request, name) or "") > limits.PROMPT_CHARACTERS:
             many, most = len(getattr(request, name)), limits.PROMPT_CHARACTERS
             raise OpenSoraError(f"`{name}` has {many:,} characters, expected at most {most:,}")
-    for name in ("num_frames", "num_inference_steps", "cfg_channels", "resolution", "aspect_ratio", "mask_strategy"):
+    in_words = ("num_frames", "num_inference_steps", "cfg_channels", "equivalent_to", "resolution", "aspect_ratio")
+    for name in (*in_words, "mask_strategy"):
         value = getattr(request, name)
         if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
             raise OpenSoraError(f"`{name}` is {shown(value)}, expected at most {_MOST_CHARACTERS} characters")
@@ -315,38 +322,29 @@ def parse_steps(steps: int | str) -> int | str:
     return check_count("`num_inference_steps`", steps, limits.STEPS)
 
 
-def parse_cfg_channels(channels: int | list[int] | str | None) -> int | list[int] | str | None:
-    """`"3"` -> 3, `"0,2"` -> [0, 2], `"2,"` -> [2]; "all", None, weights, and what is parsed already, as they are.
+def parse_cfg_channels(
+    channels: int | list[int] | str | None, name: str = "cfg_channels"
+) -> int | list[int] | str | None:
+    """`"3"` -> 3, `"0,2"` -> [0, 2], `"2,"` -> [2]; "all", None, and what is parsed already, as they are.
 
     Raises:
         OpenSoraError: anything else.
     """
-    if channels is None or channels == "all" or isinstance(guided_channels(channels), dict):
+    if channels is None or channels == "all":
         return channels
     text = channels if isinstance(channels, str | int) else f"{','.join(map(str, channels))},"
     parts = [part.strip() for part in str(text).split(",")]
     if len(parts) > 1 and not parts[-1]:
         parts.pop()
     if not all(re.fullmatch(r"-?\d+", part) for part in parts):
+        scales = "; a scale for each is `channel_scales`" if ":" in str(text) else ""
         raise OpenSoraError(
-            f"`cfg_channels` is {channels!r}, expected a number such as 3, indices such as 0,2, weights such as "
-            "0:1,2:0.5, or all"
+            f"`{name}` is {channels!r}, expected a number such as 3, indices such as 0,2, or all{scales}"
         )
     numbers, are_indices = [int(part) for part in parts], "," in str(text)
     if min(numbers) < (0 if are_indices else 1):
-        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected at least one channel and no negative index")
+        raise OpenSoraError(f"`{name}` is {channels!r}, expected at least one channel and no negative index")
     return numbers if are_indices else numbers[0]
-
-
-def guided_channels(channels: int | list[int] | str | None) -> int | list[int] | dict[int, float] | str | None:
-    """What the pipeline takes: `"0:1,2:0.5"` -> {0: 1.0, 2: 0.5}, all else as `parse_cfg_channels` made it."""
-    if not isinstance(channels, str) or ":" not in channels:
-        return channels
-    pairs = [re.fullmatch(r"\s*(\d+):(\d+(?:\.\d*)?|\.\d+)\s*", part) for part in channels.split(",")]
-    weights = {int(pair[1]): float(pair[2]) for pair in pairs if pair}
-    if len(weights) < len(pairs):
-        raise OpenSoraError(f"`cfg_channels` is {channels!r}, expected weights such as 0:1,2:0.5, each channel once")
-    return weights
 
 
 def _check_size(request: ClipRequest, file_format: str) -> None:
@@ -382,6 +380,22 @@ def _check_sampling(request: ClipRequest) -> None:
         parse_steps(request.num_inference_steps)
     if request.cfg_channels != "default":
         parse_cfg_channels(request.cfg_channels)
+    if request.equivalent_to is not None:
+        parse_cfg_channels(request.equivalent_to, "equivalent_to")
+    if request.channel_scales is not None:
+        parse_channel_scales(request.channel_scales)
+        _check_one_scale_each(request)
+
+
+def _check_one_scale_each(request: ClipRequest) -> None:
+    others = {
+        "guidance_scale": request.guidance_scale is not None,
+        "cfg_channels": request.cfg_channels != "default",
+        "equivalent_to": request.equivalent_to is not None,
+    }
+    for name, is_given in others.items():
+        if is_given:
+            raise OpenSoraError(f"`channel_scales` says the scale of every channel; leave out `{name}`")
 
 
 def check_guidance_scale(scale: float | None, name: str = "guidance_scale") -> None:

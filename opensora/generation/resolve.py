@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from opensora.errors import OpenSoraError
+from opensora.generation.guidance import resolve_guidance
 from opensora.generation.record import Sampling
-from opensora.generation.request import ClipRequest, parse_cfg_channels, parse_steps
+from opensora.generation.request import ClipRequest, parse_steps
 from opensora.geometry import (
     SizeRule,
     VideoSize,
@@ -117,15 +118,11 @@ def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: Edite
     Raises:
         OpenSoraError: what this model cannot make; names the nearest it can.
     """
-    config, steps, channels = pipe.config, request.num_inference_steps, request.cfg_channels
-    default_channels: Any = pipe.default_cfg_channels
-    own_scale = (config.guidance_options or {}).get("image_guidance_scale")
+    config, steps = pipe.config, request.num_inference_steps
     return Sampling(
         **asdict(resolve_size(request, config, pipe.size_rule(), edited_frames)),
         num_inference_steps=config.num_inference_steps if steps is None else parse_steps(steps),
-        guidance_scale=config.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        image_guidance_scale=own_scale if request.image_guidance_scale is None else request.image_guidance_scale,
-        cfg_channels=default_channels if channels == "default" else parse_cfg_channels(channels),
+        **resolve_guidance(pipe, request),
         sampler=request.sampler,
         scores={**(config.scores or {}), **(pipe.rated_scores(request.scores, request.fps) or {})} or None,
         num_loops=request.num_loops,
@@ -135,21 +132,24 @@ def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: Edite
     )
 
 
-def check_effects(request: ClipRequest, sampling: Sampling) -> None:
+def check_effects(request: ClipRequest, sampling: Sampling, *, sequential_guidance: bool = False) -> None:
     """Finds wishes that would change nothing beside the others.
 
     Args:
         request: what was asked for.
         sampling: what it comes to.
+        sequential_guidance: the branches of guidance are computed one after the other.
 
     Raises:
         OpenSoraError: the first such wish.
     """
-    unguided = f"`guidance_scale` is 1{'' if request.guidance_scale == 1 else ' in this model'}, which is no guidance"
+    unguided = f"{_scale_of_one(request)}, which is no guidance"
     lasting = isinstance(request.num_frames, str) and request.num_frames.strip().endswith("s")
     without_effect = {
-        "negative_prompt": (sampling.guidance_scale == 1 and bool(request.negative_prompt), unguided),
-        "cfg_channels": (sampling.guidance_scale == 1 and request.cfg_channels != "default", unguided),
+        "negative_prompt": (not sampling.is_guided and bool(request.negative_prompt), unguided),
+        "cfg_channels": (not sampling.is_guided and request.cfg_channels != "default", unguided),
+        "equivalent_to": (not sampling.is_guided and request.equivalent_to is not None, unguided),
+        "sequential_guidance": (not sampling.is_guided and sequential_guidance, unguided),
         "image_guidance_scale": (
             request.image_guidance_scale is not None and not request.shows_frames,
             "the clip is conditioned on no frames",
@@ -173,6 +173,13 @@ def check_effects(request: ClipRequest, sampling: Sampling) -> None:
     for name in request.scores:
         if all(SCORE_WORDS.get(name, name) in text for text in request.texts()):
             raise OpenSoraError(f"the prompt says its {SCORE_WORDS[name].rstrip(':.')} already; say it once")
+
+
+def _scale_of_one(request: ClipRequest) -> str:
+    """Where it is said that nothing is guided."""
+    if request.channel_scales is not None:
+        return "all `channel_scales` are 1"
+    return f"`guidance_scale` is 1{'' if request.guidance_scale == 1 else ' in this model'}"
 
 
 def total_frames(pipe: "OpenSoraPipeline", sampling: Sampling) -> int:

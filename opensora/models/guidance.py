@@ -30,8 +30,8 @@ from opensora.errors import OpenSoraError
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 
-CfgChannels: TypeAlias = int | Sequence[int] | Mapping[int, float] | Literal["all"] | None
-"""The first k latent channels, these, these with a weight each, or all of them (``None`` and ``"all"``)."""
+CfgChannels: TypeAlias = int | Sequence[int] | Literal["all"] | None
+"""The first k latent channels, these, or all of them (``None`` and ``"all"``)."""
 
 
 class NotGiven(enum.Enum):
@@ -64,13 +64,16 @@ def merge_cfg_channel_alias(
     return default if cfg_channel is NOT_GIVEN else cfg_channel
 
 
-def resolve_cfg_channels(cfg_channels: CfgChannels, latent_channels: int) -> tuple[int, ...]:
+def resolve_cfg_channels(
+    cfg_channels: CfgChannels, latent_channels: int, name: str = "cfg_channels"
+) -> tuple[int, ...]:
     """Turn ``cfg_channels`` into ascending channel indices.
 
     Args:
         cfg_channels: an int k for the first k latent channels, a sequence of distinct indices in
-            [0, ``latent_channels``) or a weight for each, or ``None`` / ``"all"`` for every latent channel.
+            [0, ``latent_channels``), or ``None`` / ``"all"`` for every latent channel.
         latent_channels: C, the number of latent channels (without variance channels).
+        name: of the argument, for messages.
 
     Returns:
         The guided channels, ascending, at least one.
@@ -85,24 +88,20 @@ def resolve_cfg_channels(cfg_channels: CfgChannels, latent_channels: int) -> tup
     expected = (
         f"expected a count from 1 to {latent_channels}, distinct indices from 0 to {latent_channels - 1}, or 'all'"
     )
-    if isinstance(cfg_channels, str | bytes | bool) or not isinstance(cfg_channels, int | Sequence | Mapping):
-        raise OpenSoraError(f"got cfg_channels={cfg_channels!r}; {expected}")
+    if isinstance(cfg_channels, str | bytes | bool) or not isinstance(cfg_channels, int | Sequence):
+        raise OpenSoraError(f"got {name}={cfg_channels!r}; {expected}")
     if isinstance(cfg_channels, int):
         if not 1 <= cfg_channels <= latent_channels:
-            raise OpenSoraError(
-                f"got cfg_channels={cfg_channels} for a latent of {latent_channels} channels; {expected}"
-            )
+            raise OpenSoraError(f"got {name}={cfg_channels} for a latent of {latent_channels} channels; {expected}")
         return tuple(range(cfg_channels))
-    indices = [_channel_index(value, expected) for value in cfg_channels]
+    indices = [_channel_index(value, name, expected) for value in cfg_channels]
     if not indices:
-        raise OpenSoraError(
-            f"got cfg_channels=[], which guides nothing; {expected} (for no guidance: guidance_scale=1)"
-        )
+        raise OpenSoraError(f"got {name}=[], which guides nothing; {expected} (for no guidance: guidance_scale=1)")
     outside = [index for index in indices if not 0 <= index < latent_channels]
     if outside:
-        raise OpenSoraError(f"got channel {outside[0]} in cfg_channels={list(cfg_channels)}; {expected}")
+        raise OpenSoraError(f"got channel {outside[0]} in {name}={list(cfg_channels)}; {expected}")
     if len(set(indices)) != len(indices):
-        raise OpenSoraError(f"got a channel twice in cfg_channels={list(cfg_channels)}; {expected}")
+        raise OpenSoraError(f"got a channel twice in {name}={list(cfg_channels)}; {expected}")
     return tuple(sorted(indices))
 
 
@@ -253,9 +252,8 @@ class GuiderRule:
 class ChannelGuidance:
     """A rule restricted to some latent channels; all others keep the prediction with the text.
 
-    The rule is handed the guided channels alone, so norms, projections and standard deviations are taken over them. A
-    channel may have a weight w: ``text + w * (guided - text)``, 1 for what the rule says, 0 for no guidance, more for
-    more than the rule. What a rule makes of the branch "text" alone (guidance distilled into a network) has no weights.
+    The rule is handed the guided channels alone, so norms, projections and standard deviations are taken over them. For
+    a scale of its own for each channel see :mod:`opensora.models.channel_scales`.
 
     Args:
         guider: a rule, a ``diffusers.guiders`` guider (see :class:`GuiderRule`), or ``None`` for no guidance at all.
@@ -263,7 +261,7 @@ class ChannelGuidance:
         latent_channels: C, the number of latent channels.
 
     Raises:
-        OpenSoraError: channels outside the latent, weights that are no numbers, or a guider that is no rule.
+        OpenSoraError: channels outside the latent, or a guider that is no rule.
     """
 
     def __init__(
@@ -271,8 +269,6 @@ class ChannelGuidance:
     ) -> None:
         self.latent_channels = latent_channels
         self.channels = resolve_cfg_channels(cfg_channels, latent_channels)
-        given = cfg_channels if isinstance(cfg_channels, Mapping) else {}
-        self.weights = tuple(_channel_weight(given.get(channel, 1.0)) for channel in self.channels)
         self.rule: GuidanceRule = guider if is_rule(guider) else GuiderRule(cast(Any, guider))
 
     def branches(self, step: GuidanceStep) -> tuple[str, ...]:
@@ -317,16 +313,13 @@ class ChannelGuidance:
             return cond
         # Slices, not an index tensor: nothing has to be copied to the accelerator.
         result = cond.clone()
-        for position, (channel, weight) in enumerate(zip(self.channels, self.weights, strict=True)):
-            by_rule = guided[:, position]
-            result[:, channel] = by_rule if weight == 1 else torch.lerp(cond[:, channel], by_rule, weight)
+        for position, channel in enumerate(self.channels):
+            result[:, channel] = guided[:, position]
         return result
 
     def describe(self) -> dict[str, Any]:
         """Guided channels and the rule, as plain JSON values."""
-        weighted = {str(c): weight for c, weight in zip(self.channels, self.weights, strict=True)}
-        plain = all(weight == 1 for weight in self.weights)
-        return {"cfg_channels": list(self.channels) if plain else weighted, **self.rule.describe()}
+        return {"cfg_channels": list(self.channels), **self.rule.describe()}
 
     def _take(self, prediction: torch.Tensor) -> torch.Tensor:
         if self.channels == tuple(range(len(self.channels))):
@@ -339,19 +332,13 @@ def is_rule(guider: Any) -> TypeGuard[GuidanceRule]:
     return hasattr(guider, "branches")
 
 
-def _channel_index(value: Any, expected: str) -> int:
+def _channel_index(value: Any, name: str, expected: str) -> int:
     if not isinstance(value, bool):
         try:
             return operator.index(value)
         except TypeError:
             pass
-    raise OpenSoraError(f"got {value!r} as a channel in cfg_channels; {expected}")
-
-
-def _channel_weight(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OpenSoraError(f"got {value!r} as a channel's weight in cfg_channels; expected a number")
-    return float(value)
+    raise OpenSoraError(f"got {value!r} as a channel in {name}; {expected}")
 
 
 def _check_guider(guider: "BaseGuidance") -> None:

@@ -8,6 +8,7 @@ both scales are 1 only c is, and without known frames u and n are one.
 Letters: s text scale, g image scale, i step of n steps, T latent frames.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -102,6 +103,13 @@ class TextImageGuidance:
         if step.conditioned or not self.guidance_rescale:
             return guided
         return _rescaled(guided, cond, self.guidance_rescale)
+
+    def at_scale(self, scale: float) -> "TextImageGuidance":
+        """The same rule with another text scale."""
+        check_guidance_scale(scale)
+        other = copy.copy(self)
+        other.guidance_scale = scale
+        return other
 
     def image_scale(self, step: GuidanceStep, like: torch.Tensor) -> torch.Tensor | float:
         """For a prediction (B, C, T, H, W): one number, or (B or 1, 1, T, 1, 1), one for each latent frame."""

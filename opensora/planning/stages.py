@@ -21,7 +21,7 @@ from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.autoencoders.tiles import TiledCodec
 from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.clip_conditions import ClipConditions
-from opensora.models.guidance import NOT_GIVEN, GuidanceStep
+from opensora.models.guidance import GuidanceStep
 from opensora.models.int8 import computing_dtype
 from opensora.offloading import Offload
 from opensora.pipeline import OpenSoraPipeline
@@ -104,7 +104,7 @@ def branches_of(pipeline: OpenSoraPipeline, clip: Clip) -> tuple[str, ...]:
     """Branches of guidance in the first step, in which no model's own rule leaves any out."""
     if not clip.guided:
         return ("text",)
-    rule = pipeline._guidance_rule(None, None, None, NOT_GIVEN)
+    rule = pipeline._guidance_rule(None, None, None)
     return rule.branches(GuidanceStep(0, 1000, 1000.0, clip.conditioned))
 
 

@@ -40,8 +40,8 @@ class NoisePipeline:
         )
         self.rule = SizeRule(spatial_multiple=8, frame_multiple=4, frame_offset=1, max_frames=65)
         self.device = torch.device("cpu")
-        self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames)
-        self.transformer = SimpleNamespace(known_frames_alone=False, carries_latents=False)
+        self.autoencoder = SimpleNamespace(latent_frames=lambda num_frames: num_frames, latent_channels=4)
+        self.transformer = SimpleNamespace(known_frames_alone=False, carries_latents=False, reads_guidance=False)
         self.text_conditioner = SimpleNamespace(check_words=lambda texts: None)
         self.num_timesteps = 3
         self.sequential_guidance = False

@@ -67,6 +67,32 @@ def test_from_makes_the_same_frames_again(pipe, tmp_path, suffix, capsys):
     assert capsys.readouterr().out.strip() == f"outputs/a-small-red-ball-rolls-left-9.{suffix}"
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        (
+            ["--channel-scales", "0-2:7,3:1"],
+            {"channel_scales": [7.0, 7.0, 7.0, 1.0], "guidance_scale": None, "cfg_channels": None},
+        ),
+        (
+            ["--guidance-scale", "7", "--cfg-channels", "3", "--equivalent-to", "all"],
+            {"guidance_scale": 5.5, "cfg_channels": "all", "channel_scales": None},
+        ),
+    ],
+)
+def test_guidance_is_recorded_as_it_was_and_made_again(pipe, options, recorded, capsys):
+    prompts = [PROMPT, "a blue square spins"]
+    assert main(["generate", "--prompt", *prompts, "--output", "clip.png", *options]) == 0
+    said = capsys.readouterr().err
+    assert ("guidance 7 on 3 of 4 channels = 5.5 on all 4" in said) == ("--equivalent-to" in options)
+    for number in range(2):
+        sampling = read_metadata(f"clip-{number}.png")["sampling"]
+        assert {name: sampling[name] for name in recorded} == recorded
+        assert main(["generate", "--from", f"clip-{number}.png", "--output", "again.png"]) == 0
+        assert pipe.calls[-1] == pipe.calls[number]
+        assert read_metadata("again.png")["sampling"] == sampling
+
+
 def test_from_keeps_device_and_dtype(pipe):
     assert main(["generate", PROMPT, "--output", "one.mp4", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     assert pipe.asked.dtype is torch.bfloat16
@@ -179,7 +205,10 @@ def test_names_nobody_chose_replace_nothing(pipe, capsys):
         (["--cfg-channels", "3"], {"cfg_channels": 3}),
         (["--cfg-channel", "1,"], {"cfg_channels": [1]}),
         (["--cfg-channels", "all"], {"cfg_channels": "all"}),
-        (["--cfg-channels", "0:1,2:.5"], {"cfg_channels": {0: 1.0, 2: 0.5}}),
+        (["--channel-scales", "0-2:7,3:1"], {"channel_scales": [7.0, 7.0, 7.0, 1.0]}),
+        (["--channel-scales=[7, 6.5, 0, 1]"], {"channel_scales": [7.0, 6.5, 0.0, 1.0]}),
+        (["--cfg-channels", "3", "--equivalent-to", "all"], {"guidance_scale": 2.5, "cfg_channels": "all"}),
+        (["--guidance-scale", "7", "--equivalent-to", "3"], {"guidance_scale": 9.0, "cfg_channels": 3}),
         (["--guidance-scale", "1"], {"guidance_scale": 1.0}),
         (["--num-inference-steps", "7"], {"num_inference_steps": 7}),
         (["--num-inference-steps", "ddim50"], {"num_inference_steps": "ddim50"}),
@@ -224,6 +253,28 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         ([PROMPT, "--cfg-channels", "some"], "--cfg-channels is 'some'"),
         ([PROMPT, "--cfg-channels", "0"], "at least one channel"),
         ([PROMPT, "--cfg-channels=-1"], "at least one channel"),
+        ([PROMPT, "--cfg-channels", "0:1,2:0.5"], "a scale for each is --channel-scales"),
+        ([PROMPT, "--channel-scales", "7,7,7,1"], "--channel-scales is '7,7,7,1', expected a scale for each latent"),
+        ([PROMPT, "--channel-scales", "[7, 7, 7"], "--channel-scales is not valid JSON"),
+        ([PROMPT, "--channel-scales", "[7, 7, 7]"], "--channel-scales has 3 scales, expected 4"),
+        ([PROMPT, "--channel-scales", "[7, 7, 7, -1]"], "holds the number -1 for channel 3"),
+        ([PROMPT, "--channel-scales", "[7, 7, 7, NaN]"], "--channel-scales is not valid JSON"),
+        ([PROMPT, "--channel-scales", "0-3:nan"], "holds the number nan for channels 0 to 3"),
+        ([PROMPT, "--channel-scales", "0-2:7,2-3:1"], "--channel-scales names channel 2 twice"),
+        ([PROMPT, "--channel-scales", "3-0:7"], "the range 3-0, which runs backwards; write 0-3"),
+        ([PROMPT, "--channel-scales", "0-2:7"], "leaves out channel 3; add 3:1 for no guidance there"),
+        ([PROMPT, "--channel-scales", "0-4:7"], "names channel 4, expected channels from 0 to 3"),
+        ([PROMPT, "--channel-scales", "0-999999999:7"], "a channel of --channel-scales is 999999999, expected"),
+        ([PROMPT, "--channel-scales", "0-3:7", "--guidance-scale", "7"], "leave out --guidance-scale"),
+        ([PROMPT, "--channel-scales", "0-3:7", "--cfg-channels", "3"], "leave out --cfg-channels"),
+        ([PROMPT, "--channel-scales", "0-3:7", "--equivalent-to", "all"], "leave out --equivalent-to"),
+        ([PROMPT, "--channel-scales", "0-3:1", "--negative-prompt", "blue"], "all --channel-scales are 1"),
+        ([PROMPT, "--equivalent-to", "some"], "--equivalent-to is 'some', expected a number such as 3"),
+        ([PROMPT, "--equivalent-to", "0"], "--equivalent-to is '0', expected at least one channel"),
+        ([PROMPT, "--equivalent-to", "all"], "--equivalent-to has no effect: these channels are guided already"),
+        ([PROMPT, "--equivalent-to", "5"], "got --equivalent-to=5 for a latent of 4 channels"),
+        ([PROMPT, "--guidance-scale", "1", "--equivalent-to", "3"], "--equivalent-to has no effect: --guidance-scale"),
+        ([PROMPT, "--guidance-scale", "0", "--equivalent-to", "3"], "has no equal on 3"),
         ([PROMPT, "--guidance-scale=-2"], "--guidance-scale is -2"),
         ([PROMPT, "--guidance-scale", "nan"], "--guidance-scale is nan"),
         ([PROMPT, "--num-inference-steps", "0"], "--num-inference-steps is 0"),

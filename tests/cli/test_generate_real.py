@@ -47,6 +47,16 @@ def test_a_clip_and_the_same_clip_again(model, capsys):
     assert json.loads((model.parent / "one.mp4.json").read_text()) == record
 
 
+def test_a_clip_with_a_scale_for_each_channel_again(model):
+    options = ["--model", "model", "--num-inference-steps", "3", "--seed", "3"]
+    assert main(["generate", PROMPT, *options, "--channel-scales", "0-2:7,3:1", "--output", "one.mp4"]) == 0
+    assert main(["generate", "--from", "one.mp4", "--output", "two.mp4"]) == 0
+    assert np.array_equal(read_video("one.mp4")[0], read_video("two.mp4")[0])
+    first = ["--guidance-scale", "7", "--cfg-channels", "3"]
+    assert main(["generate", PROMPT, *options, *first, "--output", "first.mp4"]) == 0
+    assert np.array_equal(read_video("one.mp4")[0], read_video("first.mp4")[0])
+
+
 def test_from_with_other_weights(model, capsys):
     assert main(["generate", PROMPT, "--model", "model", "--output", "one.mp4", "--num-inference-steps", "2"]) == 0
     weights = load_file(model / WEIGHTS)
@@ -121,6 +131,7 @@ def test_a_folder_knows_its_words_as_well(model, prompt, options, message, capsy
         (["--num-frames", "40"], "nearest valid is 34"),
         (["--cfg-channels", "5"], "cfg_channels"),
         (["--cfg-channels", "0,4"], "cfg_channels"),
+        (["--channel-scales", "0-4:7"], "--channel-scales names channel 4, expected channels from 0 to 3"),
         (["--device", "nowhere"], "device"),
     ],
 )

@@ -169,6 +169,8 @@ def test_text_states_that_are_no_numbers_stop_a_run_and_nothing_is_exported(tmp_
     [
         ({"guidance_scale": 1.0, "negative_prompt": "a red ball rolls"}, "`negative_prompt` has no effect"),
         ({"guidance_scale": 1.0, "cfg_channels": 3}, "`cfg_channels` has no effect"),
+        ({"guidance_scale": 1.0, "equivalent_to": 3}, "`equivalent_to` has no effect"),
+        ({"channel_scales": "0-3:1", "negative_prompt": "a red ball rolls"}, "all `channel_scales` are 1"),
         ({"condition_frame_edit": 0.5, "loop": 1}, "`condition_frame_edit` has no effect"),
         ({"condition_frame_length": 1, "loop": 1}, "`condition_frame_length` has no effect"),
         ({"frame_interval": 2, "save_fps": 8.0}, "`frame_interval` has no effect: `save_fps`"),

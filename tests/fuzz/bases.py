@@ -52,6 +52,8 @@ def build(folder: Path) -> None:
         "2",
         "--condition-frame-length",
         "1",
+        "--channel-scales",
+        "0-2:7,3:1",
     )
     _run("data", "manifest", "clips", "--output", "clips.csv")
     _run("data", "manifest", "clips", "--output", "clips.parquet")

@@ -35,6 +35,8 @@ CACHE_RUN = [*TRAIN[:5], "other", "loop.steps=1", 'objective.data={"type": "Cach
 COMMANDS: dict[str, list[str]] = {
     "generate": GENERATE,
     "generate image": [*GENERATE, "--image", "photo.jpg"],
+    "generate scales": [*GENERATE, "--channel-scales", "0-2:7,3:1"],
+    "generate equivalent": [*GENERATE, "--cfg-channels", "3", "--equivalent-to", "all"],
     "generate png": [*GENERATE[:-1], "out/clip.gif", "--last-image", "photo.png"],
     "generate extend": [*GENERATE, "--extend", "movie.mp4", "--condition-frame-length", "1"],
     "generate edit": [*GENERATE, "--edit", "movie.gif", "--strength", "0.5"],
@@ -118,7 +120,7 @@ OPTIONS = [
     "evaluate loss",
 ]
 OPTIONS += ["generate", "generate image", "generate references", "evaluate toybox", "evaluate frames"]
-OPTIONS += ["train settings"]
+OPTIONS += ["train settings", "generate scales", "generate equivalent"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
 INPUTS: dict[str, list[str]] = {

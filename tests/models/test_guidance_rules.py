@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
-from opensora.models.guidance import ChannelGuidance, GuidanceStep, GuiderRule, default_guider
+from opensora.models.guidance import ChannelGuidance, GuidanceStep
 from opensora.models.guidance_rules import DistilledGuidance, TextImageGuidance
 
 FRAMES = 5
@@ -103,26 +103,6 @@ def test_channels_restrict_every_rule(variance):
         expected = everywhere if channel in (0, 2) else said["text"]
         torch.testing.assert_close(guided[:, channel], expected[:, channel])
     assert restricted.describe() == {"cfg_channels": [0, 2], **rule.describe()}
-
-
-@pytest.mark.parametrize(
-    "rule", [TextImageGuidance(7.5, 3.0, image_ramp="to_last_step"), GuiderRule(default_guider(3.0))]
-)
-def test_channels_have_weights_on_top_of_every_rule(rule):
-    said = branches_of()
-    said = {name: said[name] for name in rule.branches(step(0))}
-    weighted = ChannelGuidance(rule, {2: 0.25, 0: 1, 3: 2.0}, latent_channels=4)
-    guided, by_rule = weighted.combine(said, step(0)), ChannelGuidance(rule, [0, 2, 3], 4).combine(said, step(0))
-    for channel, weight in enumerate((1, 0, 0.25, 2)):
-        expected = said["text"] + weight * (by_rule - said["text"])
-        torch.testing.assert_close(guided[:, channel], expected[:, channel])
-    assert weighted.describe() == {"cfg_channels": {"0": 1.0, "2": 0.25, "3": 2.0}, **rule.describe()}
-    assert ChannelGuidance(rule, {0: 1, 2: 1}, 4).describe()["cfg_channels"] == [0, 2]
-
-
-def test_distilled_guidance_has_no_weights_to_apply():
-    said = {"text": branches_of()["text"]}
-    assert ChannelGuidance(DistilledGuidance(4.0), {0: 0.5}, 4).combine(said, step(0)) is said["text"]
 
 
 def test_other_channels_need_the_prediction_with_the_text():

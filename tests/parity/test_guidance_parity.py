@@ -12,6 +12,7 @@ import torch
 from guided import combined
 
 from opensora.errors import OpenSoraError
+from opensora.models.channel_scales import ChannelScaleGuidance
 from opensora.models.guidance import ChannelGuidance, GuidanceStep, default_guider
 
 STEP = GuidanceStep(0, 1, 500.0)
@@ -21,6 +22,17 @@ CASE = re.compile(r"out\.(?:(?P<raw>raw\w*)\.)?scale(?P<scale>[\d.]+?)\.cfg(?P<c
 
 def guide(cond, uncond, scale, channels, latent_channels):
     return combined(ChannelGuidance(default_guider(scale), channels, latent_channels), cond, uncond, STEP)
+
+
+def guide_each(cond, uncond, scales):
+    """A scale for each latent channel."""
+
+    def rule_at(scale, channels):
+        return ChannelGuidance(default_guider(scale), channels, len(scales))
+
+    predictions = {"text": cond, "null": uncond}
+    rule = ChannelScaleGuidance(scales, rule_at)
+    return rule.combine({name: predictions[name] for name in rule.branches(STEP)}, STEP)
 
 
 def cases_of(fixture, pattern: re.Pattern[str]) -> list[re.Match[str]]:
@@ -46,6 +58,7 @@ def test_iddpm_guides_the_first_channels(golden, version):
             torch.testing.assert_close(guided, expected[:rows], **TOLERANCE)
             # The half that the reference drops later holds the guided channels too.
             torch.testing.assert_close(guided[:, :asked], expected[rows:, :asked], **TOLERANCE)
+            assert torch.equal(guide_each(cond, uncond, [scale] * asked + [1.0] * (latent - asked)), guided)
         else:
             with pytest.raises(OpenSoraError, match="cfg_channels"):
                 guide(cond, uncond, scale, asked, latent)
@@ -93,3 +106,4 @@ def test_other_samplers_guide_every_latent_channel(golden):
         cond, uncond = (second, first) if case[1] and scale != 1 else (first, second)
         guided = guide(cond, uncond, scale, "all", latent)
         torch.testing.assert_close(guided[:, :latent], expected, **TOLERANCE)
+        assert torch.equal(guide_each(cond, uncond, [scale] * latent), guided)
