@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
 from opensora.recipes.lora import toybox_lora, v1_2_lora, v2_0_lora
+from opensora.recipes.motion_encoder import motion_encoder
 from opensora.recipes.overfit import overfit
 from opensora.recipes.toybox import (
     toybox,
@@ -84,6 +85,7 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_vae_decoders,
     toybox_vae_crisp,
     toybox_judge,
+    motion_encoder,
     toybox_base,
     toybox,
     toybox_given,
