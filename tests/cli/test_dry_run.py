@@ -89,6 +89,22 @@ def test_mistakes_are_one_line(args, words, capsys):
     assert all(word in err for word in words), err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "start", "words"),
+    [
+        ("v1_3_stage2", "opensora-2.0", "opensora-2.0 is of another network than the STDiT4 wanted here"),
+        ("v1_3_stage2", "opensora-1.2", "name them in objective.new_parts: conditions"),
+        ("v2_0_adapt_i2v", "opensora-1.3", "opensora-1.3 is of another network than the MMDiT wanted here"),
+        ("v2_0_adapt_i2v", "opensora-2.0-dc-ae", "4 tensors have another name or shape than those of the MMDiT"),
+        ("toybox_lora", "opensora-1.3", "works on 16 latent channels, objective.autoencoder makes 4"),
+    ],
+)
+def test_weights_of_another_network_are_refused(recipe, start, words, capsys):
+    assert main(["train", recipe, "--dry-run", f"objective.init_from={start}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err.splitlines()[-1], err
+
+
 PUBLISHED = [function.__name__ for function in RECIPES if re.match(r"((vae_)?v1|v2)_", function.__name__)]
 RANKS = {
     "v2_0": 64,

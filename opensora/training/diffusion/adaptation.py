@@ -23,7 +23,7 @@ from opensora.models.families import format_of, network_class
 from opensora.models.format import Part, RenamedWeights
 from opensora.models.transformer import SpaceTimeTransformer
 from opensora.training.parts import META, Origin, meta_model
-from opensora.weights import load_weights, read_weights
+from opensora.weights import load_weights, read_header, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,10 @@ def build_transformer(
             raise OpenSoraError("a transformer needs objective.transformer (its options), or objective.init_from")
         with torch.device(META) if device == META else torch.device("cpu"):
             return build_model(network_class("transformer", architecture), options, Path("objective.transformer"))
-    if device == META and options is not None:  # what the weights would be does not matter
-        return build_transformer(architecture, options, None, (), device)
+    if device == META and options is not None:
+        model = build_transformer(architecture, options, None, (), device)
+        _check_start(model, init_from, new_parts)
+        return model
     part = find_part(init_from, "transformer", on_disk=device != META)
     if device == META:
         return meta_model(part).train()
@@ -89,6 +91,56 @@ def start_from(
     Raises:
         OpenSoraError: a part is missing that was not named, or anything else does not fit.
     """
+    adapted, missing = _matched(model, weights, new_parts, source)
+    family, own = format_of(type(model)), model.state_dict()
+    if "last_layer" in new_parts:
+        missing |= {name: "last_layer" for name in own if family.part_of(name) == "last_layer"}
+    new = {name: own[name] for name, part in missing.items() if part is not None}
+    for name, tensor in new.items():
+        if any(pattern.search(name) for pattern in family.zero_at_first):
+            nn.init.zeros_(tensor)
+    load_weights(model, RenamedWeights(adapted, {name: name for name in adapted}, new), source=source)
+    counts = Counter(part for part in missing.values() if part is not None)
+    for part in new_parts:
+        logger.warning("%s: %d tensors of %s are new", source, counts[part], part)
+    return dict(counts)
+
+
+def _check_start(model: SpaceTimeTransformer, init_from: Origin, new_parts: tuple[Part, ...]) -> None:
+    """Holds names and shapes of what a run starts from against its transformer, which has no data either.
+
+    Weights that are not there yet, those of an earlier stage perhaps, are left out.
+
+    Raises:
+        OpenSoraError: see `start_from`.
+    """
+    try:
+        part = find_part(init_from, "transformer", on_disk=False)
+    except OpenSoraError:
+        return
+    if part.published is None:
+        header = read_header(part.path, "transformer")
+        weights = {name: torch.empty(info.shape, device=META) for name, info in header.items()}
+    else:
+        weights = meta_model(part).state_dict()
+    adapted, _ = _matched(model, weights, new_parts, str(init_from))
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if foreign := [name for name in adapted if own.get(name) != adapted[name].shape]:
+        raise OpenSoraError(
+            f"{init_from}: {len(foreign)} tensors have another name or shape than those of the "
+            f"{type(model).__name__} wanted here ({foreign[0]}, ...); weights and configuration are of two different "
+            "models"
+        )
+
+
+def _matched(
+    model: SpaceTimeTransformer, weights: Mapping[str, Tensor], new_parts: tuple[Part, ...], source: str
+) -> tuple[Mapping[str, Tensor], dict[str, Part | None]]:
+    """Weights as a model names them, and which of its tensors are missing, with their parts.
+
+    Raises:
+        OpenSoraError: a part is missing that was not named.
+    """
     renamed = _renamed(model, weights, new_parts)
     family, own = format_of(type(model)), model.state_dict()
     adapted = adapt_weights(model, renamed, source)
@@ -106,17 +158,7 @@ def start_from(
             f"{source} lacks {parts}; if they are to be initialised, name them in objective.new_parts: "
             f"{','.join([*new_parts, *unnamed])}"
         )
-    if "last_layer" in new_parts:
-        missing |= {name: "last_layer" for name in own if family.part_of(name) == "last_layer"}
-    new = {name: own[name] for name, part in missing.items() if part is not None}
-    for name, tensor in new.items():
-        if any(pattern.search(name) for pattern in family.zero_at_first):
-            nn.init.zeros_(tensor)
-    load_weights(model, RenamedWeights(adapted, {name: name for name in adapted}, new), source=source)
-    counts = Counter(part for part in missing.values() if part is not None)
-    for part in new_parts:
-        logger.warning("%s: %d tensors of %s are new", source, counts[part], part)
-    return dict(counts)
+    return adapted, missing
 
 
 def choose_trained(

@@ -52,6 +52,12 @@ class DiffusionNetworks:
         self.transformer = build_transformer(
             settings.architecture, settings.transformer, settings.init_from, settings.new_parts, device
         )
+        channels, made = self.transformer.config.in_channels, self.autoencoder.latent_channels
+        if channels != made:
+            raise OpenSoraError(
+                f"the {type(self.transformer).__name__} to be trained works on {channels} latent channels, "
+                f"objective.autoencoder makes {made}; take both of one model"
+            )
         if settings.known_frames and not self.transformer.reads_channels:
             raise OpenSoraError(
                 "objective.known_frames are shown beside the noise, which a "

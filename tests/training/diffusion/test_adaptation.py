@@ -142,8 +142,14 @@ def test_from_a_file(tmp_path: Path) -> None:
     assert model.training
     loaded = model.state_dict()["spatial_blocks.0.cross_attn.kv_linear.weight"]
     assert torch.equal(loaded, weights["blocks.0.cross_attn.kv_linear.weight"])
-    with pytest.raises(OpenSoraError, match=r"objective\.new_parts: conditions,temporal_blocks"):
-        build_transformer("STDiT3", options, str(path), (), "cpu")
+    for device in ("cpu", "meta"):  # names and shapes are enough for a plan
+        with pytest.raises(OpenSoraError, match=r"objective\.new_parts: conditions,temporal_blocks"):
+            build_transformer("STDiT3", options, str(path), (), device)
+    planned = build_transformer("STDiT3", options, str(path), ("temporal_blocks", "conditions"), "meta")
+    assert all(weight.is_meta for weight in planned.parameters())
+    wider = {**options, "hidden_size": 2 * options["hidden_size"]}
+    with pytest.raises(OpenSoraError, match="another name or shape than those of the STDiT3 wanted here"):
+        build_transformer("STDiT3", wider, str(path), ("temporal_blocks", "conditions"), "meta")
 
 
 @pytest.mark.parametrize("cls", [STDiT, STDiT2, STDiT3])
