@@ -356,6 +356,7 @@ class MMDiT(VideoTransformer):
         pred_sigma: 2 C channels come out; no weights of this family do that, and rectified flow needs none.
         guidance_embed: the network is told a guidance scale (guidance-distilled weights).
         cond_embed: it takes latents and a mask to condition on.
+        known_frames_alone: these latents were encoded alone in its training, see `VideoTransformer`.
         fused_qkv: one layer for queries, keys and values in place of three.
         interleaved_rope: FLUX's rotary positions, see `AxialRotaryEmbedding`; weights of one kind become those of the
             other by `mmdit_format.convert_layout`.
@@ -398,6 +399,7 @@ class MMDiT(VideoTransformer):
         pred_sigma: bool = False,
         guidance_embed: bool = False,
         cond_embed: bool = True,
+        known_frames_alone: bool = True,
         fused_qkv: bool = False,
         interleaved_rope: bool = False,
         bf16_timesteps: bool = True,
@@ -409,7 +411,7 @@ class MMDiT(VideoTransformer):
         self.patch_size = (1, patch_size, patch_size)
         self.bf16_timesteps = bf16_timesteps
         self.reads_channels, self.reads_guidance = cond_embed, guidance_embed
-        self.known_frames_alone = cond_embed
+        self.known_frames_alone = cond_embed and known_frames_alone
         self.gradient_checkpointing = False
 
         cells = patch_size**2

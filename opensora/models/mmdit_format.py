@@ -60,6 +60,7 @@ class _MMDiTFormat(Format):
             "theta": "shapes do not tell; 10000 in every published model",
             "interleaved_rope": "shapes do not tell; published weights have it where qkv is fused (FLUX), else not",
             "bf16_timesteps": "shapes do not tell; True in every published model",
+            "known_frames_alone": "shapes do not tell; True in every published model",
             "model_max_length": "shapes do not tell; 512 in every published model",
         }
         cells = conditions - features if conditions and features else None  # (C + 1) p^2 - C p^2

@@ -67,7 +67,6 @@ def v2_0_lora() -> Recipe:
         v2_0.DIFFUSION,
         init_from="opensora-2.0",
         known_frames=v2_0.KNOWN_FRAMES,
-        known_encoded="alone",
         drop_text=v2_0.DROP,
         drop_pooled=v2_0.DROP,
         train=LoRAConfig(rank=16, targets=mmdit_format.FORMAT.lora_targets),

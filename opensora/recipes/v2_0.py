@@ -29,6 +29,7 @@ DROP = 0.31622777
 """Share of captions that are dropped, for each of the two encoders by itself: a tenth loses both."""
 KNOWN_FRAMES = {"none": 1.0, "i2v_head": 5.0, "i2v_loop": 1.0, "i2v_tail": 1.0}
 KNOWN_FRAMES_DC_AE = {"none": 1.0, "i2v_head": 7.0}
+_IN_PLACE = {"known_frames_alone": False}
 FLUX = "pretrained_models/flux1-dev.safetensors"
 
 
@@ -62,11 +63,10 @@ def _stage(
     name: str, buckets: BucketConfig, steps: int, lr: float, *, model: str = _MODEL, ranks: int = 1, **options: Any
 ) -> Recipe:
     """A stage; `ranks` share each clip."""
-    known = {"known_encoded": "alone"} if "known_frames" in options else {}
     objective = published_task(
         model,
         ManifestClips(buckets, max_fps=24, rate_told=True),
-        **{"diffusion": DIFFUSION, "drop_text": DROP, "drop_pooled": DROP, **known, **options},
+        **{"diffusion": DIFFUSION, "drop_text": DROP, "drop_pooled": DROP, **options},
     )
     loop = published_loop(steps, lr=lr, ema_decay=0.0, recompute=True, checkpoint_every=1000, eps=1e-15)
     return Recipe(name, objective, replace(loop, sequence_parallel=ranks))
@@ -116,8 +116,12 @@ def v2_0_adapt_i2v() -> Recipe:
 
 
 def v2_0_debug() -> Recipe:
-    """All of 2.0 in seconds on a CPU: tiny networks of its classes, drawn clips, known frames."""
-    objective = debug_task(_MODEL, DIFFUSION, known_frames=KNOWN_FRAMES, drop_text=DROP, drop_pooled=DROP)
+    """All of 2.0 in seconds on a CPU: tiny networks of its classes, drawn clips, known frames.
+
+    Of drawn clips there are latents alone, so frames are shown in their place: of other clips, by themselves with
+    `objective.transformer.known_frames_alone=true`.
+    """
+    objective = debug_task(_MODEL, DIFFUSION, _IN_PLACE, known_frames=KNOWN_FRAMES, drop_text=DROP, drop_pooled=DROP)
     return debug_recipe("v2_0_debug", objective)
 
 
@@ -126,6 +130,7 @@ def v2_0_dc_debug() -> Recipe:
     objective = debug_task(
         _DC_AE,
         DIFFUSION_DC_AE,
+        _IN_PLACE,
         clips=ToyboxClips(num_frames=16, height=64, width=64),
         known_frames=KNOWN_FRAMES_DC_AE,
         drop_text=DROP,

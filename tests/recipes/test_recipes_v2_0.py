@@ -66,8 +66,9 @@ def test_what_it_was_trained_with() -> None:
         assert (data.max_fps, data.rate_told) == (24, True), name
         assert objective.drop_text**2 == pytest.approx(0.1) and objective.drop_pooled == objective.drop_text, name
         assert (process.sigma_min, process.velocity, process.times) == (1e-5, "noise - data", "logit-normal"), name
-        known, reads = objective.known_frames, planned(name).networks.transformer.reads_channels
-        assert reads == (name not in FROM_TEXT) == bool(known) and (objective.known_encoded == "alone") == reads, name
+        known, networks = objective.known_frames, planned(name).networks
+        reads = networks.transformer.reads_channels
+        assert reads == (name not in FROM_TEXT) == bool(known) == networks.known_alone, name
         if known:
             assert known["none"] == sum(known.values()) / 8 and known["i2v_head"] in (5.0, 7.0), name
         if name != "v2_0_lora":

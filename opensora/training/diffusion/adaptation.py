@@ -144,7 +144,7 @@ def _matched(
     renamed = _renamed(model, weights, new_parts)
     family, own = format_of(type(model)), model.state_dict()
     adapted = adapt_weights(model, renamed, source)
-    missing = {name: family.part_of(name) for name in own if name not in adapted}
+    missing: dict[str, Part | None] = {name: family.part_of(name) for name in own if name not in adapted}
     unnamed = Counter(part for part in missing.values() if part is not None and part not in new_parts)
     if unnamed and (foreign := [name for name in adapted if name not in own and family.part_of(name) is None]):
         raise OpenSoraError(  # nothing of it would be left: no advice to begin all that anew

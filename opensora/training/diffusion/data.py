@@ -25,7 +25,7 @@ class LatentData(TrainingData):
         context = DataContext(
             autoencoder=self.networks.autoencoder,
             sample_posterior=self.settings.sample_posterior,
-            keep_video=self.settings.takes_pixels is not None,
+            keep_video=self.settings.takes_pixels is not None or self.networks.known_alone,
             frame_interval=self.networks.frame_interval,
             cache=cache,
             captions=self.networks.captions,

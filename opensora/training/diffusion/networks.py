@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from opensora.checkpoints.source import find_part
+from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
 from opensora.files import replacing_folder
 from opensora.geometry import VideoSize
@@ -35,6 +36,7 @@ class DiffusionNetworks:
     Attributes:
         module: the transformer, and the text encoder where that is trained along.
         frozen: the others, by name.
+        known_alone: frames are shown that were encoded alone.
         teacher: whose answers are learnt; None where the clips are.
         defaults: how a pipeline of these networks samples, as keywords of `OpenSoraPipeline`.
         scheduler: samples from the transformer.
@@ -62,6 +64,13 @@ class DiffusionNetworks:
             raise OpenSoraError(
                 "objective.known_frames are shown beside the noise, which a "
                 f"{type(self.transformer).__name__} does not read; use objective.frame_masks"
+            )
+        self.known_alone = bool(settings.known_frames) and self.transformer.known_frames_alone
+        if self.known_alone and not isinstance(settings.data, ManifestClips):
+            raise OpenSoraError(
+                f"a {type(self.transformer).__name__} is shown frames that were encoded alone, and "
+                f"{type(settings.data).__name__} are latents; use {shown_in_place(settings)}, or "
+                "objective.data.type=ManifestClips"
             )
         if settings.frame_masks and not self.transformer.reads_frame_mask:
             raise OpenSoraError(
@@ -151,6 +160,12 @@ class DiffusionNetworks:
                     part.save_pretrained(temporary / name)
             pipeline.save_config(temporary)
             save_frozen_part(self.module, temporary, trained=list(self.module), origins=origins)
+
+
+def shown_in_place(settings: DiffusionSettings) -> str:
+    """The setting with which no frames are encoded alone; an adapter cannot change how its model is shown any."""
+    changes = settings.transformer is not None and not isinstance(settings.train, LoRAConfig)
+    return "objective.transformer.known_frames_alone=false" if changes else "objective.known_frames={}"
 
 
 def check_last_layer(settings: DiffusionSettings, scheduler: str) -> None:

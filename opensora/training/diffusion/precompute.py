@@ -22,7 +22,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.text.conditioner import TextStates
 from opensora.sampling.finite import check_finite
 from opensora.training.diffusion.config import DiffusionTaskConfig
-from opensora.training.diffusion.networks import DiffusionNetworks
+from opensora.training.diffusion.networks import DiffusionNetworks, shown_in_place
 from opensora.training.diffusion.text import (
     CachedText,
     Captions,
@@ -224,8 +224,8 @@ def summary(folder: Path, index: Index, config: DiffusionTaskConfig, recipe: Any
         lines += [f"  {clip.path}: {clip.reason}" for clip in index.failed[:_MOST_FAILED]]
         lines += [f"  and {len(index.failed) - _MOST_FAILED} more"] * (len(index.failed) > _MOST_FAILED)
     settings = f"--cache {shlex.quote(str(folder))}"
-    if config.known_encoded is not None:
-        settings += " objective.known_encoded=none"
+    if DiffusionNetworks(config, META).known_alone:
+        settings += f" {shlex.quote(shown_in_place(config))}"
     in_a_row = getattr(config.data, "batches_in_a_row", None)  # no part of a cache
     if in_a_row not in (None, getattr(recipe.data, "batches_in_a_row", CachedLatents.batches_in_a_row)):
         settings += f" objective.data.batches_in_a_row={in_a_row}"

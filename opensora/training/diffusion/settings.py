@@ -44,10 +44,9 @@ class DiffusionSettings:
             otherwise take its mean. The toybox's latents are means.
         frame_masks: strategy -> share of the clips conditioned on frames so, see `conditioning.masks`.
         known_frames: kind -> weight of clips of which frames are shown beside the noise, to networks that read them,
-            see `conditioning.known_frames`.
-        known_encoded: "alone", they are encoded by themselves, as those are that a clip is generated from, and hold
-            nothing of the frames beside them (Open-Sora 2.0); that takes clips, not latents. None, they are cut out of
-            the clip's latents (1.3).
+            see `conditioning.known_frames`. They are cut out of the clip's latents (1.3), or encoded by themselves and
+            hold nothing of the frames beside them (2.0), which takes clips, not latents: the transformer's
+            `known_frames_alone` says so, to training and to sampling.
         degradation: clips are made worse before they are encoded and noised, and the way to the good ones is learnt,
             see `data.degradation`; that takes clips, not latents, and rectified flow. None leaves them as they are.
         drop_text: share of captions replaced by the null text, for classifier-free guidance.
@@ -77,7 +76,6 @@ class DiffusionSettings:
     sample_posterior: bool = True
     frame_masks: dict[str, float] = field(default_factory=dict)
     known_frames: dict[str, float] = field(default_factory=dict)
-    known_encoded: Literal["alone"] | None = None
     degradation: Degradation | None = None
     drop_text: float = 0.1
     drop_pooled: float | None = None
@@ -115,8 +113,6 @@ class DiffusionSettings:
     @property
     def takes_pixels(self) -> tuple[str, str] | None:
         """Which setting encodes frames of clips after they were read, and what does not; None for none."""
-        if self.known_encoded == "alone":
-            return "objective.known_encoded=alone encodes frames of clips", "objective.known_encoded=none"
         if takes_pixels(self.known_frames):
             return "noisy kinds of objective.known_frames encode clips with noise in them", "kinds without noise"
         if self.degradation is not None:
@@ -138,7 +134,7 @@ class DiffusionSettings:
         else:
             idle["sample_posterior"] = "the latents of the toybox's clips are means"
         if not self.known_frames:
-            idle["drop_of_known"] = idle["known_encoded"] = "no frames are known without objective.known_frames"
+            idle["drop_of_known"] = "no frames are known without objective.known_frames"
         return idle
 
 

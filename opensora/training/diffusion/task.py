@@ -130,7 +130,7 @@ class DiffusionTask(TrainingTask):
         noisy = torch.tensor([end.noisy for end in ends])
         if noisy.any():
             clips = replace(clips, video=self.with_noise(clips, noisy, key))
-        if self.settings.known_encoded is None:
+        if not self.networks.known_alone:
             return self.known_in_place(clips, noisy, key)
         generator = key.generator("known_posterior") if self.settings.sample_posterior else None
         counts = [(end.head, end.tail) for end in ends]

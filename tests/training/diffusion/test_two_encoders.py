@@ -1,6 +1,8 @@
 """Captions that a transformer reads by two encoders: a T5's states, padding and all, and a CLIP's pooled vector."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +98,8 @@ def test_a_cache_holds_both_texts_and_that_of_no_text(manifest: Path, tmp_path: 
     make_cache(tmp_path / "cache", config, config.data, CacheOptions(text_dtype="float32"), device="cpu")
     assert "" in Cache(tmp_path / "cache")._captions
     cached = CachedText(config.text.origin, origin_2=config.text.origin_2)
-    data = CachedLatents(tmp_path / "cache", batches_in_a_row=1)
-    task = opened(manifest, tmp_path, data=data, text=cached)
+    data = {"data": CachedLatents(tmp_path / "cache", batches_in_a_row=1), "known_frames": {}}
+    task = opened(manifest, tmp_path, text=cached, **data)
     assert not task.networks.captions.encoders, "nothing is encoded, so nothing is loaded"
     on_clips = opened(manifest, tmp_path)
     for position in range(6):
@@ -108,7 +110,7 @@ def test_a_cache_holds_both_texts_and_that_of_no_text(manifest: Path, tmp_path: 
     assert isinstance(config.text.origin_2, Untrained)
     other = Untrained(config.text.origin_2.options, seed=5, architecture="CLIPTextModel")
     with pytest.raises(OpenSoraError, match="was made with another text encoder: its weights are"):
-        opened(manifest, tmp_path, data=data, text=CachedText(config.text.origin, origin_2=other))
+        opened(manifest, tmp_path, text=CachedText(config.text.origin, origin_2=other), **data)
 
 
 def test_encoders_that_do_not_belong_to_the_transformer_are_one_line(manifest: Path) -> None:
@@ -137,7 +139,7 @@ def test_frames_are_known_beside_the_noise_alone(manifest: Path) -> None:
 @pytest.mark.parametrize(("version", "kind"), [("2.0", "i2v_tail"), ("2.0", "i2v_loop"), ("2.0-dc", "i2v_head")])
 def test_pictures_are_encoded_by_themselves(manifest: Path, tmp_path: Path, version: str, kind: str) -> None:
     """Where the clip's own latents would tell of the frames beside them."""
-    known = {"known_frames": {kind: 1.0}, "known_encoded": "alone", "sample_posterior": False}
+    known = {"known_frames": {kind: 1.0}, "sample_posterior": False}
     setup = family_config(version, manifest, **known).build("cpu")
     setup.data.open(tmp_path)
     task = setup.task
@@ -162,13 +164,18 @@ def test_pictures_are_encoded_by_themselves(manifest: Path, tmp_path: Path, vers
 
 
 def test_latents_made_beforehand_hold_no_lone_pictures(manifest: Path, tmp_path: Path) -> None:
-    config = family_config("2.0", manifest, known_encoded="alone")
-    with pytest.raises(OpenSoraError, match=r"CachedLatents are latents; use objective\.known_encoded=none"):
-        on_cache("tiny", config, make(config, tmp_path / "cache"))
-    assert (
-        "objective.known_encoded=none"
-        in summary(tmp_path / "cache", Cache(tmp_path / "cache").index, config, config)[-1]
-    )
+    """The network says how it is shown frames: to training and, in its configuration, to sampling."""
+    config, folder = family_config("2.0", manifest), tmp_path / "cache"
+    cached, change = on_cache("tiny", config, make(config, folder)), "objective.transformer.known_frames_alone=false"
+    with pytest.raises(OpenSoraError, match=rf"a MMDiT is shown .* CachedLatents are latents; use {re.escape(change)}"):
+        cached.plan()
+    assert change in summary(folder, Cache(folder).index, config, config)[-1]
+    in_place = replace(cached, transformer={**(cached.transformer or {}), "known_frames_alone": False})
+    networks = in_place.plan().networks
+    assert not networks.transformer.known_frames_alone and not networks.known_alone
+    assert networks.transformer.config.known_frames_alone is False
+    text_alone = replace(cached, known_frames={})
+    assert text_alone.plan().networks.transformer.known_frames_alone
 
 
 def make(config: Any, folder: Path) -> Path:
