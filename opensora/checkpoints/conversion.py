@@ -65,7 +65,7 @@ def convert(
         OpenSoraError: a source that cannot be read or that is wrong, shapes that do not suffice, or an output that is
             in the way. Nothing is written then.
     """
-    _check_output(output)
+    check_output(output)
     if model is not None and published_name(model) is None:
         raise unknown_model(model)
     components, adapters = dict(components or {}), dict(adapters or {})
@@ -110,7 +110,7 @@ def _write_pipeline(
     record_fused(pipeline.transformer, adapters)
     parts = ModelSource.find(source, components).parts
     if adapters and dtype is None:
-        _say_rounding(_dtype_of(parts["transformer"].path, "transformer"))
+        _say_rounding(stored_dtype(parts["transformer"].path, "transformer"))
     networks = {name: getattr(pipeline, name) for name, part in parts.items() if part.is_network}
     recorded = dict(pipeline.config.trained_on or {})
     # Rounding the autoencoder gives it another fingerprint; it stays the one of the training.
@@ -118,7 +118,7 @@ def _write_pipeline(
     if published_name(source) is not None and "autoencoder" not in components:
         known = True
     for name, network in networks.items():
-        cast_weights(network, dtype or _dtype_of(parts[name].path, parts[name].kind))
+        cast_weights(network, dtype or stored_dtype(parts[name].path, parts[name].kind))
     if known:
         recorded["autoencoder"] = fingerprint(networks["autoencoder"].state_dict())
         pipeline.register_to_config(trained_on=recorded)
@@ -140,10 +140,10 @@ def _write_component(
     cls: Any = find_class(identity.kind, *identity.runner)
     config = find_config(path, cls, _assumed(path, identity, model))
     merged = [(read_adapter(adapter), scale) for adapter, scale in adapters.items()]
-    network = load_component(path, cls, dtype or _dtype_of(path), config=config, adapters=merged)
+    network = load_component(path, cls, dtype or stored_dtype(path), config=config, adapters=merged)
     record_fused(network, adapters)
     if adapters and dtype is None:
-        _say_rounding(_dtype_of(path))
+        _say_rounding(stored_dtype(path))
     network.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
@@ -222,7 +222,7 @@ def _identify(path: Path) -> Identity:
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-def _dtype_of(path: Path, kind: Kind | None = None) -> torch.dtype:
+def stored_dtype(path: Path, kind: Kind | None = None) -> torch.dtype:
     """The precision that most of a network's values are stored in; bfloat16, which is read everywhere, for float8."""
     sizes: dict[str, int] = {}
     for info in read_header(path, kind).values():
@@ -241,7 +241,12 @@ def _refuse_problems(problems: list[str]) -> None:
         raise OpenSoraError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Proves that a folder can be written there.
+
+    Raises:
+        OpenSoraError: there is something in the way, or no folder can be made.
+    """
     if not output.exists():
         check_writable(output)
     elif not output.is_dir():

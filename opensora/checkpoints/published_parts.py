@@ -124,6 +124,9 @@ SVD_AUTOENCODER = PublishedPart(
 """Takes the place of the autoencoder of 1.0 and 1.1: the same latents, and a decoder that looks at neighbouring frames,
 so that what it draws flickers less."""
 
+SDXL_LATENT_SPACE: dict[str, Any] = {"scaling_factor": 0.13025, "trained_with": "SDXL's autoencoder"}
+"""What the 2D part of Open-Sora 1.2 asks for, and did not get."""
+
 # Open-Sora 1.2. Its 2D part is the SDXL autoencoder, whose own factor is 0.13025; the temporal part, shift and scale
 # were trained on its latents times 0.18215, so 0.18215 is right for these weights.
 OPENSORA_VAE_1_2 = PublishedPart(

@@ -28,6 +28,7 @@ COMMANDS = {
     "data": "make a table of clips, and see what training will make of it",
     "train": "train a model by a recipe",
     "evaluate": "measure what a model can do",
+    "latents": "say whether an autoencoder's latents are what a diffusion model expects, and normalise them",
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",
     "plan": "predict the memory a clip takes, and what makes it fit",
@@ -46,6 +47,7 @@ _LESS_MEMORY = {
     "train": "choose smaller buckets or batches, or loop.activation_checkpointing=true; --dry-run tells more",
     "data": "choose fewer --workers, smaller buckets or a smaller --shard-mb",
     "evaluate": "choose a smaller --batch-size, or fewer clips",
+    "latents": "choose fewer --num-frames, or a smaller --height and --width",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from published_pipelines import pipeline_of
 from safetensors.torch import save_file
-from tiny_pipeline import make_pipeline
+from tiny_pipeline import make_autoencoder, make_pipeline
 
 from opensora.cli.main import main
 from opensora.media.write import write_video
@@ -74,6 +74,7 @@ def _run(*args: str) -> None:
 def _models() -> None:
     pipeline = make_pipeline()
     pipeline.save_pretrained("tiny")
+    make_autoencoder().save_pretrained("codec")
     for folder, name in PUBLISHED.items():
         pipeline_of(name).save_pretrained(folder)
     weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}

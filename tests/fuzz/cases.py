@@ -29,6 +29,8 @@ KEY = ["--refine-key-file", "key.txt"]
 RUN = [*TRAIN, "loop.steps=3"]
 LOSS = ["evaluate", "loss", "tiny", "--sizes", "64x64", "--lengths", "1", "--num-clips", "1", "--batch-size", "1"]
 LOSS += ["--device", "cpu", "--output", "loss.json"]
+LATENTS = ["--model", "codec", "--num-clips", "2", "--num-frames", "4", "--height", "32", "--width", "32"]
+LATENTS += ["--device", "cpu"]
 CACHE_RUN = [*TRAIN[:5], "other", "loop.steps=1", 'objective.data={"type": "CachedLatents", "folder": "cache"}']
 
 # Command lines that work, one for every way in which a format is read.
@@ -106,6 +108,10 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate loss": LOSS,
     "evaluate cache": ["evaluate", "loss", "run/model", "--cache", "cache", "--device", "cpu"],
     "evaluate frames": ["evaluate", "given-frames", "--model", "tiny", "--num-clips", "1", "--device", "cpu"],
+    "latents audit": ["latents", "audit", *LATENTS, "--output", "out/found.json"],
+    "latents clips": ["latents", "audit", *LATENTS, "--data", "clips.csv"],
+    "latents measure": ["latents", "measure", *LATENTS, "--output", "out/codec"],
+    "latents in place": ["latents", "measure", *LATENTS, "--in-place"],
     "evaluate toybox": ["evaluate", "toybox", "--model", "tiny", "--num-prompts", "1", "--no-gates", "--device", "cpu"],
 }
 OPTIONS = [
@@ -120,7 +126,7 @@ OPTIONS = [
     "evaluate loss",
 ]
 OPTIONS += ["generate", "generate image", "generate references", "evaluate toybox", "evaluate frames"]
-OPTIONS += ["train settings", "generate scales", "generate equivalent"]
+OPTIONS += ["train settings", "generate scales", "generate equivalent", "latents audit", "latents measure"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
 INPUTS: dict[str, list[str]] = {
@@ -174,6 +180,9 @@ INPUTS: dict[str, list[str]] = {
     "precompute": ["clips.csv", "clips", "cache"],
     "train": ["run/recipe.json", "run/frozen.json", "run/metrics.jsonl", "run/checkpoints"],
     "train cache": ["cache"],
+    "latents audit": ["codec"],
+    "latents clips": ["clips.csv", "clips"],
+    "latents in place": ["codec"],
     "evaluate loss": ["loss.json", "tiny"],
     "evaluate cache": ["cache", "run/model"],
 }
@@ -219,7 +228,7 @@ def _options(number: int, rng: random.Random, base: Path) -> Case:
     """Options that are wrong, missing, twice, or given to something else."""
     name = rng.choice(OPTIONS)
     args = list(COMMANDS[name])
-    depth = 2 if args[0] in ("data", "evaluate") else 1
+    depth = 2 if args[0] in ("data", "evaluate", "latents") else 1
     flags = _flags(" ".join(args[:depth]))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         how, files = rng.random(), sorted(path.name for path in base.iterdir())

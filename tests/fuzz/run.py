@@ -28,7 +28,7 @@ from pathlib import Path
 MEMORY_BYTES = 4 * 2**30
 WALL_S = 20
 LONGEST_LINE = 2_000  # of an error; what came is quoted, but not ten megabytes of it
-LEAVES_NOTHING = ("generate", "inspect", "convert", "plan", "models")
+LEAVES_NOTHING = ("generate", "inspect", "convert", "plan", "models", "latents")
 _STARTED = time.monotonic()
 
 
