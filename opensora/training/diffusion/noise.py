@@ -25,6 +25,8 @@ class Flow:
         shift_frames: what of the length, see `transform_frames` of `RectifiedFlowScheduler`; None for latent frames.
         shift_token_px: the shift follows tokens of so many pixels a side (Open-Sora 2.0); None for the area.
         training_token_px: those of training, where they are others; None for the same.
+        shift_ratio: one ratio of the shift for clips of every size, as for latents that are no unit normal: those of
+            deviation d are to the network under it what unit ones are without, where the ratio is d. None for none.
         velocity: what is predicted, "noise - data" in Open-Sora 2.0; None for "data - noise".
         uniform_above, sigma_min: see `RectifiedFlowProcess`; of training alone. None for neither.
     """
@@ -36,6 +38,7 @@ class Flow:
     shift_frames: Literal["latent", "after_first"] | None = None
     shift_token_px: int | None = None
     training_token_px: int | None = None
+    shift_ratio: float | None = None
     velocity: Velocity | None = None
     uniform_above: float | None = None
     sigma_min: float | None = None
@@ -48,6 +51,7 @@ class Flow:
         scheduler = RectifiedFlowScheduler(
             use_discrete_timesteps=self.times == "discrete",
             use_timestep_transform=self.time_shift,
+            transform_ratio=self.shift_ratio,
             transform_frames=self.shift_frames or "latent",
             transform="area" if self.shift_token_px is None else "tokens",
             token_px=self.shift_token_px or 1,

@@ -133,6 +133,8 @@ class DiffusionSettings:
             idle["object_weight"] = "objects are known of the toybox's clips alone"
         else:
             idle["sample_posterior"] = "the latents of the toybox's clips are means"
+        if isinstance(self.diffusion, Flow) and not self.diffusion.time_shift:
+            idle["diffusion.shift_ratio"] = "times are not shifted without objective.diffusion.time_shift"
         if not self.known_frames:
             idle["drop_of_known"] = "no frames are known without objective.known_frames"
         return idle
