@@ -61,11 +61,13 @@ class Metric(ABC):
         """
 
     def check(self, video: Tensor) -> None:
-        """Raises `OpenSoraError` for what is no batch of clips, or of too few frames for this metric."""
+        """Raises `OpenSoraError` for what is no batch of clips, no numbers, or of too few frames for this metric."""
         if video.ndim != 5 or video.shape[1] != 3:
             raise OpenSoraError(f"{self.name} got a tensor of shape {tuple(video.shape)}; give clips (B, 3, T, H, W)")
         if video.shape[2] < self.least_frames:
             raise OpenSoraError(
-                f"{self.name} compares frames, but clips of {video.shape[2]} frame were given; "
+                f"{self.name} compares frames, but was given clips with {video.shape[2]} of them; "
                 f"give {self.least_frames} or more, or leave the metric out"
             )
+        if not video.isfinite().all():
+            raise OpenSoraError(f"{self.name} got clips with pixels that are no numbers; give finite ones in [-1, 1]")
