@@ -182,7 +182,7 @@ def check_last_layer(settings: DiffusionSettings, scheduler: str) -> None:
     except OpenSoraError:  # not there yet, which a plan does not mind, and reading the weights tells
         return
     if known is not None and known[1] == scheduler:
-        others = ",".join(part for part in settings.new_parts if part != "last_layer") or "none"
+        others = ",".join(part for part in settings.new_parts if part != "last_layer") or "[]"
         raise OpenSoraError(
             f"{settings.init_from} was trained for the same {scheduler}, and objective.new_parts would begin its "
             f"last_layer anew; leave that out: objective.new_parts={others}"
