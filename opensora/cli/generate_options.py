@@ -96,7 +96,7 @@ class SamplingOptions:
     cfg_channels: Annotated[str | None, option("K|0,2|all", aliases=["--cfg-channel"])] = None
     """Latent channels that guidance touches: the first K, indices ("2," for one), or all."""
     channel_scales: Annotated[str | None, option("0-2:S,3:S|[S,...]")] = None
-    """In place of both, a scale for each latent channel: by ranges, or a JSON list; 1 leaves a channel unguided."""
+    """In place of --guidance-scale and --cfg-channels, a scale for each latent channel; 1 leaves it unguided."""
     equivalent_to: Annotated[str | None, option("K|0,2|all", "none")] = None
     """Guide these channels instead, at the scale of equal strength: 7 on 3 of 4 channels becomes 5.5 on all."""
     sampler: Annotated[str | None, option("|".join(SAMPLERS))] = None
