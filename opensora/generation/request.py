@@ -110,8 +110,8 @@ class ClipRequest:
         image_guidance_scale: likewise, of the frames that the clip is conditioned on, for models that have one.
         cfg_channels: latent channels that are guided: the first k, indices (a list, or "0,2"), "all" or None for all;
             "default" for the model's own.
-        channel_scales: in place of `guidance_scale` and `cfg_channels`, a scale for each latent channel: a list, or ranges
-            ("0-2:7,3:1").
+        channel_scales: in place of `guidance_scale` and `cfg_channels`, a scale for each latent channel: a list, or
+            ranges ("0-2:7,3:1").
         equivalent_to: channels, likewise, that are guided instead, at the scale of equal strength, see
             `models.guidance_strength`; None for those of `cfg_channels`.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.

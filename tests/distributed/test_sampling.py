@@ -73,6 +73,7 @@ CASES = [
     Case("dpm-solver++", "iddpm", sampler="dpm-solver++"),
     Case("STDiT", "iddpm", STDiT),
     Case("STDiT2", "iddpm", STDiT2),
+    Case("ancestral, a scale for each channel", "iddpm", options={"channel_scales": [7.0, 3.0, 7.0, 1.0]}),
 ]
 # Ranks that are started, and how they share a clip.
 SHARED = {
