@@ -560,6 +560,17 @@ class OpenSoraPipeline(
         """
         self.register_modules(scheduler=self.scheduler.with_sampler(name))
 
+    def use_time_shift(self, shift: float) -> None:
+        """Sample rectified flow with its times shifted, one shift for all sizes: `s t / (1 + (s - 1) t)`.
+
+        Args:
+            shift: s above 0: above 1 more of the steps are at noisier times; 1 spreads them evenly.
+
+        Raises:
+            OpenSoraError: another number, or a model that is none of rectified flow.
+        """
+        self.register_modules(scheduler=self.scheduler.with_time_shift(shift))
+
     # --- after the loop -----------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, num_frames: int, output_type: Literal["pt", "np", "pil"] = "pt") -> Any:

@@ -14,6 +14,7 @@ from opensora.cli.options import FLAG, given_options, option
 from opensora.errors import OpenSoraError
 from opensora.generation.loading import parse_adapter
 from opensora.generation.request import DEFAULT_MODEL, split_paths
+from opensora.models.guiders import GUIDERS
 from opensora.models.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -99,8 +100,12 @@ class SamplingOptions:
     """In place of --guidance-scale and --cfg-channels, a scale for each latent channel; 1 leaves it unguided."""
     equivalent_to: Annotated[str | None, option("K|0,2|all", "none")] = None
     """Guide these channels instead, at the scale of equal strength: 7 on 3 of 4 channels becomes 5.5 on all."""
+    guider: Annotated[str | None, option("|".join(GUIDERS))] = None
+    """How predictions with and without the text are combined, with options of diffusers: apg:eta=0."""
     sampler: Annotated[str | None, option("|".join(SAMPLERS))] = None
     """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
+    time_shift: Annotated[float | None, option("S")] = None
+    """For rectified flow: above 1 more of the steps are spent at noisier times, 1 spreads them evenly."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from opensora.errors import OpenSoraError
+from opensora.generation.record import Sampling
 from opensora.generation.request import ClipRequest, parse_cfg_channels
 from opensora.models.channel_scales import resolve_channel_scales
 from opensora.models.guidance_strength import equivalent_scale
+from opensora.models.guiders import make_guider
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
@@ -22,6 +24,9 @@ def resolve_guidance(pipe: "OpenSoraPipeline", request: ClipRequest) -> dict[str
         OpenSoraError: channels that the latent does not have, or that are no others than those guided already.
     """
     asked = _as_asked(pipe, request)
+    if request.guider is not None:
+        make_guider(request.guider, scale=1.0)  # refuses options that it does not have
+        asked["image_guidance_scale"] = None
     if request.channel_scales is not None:
         scales = resolve_channel_scales(request.channel_scales, pipe.autoencoder.latent_channels)
         return asked | {"guidance_scale": None, "cfg_channels": None, "channel_scales": list(scales)}
@@ -43,6 +48,15 @@ def resolve_guidance(pipe: "OpenSoraPipeline", request: ClipRequest) -> dict[str
 
     scales = {name: equivalent(asked[name]) for name in ("guidance_scale", "image_guidance_scale")}
     return {**scales, "cfg_channels": parse_cfg_channels(request.equivalent_to, "equivalent_to")}
+
+
+def pipeline_guidance(sampling: Sampling) -> dict[str, Any]:
+    """How a clip is guided, in keywords of a call of the pipeline."""
+    guidance = sampling.guidance
+    if sampling.guider is None:
+        return {**guidance, "image_guidance_scale": sampling.image_guidance_scale}
+    scale = guidance.pop("guidance_scale", None)  # scales of channels take the place of the guider's own
+    return {**guidance, "guider": make_guider(sampling.guider, 1.0 if scale is None else scale)}
 
 
 def equal_strength_note(pipe: "OpenSoraPipeline", request: ClipRequest) -> list[str]:

@@ -41,7 +41,9 @@ class Sampling:
         nominal_size: (height, width) that the network was told; None for the size that was made.
         frame_interval: the file was written at `fps / frame_interval`,
         save_fps: or at this rate.
+        guider: as `models.guiders` reads it; None for the model's own rule.
         sampler: as `use_sampler` takes it; None for the model's own.
+        time_shift: as `use_time_shift` takes it; None for the model's own.
         scores: that the prompt ended in, by name.
         num_loops: clips that the video was made of.
         condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended; None for
@@ -69,6 +71,8 @@ class Sampling:
     input_fps: float | None = None
     image_guidance_scale: float | None = None
     channel_scales: list[float] | None = None
+    guider: str | None = None
+    time_shift: float | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -261,7 +265,9 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         num_inference_steps=sampling.num_inference_steps,
         **guidance,
         image_guidance_scale=sampling.image_guidance_scale if shows_frames else None,
+        guider=sampling.guider if sampling.is_guided else None,
         sampler=sampling.sampler,
+        time_shift=sampling.time_shift,
         scores=sampling.scores or {},
         image=place(named.image),
         image_origin=record.image_origin,

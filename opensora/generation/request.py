@@ -20,6 +20,7 @@ from opensora.geometry import num_pixels, parse_aspect_ratio
 from opensora.limits import check_count, parse_count
 from opensora.media.write import check_fps
 from opensora.models.channel_scales import parse_channel_scales
+from opensora.models.guiders import parse_guider
 from opensora.models.schedulers import SAMPLERS
 from opensora.models.text.condition_types import check_condition_type
 from opensora.models.text.prompts import parse_mask_strategy, split_loops, split_references
@@ -114,7 +115,10 @@ class ClipRequest:
             ranges ("0-2:7,3:1").
         equivalent_to: channels, likewise, that are guided instead, at the scale of equal strength, see
             `models.guidance_strength`; None for those of `cfg_channels`.
+        guider: how the predictions with and without the text are combined, as `models.guiders` reads it; None for the
+            model's own rule.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.
+        time_shift: of rectified flow, as `OpenSoraPipeline.use_time_shift` takes it.
         scores: in place of the model's defaults, by name; None switches one off.
         image: the clip begins with this picture,
         image_origin: which was drawn so; None for a picture from elsewhere.
@@ -162,7 +166,9 @@ class ClipRequest:
     cfg_channels: int | list[int] | str | None = "default"
     channel_scales: list[float] | str | None = None
     equivalent_to: int | list[int] | str | None = None
+    guider: str | None = None
     sampler: str | None = None
+    time_shift: float | None = None
     scores: dict[str, float | str | None] = field(default_factory=dict)
 
     image: Path | None = None
@@ -377,6 +383,12 @@ def _check_sampling(request: ClipRequest) -> None:
     check_guidance_scale(request.image_guidance_scale, "image_guidance_scale")
     if request.sampler is not None and request.sampler not in SAMPLERS:
         raise OpenSoraError(f"unknown sampler {request.sampler!r}{nearest_name(request.sampler, SAMPLERS)}")
+    if request.guider is not None:
+        parse_guider(request.guider)
+        if request.image_guidance_scale is not None:
+            raise OpenSoraError("`guider` knows text alone; leave out `image_guidance_scale`")
+    if request.time_shift is not None and not 0 < request.time_shift < math.inf:
+        raise OpenSoraError(f"`time_shift` is {request.time_shift:g}, expected a number above 0 (1 shifts nothing)")
     if request.num_inference_steps is not None:
         parse_steps(request.num_inference_steps)
     if request.cfg_channels != "default":

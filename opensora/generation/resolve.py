@@ -123,7 +123,9 @@ def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: Edite
         **asdict(resolve_size(request, config, pipe.size_rule(), edited_frames)),
         num_inference_steps=config.num_inference_steps if steps is None else parse_steps(steps),
         **resolve_guidance(pipe, request),
+        guider=request.guider,
         sampler=request.sampler,
+        time_shift=request.time_shift,
         scores={**(config.scores or {}), **(pipe.rated_scores(request.scores, request.fps) or {})} or None,
         num_loops=request.num_loops,
         condition_frames=request.condition_frame_length,
@@ -148,6 +150,7 @@ def check_effects(request: ClipRequest, sampling: Sampling, *, sequential_guidan
     without_effect = {
         "negative_prompt": (not sampling.is_guided and bool(request.negative_prompt), unguided),
         "cfg_channels": (not sampling.is_guided and request.cfg_channels != "default", unguided),
+        "guider": (not sampling.is_guided and request.guider is not None, unguided),
         "equivalent_to": (not sampling.is_guided and request.equivalent_to is not None, unguided),
         "sequential_guidance": (not sampling.is_guided and sequential_guidance, unguided),
         "image_guidance_scale": (

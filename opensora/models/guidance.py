@@ -128,7 +128,7 @@ def default_guider(
         raise OpenSoraError(
             f"got a guidance interval from {start} to {stop}; expected 0 <= start < 1, start <= stop <= 1"
         )
-    with _without_experimental_notice():
+    with without_experimental_notice():
         from diffusers.guiders import ClassifierFreeGuidance
 
         return ClassifierFreeGuidance(
@@ -365,7 +365,7 @@ def _check_guider(guider: "BaseGuidance") -> None:
 
 
 @contextmanager
-def _without_experimental_notice() -> Iterator[None]:
+def without_experimental_notice() -> Iterator[None]:
     """Drop diffusers' notice that guiders are experimental, and only that one, while we build a guider ourselves."""
 
     def keep(record: logging.LogRecord) -> bool:

@@ -61,7 +61,7 @@ def test_from_makes_the_same_frames_again(pipe, tmp_path, suffix, capsys):
     one, two, three = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two", "three"))
     assert one == two == three
     assert pipe.calls[0] == pipe.calls[1] == pipe.calls[2]
-    assert pipe.calls[0].negative_prompt == "blue" and pipe.calls[0].cfg_channels == [0, 2]
+    assert pipe.calls[0].negative_prompt == ["blue"] and pipe.calls[0].cfg_channels == [0, 2]
     capsys.readouterr()
     assert main(["generate", "--from", f"one.{suffix}"]) == 0
     assert capsys.readouterr().out.strip() == f"outputs/a-small-red-ball-rolls-left-9.{suffix}"

@@ -108,6 +108,14 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             f"the sampler {name} is for models that predict noise; this one has a {type(self).__name__}"
         )
 
+    def with_time_shift(self, shift: float) -> "Scheduler":
+        """The same model sampled with its times shifted.
+
+        Raises:
+            OpenSoraError: a model that is none of rectified flow, or a number that shifts nothing.
+        """
+        raise OpenSoraError(f"a time shift is for models of rectified flow; this one has a {type(self).__name__}")
+
 
 def check_schedule(
     name: str, schedule: Sequence[float] | torch.Tensor, num_inference_steps: Any, *, expected: str, allowed: bool

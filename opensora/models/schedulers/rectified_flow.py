@@ -18,7 +18,7 @@ Letters: B batch, C latent channels, T latent frames, N ``num_train_timesteps``,
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -135,6 +135,13 @@ class RectifiedFlowScheduler(Scheduler):
     def noise_process(self) -> RectifiedFlowProcess:
         """What such networks are trained with: times are drawn and shifted as the configuration says."""
         return self._process
+
+    def with_time_shift(self, shift: float) -> "RectifiedFlowScheduler":
+        """The same model sampled with one time shift for all sizes (:class:`opensora.diffusion.flow.FixedShift`)."""
+        if not 0 < shift < float("inf"):
+            raise OpenSoraError(f"got a time shift of {shift:g}; expected a number above 0 (1 shifts nothing)")
+        options = {"use_timestep_transform": True, "transform": "area", "transform_ratio": float(shift)}
+        return cast(RectifiedFlowScheduler, type(self).from_config(self.config, **options))
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
