@@ -23,7 +23,7 @@ CASE ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check fuzz clips faults format clean
+.PHONY: help video test check fuzz clips faults browser format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -48,6 +48,13 @@ clips: $(VENV)/real-clips/.complete ## fetch a few real clips (15 MB, parts of p
 
 faults: $(VENV)/.installed-dev ## kill commands at 200 moments, fill the disk 50 times, see that nothing is lost (10 minutes)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.campaign $(ARGS)
+
+browser: $(VENV)/.installed-dev ## run the tests in a web browser; Debian's chromium is installed if there is none and that is allowed
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends chromium || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null; } || \
+	  echo "make: no browser was found and none could be installed; its tests are skipped"
+	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .

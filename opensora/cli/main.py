@@ -28,6 +28,7 @@ COMMANDS = {
     "data": "make a table of clips, and see what training will make of it",
     "train": "train a model by a recipe",
     "evaluate": "measure what a model can do",
+    "compare": "put settings side by side, on the same prompts and noise",
     "latents": "say whether an autoencoder's latents are what a diffusion model expects, and normalise them",
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",

@@ -61,6 +61,8 @@ def build(folder: Path) -> None:
     _run(*TRAIN, "loop.steps=2")
     loss = ["--sizes", "64x64", "--lengths", "1", "--num-clips", "1", "--batch-size", "1", "--device", "cpu"]
     _run("evaluate", "loss", "tiny", *loss, "--output", "loss.json")
+    compared = ["--prompts", "1", "--metrics", "colour", "--device", "cpu", "--output", "compared"]
+    _run("compare", "--model", "tiny", "--suite", "prompts.txt", *compared)
 
 
 def _run(*args: str) -> None:

@@ -31,6 +31,8 @@ LOSS = ["evaluate", "loss", "tiny", "--sizes", "64x64", "--lengths", "1", "--num
 LOSS += ["--device", "cpu", "--output", "loss.json"]
 LATENTS = ["--model", "codec", "--num-clips", "2", "--num-frames", "4", "--height", "32", "--width", "32"]
 LATENTS += ["--device", "cpu"]
+COMPARE = ["compare", "--model", "tiny", "--suite", "prompts.txt", "--prompts", "1", "--metrics", "colour"]
+COMPARE += ["--device", "cpu", "--output", "compared"]
 CACHE_RUN = [*TRAIN[:5], "other", "loop.steps=1", 'objective.data={"type": "CachedLatents", "folder": "cache"}']
 
 # Command lines that work, one for every way in which a format is read.
@@ -112,6 +114,8 @@ COMMANDS: dict[str, list[str]] = {
     "latents clips": ["latents", "audit", *LATENTS, "--data", "clips.csv"],
     "latents measure": ["latents", "measure", *LATENTS, "--output", "out/codec"],
     "latents in place": ["latents", "measure", *LATENTS, "--in-place"],
+    "compare": COMPARE,
+    "compare clips": ["compare", "--clips", "clips", "--metrics", "colour", "--output", "out/compared"],
     "evaluate toybox": ["evaluate", "toybox", "--model", "tiny", "--num-prompts", "1", "--no-gates", "--device", "cpu"],
 }
 OPTIONS = [
@@ -127,6 +131,7 @@ OPTIONS = [
 ]
 OPTIONS += ["generate", "generate image", "generate references", "evaluate toybox", "evaluate frames"]
 OPTIONS += ["train settings", "generate scales", "generate equivalent", "latents audit", "latents measure"]
+OPTIONS += ["compare", "compare clips"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
 INPUTS: dict[str, list[str]] = {
@@ -185,6 +190,8 @@ INPUTS: dict[str, list[str]] = {
     "latents in place": ["codec"],
     "evaluate loss": ["loss.json", "tiny"],
     "evaluate cache": ["cache", "run/model"],
+    "compare": ["compared", "prompts.txt"],
+    "compare clips": ["clips"],
 }
 LARGE = 20_000  # bytes; what is changed at random in larger files is mostly a weight
 
