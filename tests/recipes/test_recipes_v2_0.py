@@ -52,6 +52,7 @@ def test_sizes_and_batches() -> None:
     assert told["v2_0_stage1_i2v"] == stage1
     assert told["v2_0_image"] == {("256px", 1): (1.0, 50), ("768px", 1): (0.5, 11), ("1024px", 1): (0.5, 7)}
     assert [large["768px", length] for length in (1, 33, 65, 97, 129)] == [(0.5, n) for n in (38, 10, 5, 3, 2)]
+    assert ("768px", 69) in told["v2_0_stage2"], "the released table lacks it, in the middle of the others"
     compressed = told["v2_0_high_compression"]
     assert [compressed["768px_32d", n] for n in (1, 4, 32, 36, 64, 68, 96, 100, 128)] == [
         (1.0, batch) for batch in (20, 8, 8, 4, 4, 3, 3, 2, 2)
