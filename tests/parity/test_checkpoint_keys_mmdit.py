@@ -35,6 +35,6 @@ def test_names_and_shapes(golden_json, name, config, summary):
     found = identify(state)
     assert found is not None and found.supported
     assert (found.kind, found.class_name, found.summary) == ("transformer", "MMDiT", summary)
-    untold = {"theta", "bf16_timesteps", "model_max_length", "pred_sigma"}
+    untold = {"theta", "bf16_timesteps", "known_frames_alone", "model_max_length", "pred_sigma"}
     told = {name: value for name, value in model.config.items() if name not in untold and name[0] != "_"}
     assert found.config == told | {"axes_dim": [*model.config["axes_dim"]]}
