@@ -3,9 +3,10 @@
 Strengths have units that can be checked: levels of 255, pixels, shares. A strength of nothing leaves a clip as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -196,3 +197,66 @@ WORSE = {
     "noise that comes": Worse(coming(noise), "levels", (0, 8, 16, 32)),
     "melting": Worse(melting, "px", (0, 2, 4, 8)),
 }
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a figure of real clips does while they are made worse.
+
+    Attributes:
+        figure: its name.
+        worse: name in `WORSE`.
+        way: it moves at every step of strength.
+        not_of: beginnings of the names of clips that it is not true of, or on which there is nothing to measure.
+    """
+
+    figure: str
+    worse: str
+    way: Literal["rises", "falls"]
+    not_of: tuple[str, ...] = ()
+
+    def names(self, clips: Iterable[str]) -> list[str]:
+        """Of these clips, those that it is true of."""
+        return [name for name in clips if not name.startswith(self.not_of)]
+
+
+# The camera of `carphone` shakes, so nothing in it is still; the noise of `bikes` hides that its sky is.
+_SHAKES, _STILL_SKY, _HARDLY_MOVES = "carphone", "bikes", "city"
+
+MOVES = (
+    Move("flicker_levels", "flicker", "rises", (_SHAKES,)),
+    Move("flicker_levels", "slow flicker", "rises", (_SHAKES,)),
+    Move("flicker_levels", "noise", "rises", (_SHAKES, _STILL_SKY)),
+    Move("warping_error_levels", "flicker", "rises"),
+    Move("warping_error_levels", "noise", "rises"),
+    Move("warping_error_levels", "boiling", "rises"),
+    Move("most_hidden_share", "boiling", "rises"),
+    Move("motion_px_per_frame", "larger", "rises"),
+    Move("motion_px_per_frame", "shake", "rises"),
+    Move("motion_px_per_frame", "frames held", "falls"),
+    Move("frozen_share", "frames held", "rises"),
+    Move("unevenness", "shake", "rises", (_HARDLY_MOVES,)),
+    Move("drift", "blur that comes", "rises"),
+    Move("drift", "noise that comes", "rises"),
+    Move("drift", "melting", "rises"),
+    Move("largest_step", "frames held", "rises"),
+    Move("sharpness", "blur", "falls"),
+    Move("sharpness", "motion blur", "falls"),
+    Move("sharpness", "detail lost", "falls"),
+    Move("noise_levels", "noise", "rises"),
+    Move("saturation", "saturation", "rises"),
+    Move("clipped_share", "contrast", "rises"),
+    Move("clipped_share", "brighter", "rises"),
+    Move("clipped_share", "noise", "rises"),
+    *(Move("psnr_db", worse, "falls") for worse in ("blur", "noise", "contrast")),
+    *(Move("ssim", worse, "falls") for worse in ("blur", "noise", "contrast")),
+    *(Move("perceptual_distance", worse, "rises") for worse in ("blur", "noise", "contrast")),
+)
+
+# Figures that get better while clips get worse: what `blind_to` warns of.
+DECEIVED = (
+    Move("warping_error_levels", "blur", "falls"),
+    Move("flicker_levels", "frames held", "falls", (_SHAKES,)),
+    Move("sharpness", "noise", "rises"),
+    Move("noise_levels", "blur", "falls"),
+)

@@ -1,7 +1,7 @@
 """Where the places of a frame are in the next one: optical flow by dense inverse search (DIS; Kroeger et al., 2016).
 
-OpenCV computes it on the CPU, on 8-bit luma. It is good to some hundredths of a pixel where there is texture; where
-there is none it goes on with what lies around, and in noise it finds motion that is none.
+OpenCV computes it on the CPU, on 8-bit luma. It is right to a tenth of a pixel or better where there is texture;
+where there is none it goes on with what lies around, and in noise it finds motion that is none.
 
 Letters: T frames, H, W pixels. A flow is (x, y) in pixels: to the right, down.
 """

@@ -16,7 +16,7 @@ from opensora.evaluation.metrics.metric import Figure, Metric
 from opensora.evaluation.optical_flow import OpticalFlow, optical_flow
 
 _WINDOW = 5
-_STILL_PX = 0.3  # per frame; the flow is good to some hundredths of a pixel
+_STILL_PX = 0.3  # per frame; the flow is right to a tenth of a pixel or better
 _AROUND_MOTION_PX = 4  # flow blurs where moving meets still
 _LEAST_SHARE = 0.01
 
