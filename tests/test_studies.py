@@ -1,0 +1,98 @@
+"""docs/studies: what their analysis makes of rows whose answer is known, and both of them at a tiny size."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+STUDIES = Path(__file__).parent.parent / "docs" / "studies"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Modules of the studies, which find each other as those of a script do."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    yield import_module
+    for name in ("small_world", "analysis", "scaling_factor", "more_channels"):
+        sys.modules.pop(name, None)
+
+
+def test_intervals_know_that_seeds_differ(load):
+    """Clips agree within a seed and seeds do not: only several seeds show it."""
+    nested = load("analysis").nested_interval
+    one, several = nested([[0.5] * 50]), nested([[0.0] * 50, [0.5] * 50, [1.0] * 50])
+    assert (one.low, one.value, one.high) == (0.5, 0.5, 0.5)
+    assert several.value == pytest.approx(0.5) and several.low < 0.2 and several.high > 0.8
+
+
+def test_a_scale_is_read_off_the_curve(load):
+    where_equal = load("more_channels").where_equal
+    assert where_equal([1, 2, 4], [0.0, 1.0, 2.0], 1.5) == pytest.approx(3.0)
+    assert where_equal([1, 2], [0.0, 1.0], 1.5) != where_equal([1, 2], [0.0, 1.0], 1.5)  # NaN: it is never reached
+
+
+def rows_of_a_world(study, rule):
+    """Saturation grows with (s - 1) times what this rule makes of the number of channels; the judge is always right."""
+    rows = []
+    for one in (one for seed in (0, 1) for channels in study.CHANNELS for one in study.settings_of(seed, channels)):
+        on_all = rule(one.scale, one.k, one.channels) if one.k else 1.0
+        clips = [round(0.3 + 0.02 * on_all + 0.01 * clip, 6) for clip in range(8)]
+        figures = {"saturation": clips, "clipped_share": clips, "flicker_levels": clips}
+        rows.append({"cell": one.name, **vars(one), "right": {"all": "1" * 8}, **figures})
+    return rows
+
+
+@pytest.mark.parametrize("law", ["by_share", "by_root"])
+def test_the_rule_that_a_world_follows_is_found_and_the_other_refused(load, law):
+    study = load("more_channels")
+    rule = getattr(study, law)
+    rows = rows_of_a_world(study, rule)
+    for channels in study.CHANNELS:
+        found = study.same_scale(rows, channels, 3, 4.0, "saturation")
+        assert found.value == pytest.approx(rule(4.0, 3, channels), abs=0.01)
+        other = study.by_root if law == "by_share" else study.by_share
+        assert study.more_than(rows, channels, 3, 4.0, other(4.0, 3, channels), "saturation").excludes_zero
+        right = study.more_than(rows, channels, 3, 4.0, rule(4.0, 3, channels), "saturation")
+        assert right.value == pytest.approx(0, abs=1e-4)
+    assert study.not_told_apart(rows, 8, 3, 4.0, study.JUDGED) == "1 to 7"
+
+
+def test_an_arm_is_compared_with_the_right_one_seed_by_seed(load):
+    """Seeds differ more than arms do; what all of them agree on is found nevertheless, and nothing else."""
+    study = load("scaling_factor")
+
+    def row(seed, factor, latents, more):
+        unexplained = [[0.1 * seed + more + 0.01 * clip for clip in range(8)]] * len(study.LOG_SNRS)
+        read = {"right": {"all": "11110000"}, "unexplained": unexplained}
+        return {"seed": seed, "factor": factor, "latents": latents, **read}
+
+    more = {("right", "normalised"): [0, 0, 0], ("4 too large", "raw"): [0.02, 0.03, 0.02]}
+    more |= {("4 too large", "normalised"): [-0.01, 0.01, 0.0]}
+    rows = [row(seed, *arm, seeds[seed]) for arm, seeds in more.items() for seed in range(3)]
+    assert study.verdict(rows, "4 too large", "raw") == "worse"
+    assert study.verdict(rows, "4 too large", "normalised") == "not told apart"
+    assert study.verdict(rows, "4 too small", "raw") is None
+    assert "| 4 too large | raw | 3 |" in study.transformer_table(rows)
+
+
+def test_arms_of_a_seed_come_together(load):
+    """Wherever a study is stopped, at most one seed is incomplete."""
+    for name in ("scaling_factor", "more_channels"):
+        seeds = [run.seed for run in load(name).plan(3)]
+        assert seeds == sorted(seeds) and len(set(seeds)) == 3
+
+
+@pytest.mark.slow
+def test_both_studies_run_end_to_end_and_go_on_from_their_rows(load, tmp_path, monkeypatch):
+    small = load("small_world")
+    for name, pick in (("scaling_factor", slice(0, 7)), ("more_channels", slice(0, 3))):
+        study = load(name)
+        monkeypatch.setattr(study, "ROWS", tmp_path / f"{name}.jsonl")
+        runs = study.plan(1)[pick]
+        study.carry_out_all(runs, tmp_path / "models" / name, small.TINY)
+        before = study.ROWS.read_text()
+        assert len(before.splitlines()) == len(runs)
+        study.carry_out_all(runs, tmp_path / "none", small.TINY)  # nothing is left to be done
+        assert study.ROWS.read_text() == before
