@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from opensora.errors import OpenSoraError
+from opensora.evaluation.judge import load_judge
+
 pytest.importorskip("matplotlib")
 STUDIES = Path(__file__).parent.parent / "docs" / "studies"
 
@@ -15,7 +18,7 @@ def load(monkeypatch):
     """Modules of the studies, which find each other as those of a script do."""
     monkeypatch.syspath_prepend(str(STUDIES))
     yield import_module
-    for name in ("small_world", "analysis", "scaling_factor", "more_channels"):
+    for name in ("small_world", "analysis", "measuring", "scaling_factor", "more_channels"):
         sys.modules.pop(name, None)
 
 
@@ -84,15 +87,34 @@ def test_arms_of_a_seed_come_together(load):
         assert seeds == sorted(seeds) and len(set(seeds)) == 3
 
 
+def test_rows_of_another_budget_are_not_gone_on_with(load, tmp_path):
+    small, study = load("small_world"), load("scaling_factor")
+    made = []
+    for budget in (small.TINY, small.TINY):
+        rows = small.carry_out_missing(
+            tmp_path / "rows.jsonl", study.plan(1), budget, lambda run: made.append(run) or {}
+        )
+    assert made == study.plan(1) and [row["cell"] for row in rows] == [run.name for run in made]
+    with pytest.raises(OpenSoraError, match="another budget"):
+        small.carry_out_missing(tmp_path / "rows.jsonl", study.plan(1), small.Budget(), lambda run: {})
+
+
 @pytest.mark.slow
-def test_both_studies_run_end_to_end_and_go_on_from_their_rows(load, tmp_path, monkeypatch):
+def test_both_studies_run_end_to_end(load, tmp_path):
     small = load("small_world")
+    judge = load_judge()
     for name, pick in (("scaling_factor", slice(0, 7)), ("more_channels", slice(0, 3))):
         study = load(name)
-        monkeypatch.setattr(study, "ROWS", tmp_path / f"{name}.jsonl")
         runs = study.plan(1)[pick]
-        study.carry_out_all(runs, tmp_path / "models" / name, small.TINY)
-        before = study.ROWS.read_text()
-        assert len(before.splitlines()) == len(runs)
-        study.carry_out_all(runs, tmp_path / "none", small.TINY)  # nothing is left to be done
-        assert study.ROWS.read_text() == before
+        rows = [study.carry_out(run, tmp_path / name, small.TINY, judge) for run in runs]
+        assert [{key: row[key] for key in vars(run)} for run, row in zip(runs, rows, strict=True)] == list(
+            map(vars, runs)
+        )
+        read = [row["right"]["all"] for row in rows if "right" in row]
+        assert read and all(len(marks) == small.TINY.num_new for marks in read)
+        assert len({row["autoencoder"] for row in rows if "autoencoder" in row}) == (
+            2 if name == "scaling_factor" else 1
+        )
+    with pytest.raises(OpenSoraError, match="other settings"):
+        other = small.transformer_recipe("other", 0, 4, tmp_path, small.TINY)
+        small.train(other, tmp_path / "more_channels" / "seed0" / "channels4" / "transformer")

@@ -22,17 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from analysis import marks, minus, nested_interval, shown, table, write_tables
+from measuring import prompts, quiet, read_right, reconstruction_psnr, rounded
 from small_world import (
     CLIPS,
     STUDIES,
     Budget,
     autoencoder_recipe,
+    carry_out_missing,
     deviations,
-    prompts,
-    quiet,
-    read_right,
-    reconstruction_psnr,
-    rounded,
     spatial_autoencoder,
     train,
     transformer_recipe,
@@ -43,7 +40,7 @@ from opensora.checkpoints.source import find_part
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.metrics.catalogue import measure_all, metrics_of
 from opensora.lab.intervals import Interval
-from opensora.lab.rows import Row, keep_row, read_rows
+from opensora.lab.rows import Row
 from opensora.models.guidance_strength import equivalent_scale
 from opensora.weights import fingerprint
 
@@ -120,16 +117,6 @@ def carry_out(row: Guided, folder: Path, budget: Budget, judge: Judge) -> dict[s
 
 def _measure(video: Tensor) -> dict[str, Tensor]:
     return measure_all(video, CLIPS.fps, metrics_of(("flicker", "colour")))
-
-
-def carry_out_all(runs: list[Guided], folder: Path, budget: Budget) -> list[Row]:
-    """Carries out those whose rows are missing; returns all rows."""
-    rows, judge = read_rows(ROWS), load_judge()
-    for run in runs:
-        if run.name not in rows:
-            rows[run.name] = {"cell": run.name, **carry_out(run, folder, budget, judge)}
-            keep_row(ROWS, rows[run.name])
-    return list(rows.values())
 
 
 # ---- what the rows say
@@ -315,7 +302,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [] if options.page else plan(options.seeds)
-    rows = carry_out_all(runs, options.models, Budget())
+    budget, judge = Budget(), load_judge()
+    rows = carry_out_missing(ROWS, runs, budget, lambda run: carry_out(run, options.models, budget, judge))
     draw(rows, STUDIES / "images" / "more_channels.png")
     num_rows = len(plan(options.seeds))
     tables = {

@@ -20,26 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 from analysis import marks, minus, nested_interval, shown, table, write_tables
+from measuring import prompts, quiet, read_right, reconstruction_psnr, unexplained_variance
 from small_world import (
     STUDIES,
     Budget,
     autoencoder_recipe,
+    carry_out_missing,
     deviations,
-    prompts,
-    quiet,
-    read_right,
-    reconstruction_psnr,
     spatial_autoencoder,
     train,
     transformer_recipe,
-    unexplained_variance,
     without_normalisation,
 )
 
 from opensora.checkpoints.source import find_part
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.lab.intervals import Interval
-from opensora.lab.rows import Row, keep_row, read_rows
+from opensora.lab.rows import Row
 from opensora.weights import fingerprint
 
 ROWS = STUDIES / "data" / "scaling_factor.jsonl"
@@ -111,16 +108,6 @@ def carry_out(run: Run, folder: Path, budget: Budget, judge: Judge) -> dict[str,
         row["right"], _ = read_right(pipeline, judge, prompts(budget.num_new))
     row["cpu_s"] = round(time.process_time() - started, 1)
     return row
-
-
-def carry_out_all(runs: list[Run], folder: Path, budget: Budget) -> list[Row]:
-    """Carries out those whose rows are missing; returns all rows."""
-    rows, judge = read_rows(ROWS), load_judge()
-    for run in runs:
-        if run.name not in rows:
-            rows[run.name] = {"cell": run.name, **carry_out(run, folder, budget, judge)}
-            keep_row(ROWS, rows[run.name])
-    return list(rows.values())
 
 
 # ---- what the rows say
@@ -267,7 +254,7 @@ def draw(rows: list[Row], picture: Path) -> None:
             right.plot([100 * read.low, 100 * read.high], [place, place], color="black", linewidth=1)
             right.text(1, place, f"{factor}, {latents}", va="center", fontsize=7)
             place += 1
-    left.set(xlabel="log-SNR", ylabel="unexplained variance / that of right, normalised", yscale="log")
+    left.set(xlabel="log-SNR", ylabel="unexplained variance / that of right, normalised")
     left.legend(fontsize=6)
     right.set(xlabel="read right by the judge, % of prompts", yticks=[], xlim=(0, 100))
     right.invert_yaxis()
@@ -285,7 +272,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [] if options.page else plan(options.seeds)
-    rows = carry_out_all(runs, options.models, Budget())
+    budget, judge = Budget(), load_judge()
+    rows = carry_out_missing(ROWS, runs, budget, lambda run: carry_out(run, options.models, budget, judge))
     draw(rows, STUDIES / "images" / "scaling_factor.png")
     num_runs = len(plan(options.seeds))
     tables = {"autoencoders": autoencoder_table(rows), "transformers": transformer_table(rows)}
