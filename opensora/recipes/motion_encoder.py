@@ -1,4 +1,4 @@
-"""Trains the network behind `evaluation.motion`: about 25 minutes of one CPU core.
+"""Trains the network behind `evaluation.motion_encoder`: about 13 minutes of one CPU core.
 
 Scenes of moving textures and clips of the toy world are shown at odd times, shaken, cut and made to flicker. From each
 two frames the network is to tell where things go, and from the features of a clip how it moves as a whole, what was
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.distributed.seeding import BatchKey
-from opensora.evaluation.motion import MotionEncoder, pool
+from opensora.evaluation.motion_encoder import MotionEncoder, pool
 from opensora.toybox.disturbances import DISTURBANCES, disturb, draw_times
 from opensora.toybox.textures import SIDE_PX, draw_scenes
 from opensora.toybox.world import ATTRIBUTES, FULL_WORLD, World, render, sample_specs

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opensora.distributed.seeding import BatchKey
-from opensora.evaluation.motion import load_motion_encoder
+from opensora.evaluation.motion_encoder import load_motion_encoder
 from opensora.recipes.motion_encoder import (
     MOTIONS,
     MotionTaskConfig,
