@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from known_clips import held
 from torch import Tensor
 
 from opensora.evaluation.features import frame_features
@@ -47,8 +48,8 @@ def shuffled(video: Tensor, places: float, generator: torch.Generator) -> Tensor
 
 
 def repeated(video: Tensor, times: float, generator: torch.Generator) -> Tensor:
-    """Every frame shown so many times, the ones between left out: the frame rate divided."""
-    return video[:, :, torch.arange(video.shape[2]) // int(times) * int(times)]
+    """The frame rate divided."""
+    return held(video, times)
 
 
 def paused(video: Tensor, frames: float, generator: torch.Generator) -> Tensor:
