@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opensora.cli.evaluate import check_output, print_table
-from opensora.cli.options import FLAG, option
+from opensora.cli.options import FLAG, option, with_flags
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 
@@ -98,7 +98,7 @@ class LatentsAudit(Measuring):
             print_table(table.head, table.rows, width=120)
         print()
         for line in lines_of(found):
-            print(line)
+            print(with_flags(line, self))
         for path in (self.output, self.plot):
             if path is not None:
                 print(f"written: {path}")

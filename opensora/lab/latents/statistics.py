@@ -27,6 +27,7 @@ class ChannelFigures:
         kurtosis: per channel, E((z - mean)^4) / std^4, 3 for a Gaussian; NaN for a channel that never changes.
         covariance: (C, C) float64.
         log_error: standard error of the logarithm of `deviation`, from how much clips differ; infinite for one clip.
+        mean_errors, log_errors: likewise, (C,), of `mean` and of the logarithm of `std`.
     """
 
     num_clips: int
@@ -35,6 +36,8 @@ class ChannelFigures:
     kurtosis: Tensor
     covariance: Tensor
     log_error: float
+    mean_errors: Tensor
+    log_errors: Tensor
 
     @property
     def deviation(self) -> float:
@@ -63,7 +66,7 @@ class ChannelFigures:
         return float(torch.exp(-(shares * shares.log()).sum()))
 
     def transformed(self, factor: Tensor, offset: Tensor) -> "ChannelFigures":
-        """The figures of factor * z + offset, both (C,); the error stays that of these latents."""
+        """The figures of factor * z + offset, both (C,); errors of logarithms stay those of these latents."""
         return ChannelFigures(
             self.num_clips,
             self.mean * factor + offset,
@@ -71,6 +74,8 @@ class ChannelFigures:
             self.kurtosis,
             self.covariance * factor[:, None] * factor[None],
             self.log_error,
+            self.mean_errors * factor.abs(),
+            self.log_errors,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +106,8 @@ class ChannelStatistics:
         self._sums = [torch.zeros(channels, dtype=torch.float64) for _ in range(4)]  # of the first to fourth powers
         self._products = torch.zeros(channels, channels, dtype=torch.float64)
         self._clips: list[tuple[int, float, float]] = []  # values, their sum and sum of squares about one number
+        # Over clips, of each clip's mean and of its mean square: sum and sum of squares.
+        self._means, self._squares = torch.zeros(2, 2, channels, dtype=torch.float64)
 
     def add(self, latents: Tensor) -> None:
         """Takes in clips (B, C, N, h, w).
@@ -118,6 +125,8 @@ class ChannelStatistics:
             whole = values - self._pivot.mean()
             self._clips.append((values.numel(), float(whole.sum()), float(whole.square().sum())))
             values = values - self._pivot[:, None]
+            for kept, found in ((self._means, values.mean(dim=1)), (self._squares, values.square().mean(dim=1))):
+                kept += torch.stack([found, found.square()])
             for power, total in enumerate(self._sums, start=1):
                 total += values.pow(power).sum(dim=1)
             self._products += values @ values.T
@@ -136,8 +145,23 @@ class ChannelStatistics:
         central = fourth - 4 * first * third + 6 * first.square() * second - 3 * first.pow(4)
         kurtosis = torch.where(variance > 0, central / variance.square(), torch.nan)
         return ChannelFigures(
-            len(self._clips), self._pivot + first, variance.sqrt(), kurtosis, covariance, self._log_error()
+            len(self._clips),
+            self._pivot + first,
+            variance.sqrt(),
+            kurtosis,
+            covariance,
+            self._log_error(),
+            self._error_over_clips(self._means),
+            self._error_over_clips(self._squares) / variance / 2,
         )
+
+    def _error_over_clips(self, sums: Tensor) -> Tensor:
+        """Standard error of the mean over clips, (C,), from sum and sum of squares."""
+        num = len(self._clips)
+        if num < 2:
+            return torch.full((self.channels,), math.inf, dtype=torch.float64)
+        variance = (sums[1] - sums[0].square() / num) / (num - 1)
+        return (variance.clamp_min(0) / num).sqrt()
 
     def _log_error(self) -> float:
         """Half the relative standard error of the variance, which is a mean over clips."""

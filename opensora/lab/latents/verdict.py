@@ -153,14 +153,15 @@ def _is_right(deviation: float) -> bool:
 
 
 def _unevenness(found: ChannelFigures) -> str:
-    """How uneven channels are; "" where they are not."""
-    least, most = float(found.std.min()), float(found.std.max())
-    shifted = float(found.mean.abs().max())
-    if most > MOST_UNEVEN * least:
+    """How uneven channels are beyond what clips differ; "" where they are not."""
+    (least, low), (most, high) = ((float(value), int(where)) for value, where in (found.std.min(0), found.std.max(0)))
+    shifted = float((found.mean.abs() - 1.96 * found.mean_errors).max())
+    error = math.hypot(float(found.log_errors[low]), float(found.log_errors[high]))
+    if not least or math.log(most / least) - 1.96 * error > math.log(MOST_UNEVEN):
         apart = f", {log_snr_offset(most / least):.2g} apart in log-SNR" if least else ""
         return f"channels are uneven, with deviations from {least:.3g} to {most:.3g}{apart}"
     if shifted > MOST_SHIFTED:
-        return f"channels are uneven, with means up to {shifted:.3g} from 0"
+        return f"channels are uneven, with means up to {float(found.mean.abs().max()):.3g} from 0"
     return ""
 
 
