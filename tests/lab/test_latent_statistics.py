@@ -42,6 +42,14 @@ def test_kurtosis_tells_other_distributions():
     assert float(figures_of(laplace).kurtosis.mean()) == pytest.approx(9.0, abs=1.0)
 
 
+def test_kurtosis_is_about_the_mean_of_all_clips_and_not_of_the_first():
+    skewed = gaussian(6).exp() + 3 * torch.arange(6)[:, None, None, None, None]
+    values = skewed.double().transpose(0, 1).flatten(1)
+    centred = values - values.mean(dim=1, keepdim=True)
+    direct = centred.pow(4).mean(dim=1) / centred.square().mean(dim=1).square()
+    torch.testing.assert_close(figures_of(skewed).kurtosis, direct, rtol=1e-8, atol=0)
+
+
 def test_clips_one_by_one_are_the_same_as_all_at_once():
     latents = gaussian(5) * 3 + 100
     one_by_one = ChannelStatistics(3)
