@@ -18,7 +18,16 @@ def load(monkeypatch):
     """Modules of the studies, which find each other as those of a script do."""
     monkeypatch.syspath_prepend(str(STUDIES))
     yield import_module
-    for name in ("small_world", "analysis", "measuring", "scaling_factor", "more_channels"):
+    for name in (
+        "small_world",
+        "analysis",
+        "measuring",
+        "scaling_factor",
+        "more_channels",
+        "grids",
+        "channels",
+        "steps",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -97,6 +106,57 @@ def test_rows_of_another_budget_are_not_gone_on_with(load, tmp_path):
     assert made == study.plan(1) and [row["cell"] for row in rows] == [run.name for run in made]
     with pytest.raises(OpenSoraError, match="another budget"):
         small.carry_out_missing(tmp_path / "rows.jsonl", study.plan(1), small.Budget(), lambda run: {})
+
+
+def world_of_channels(study, block, law):
+    """Rows of a block whose clips get more saturated as all channels would at the scale that a law makes of three."""
+    rows = {}
+    for column in block.comparison.columns:
+        scale = column.settings["guidance_scale"]
+        strength = law(scale) if column.settings["cfg_channels"] == 3 else scale
+        rows[column.name] = [
+            {"prompt_id": f"{clip}", "saturation": 0.3 + 0.02 * strength + 0.01 * (clip % 5), "right_all": 1.0}
+            | {"flicker_levels": None, "clipped_share": 0.0}
+            for clip in range(20)
+        ]
+    return rows
+
+
+def test_the_scale_of_equal_strength_is_found_where_there_is_one(load):
+    study, grids = load("channels"), load("grids")
+    block = study.BLOCKS[0]
+    found = grids.Found({block.name: world_of_channels(study, block, lambda scale: 1 + 0.6 * (scale - 1))})
+    equal = study.equal_scale(found, block, 5.0, "saturation")
+    assert equal.value == pytest.approx(1 + 0.6 * 4, abs=0.01) and equal.low <= equal.value <= equal.high
+    assert study.equal_scale(found, block, 5.0, "right_all") is None, "every scale has as much"
+    assert study.equal_scale(found, block, 5.0, "flicker_levels") is None, "nothing was measured"
+    assert "3.40 [3.40, 3.40]" in study.equal_table(found, block)
+    assert study.grid_table(found, block).count("\n") == 15
+
+
+def test_a_page_without_rows_says_so(load):
+    for name in ("channels", "steps"):
+        study = load(name)
+        said = study.conclusion(load("grids").Found())
+        assert said == f"0 of {len(study.BLOCKS)} blocks are in: nothing is said yet."
+
+
+@pytest.mark.slow
+def test_blocks_go_on_from_the_rows_that_are_kept(load, tmp_path, monkeypatch):
+    from opensora.generation.request import ClipRequest
+
+    grids = load("grids")
+    monkeypatch.setattr(grids, "STUDIES", tmp_path)
+    base = ClipRequest("", num_inference_steps=1, num_frames=5, device="cpu")
+    block = grids.Block("small", base, {"guidance_scale": [1.0, 4.0]}, 2, 2, sets=True)
+    found = grids.carry_out([block], tmp_path / "runs", 1)
+    kept = (tmp_path / "data" / "small.parquet").read_bytes()
+    again = grids.carry_out([block], tmp_path / "elsewhere", 1, make=False)
+    assert (tmp_path / "data" / "small.parquet").read_bytes() == kept
+    assert again.sets == found.sets
+    assert set(found.sets["small"]["guidance_scale 1"]) >= {"look_kernel", "motion_frechet"}
+    for name in found.rows["small"]:
+        assert again.mean("small", name, "right_all") == found.mean("small", name, "right_all")
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ from opensora.errors import saying_what_is_kept
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
+    from opensora.evaluation.metrics.distances import Estimate
     from opensora.lab.compare import Comparison
     from opensora.lab.grid import Column
+    from opensora.lab.rows import Row
 
 _AXES = (
     *("model", "adapter", "sampler", "num_inference_steps", "guidance_scale", "image_guidance_scale"),
@@ -75,6 +77,9 @@ class Compare:
     """Compare clips that are there, of the same name in every folder, whoever made them; no model is asked."""
     metrics: Annotated[tuple[str, ...], option("NAME ...", "all")] = ()
     """What is measured."""
+    reference: Annotated[str | None, option("FOLDER|toybox", "none")] = None
+    """Also tell how far each column's clips, as a set, are from these: a folder of clips, or clips that the toy world
+    draws itself. With several seeds, also how much clips of a prompt differ."""
     workers: int = 1
     """Processes that make clips side by side; each holds a model."""
     batch_size: int = 1
@@ -94,6 +99,10 @@ class Compare:
         limits.check_count("`workers`", self.workers, limits.WORKERS)
         limits.check_count("`batch_size`", self.batch_size, limits.CLIPS)
         check_writable(self.output / "rows.parquet")
+        if self.reference is not None:
+            from opensora.lab.sets import Reference
+
+            Reference(self.reference).check()
         comparison = self._comparison()
         quiet_libraries()
         num_clips = len(comparison.cells)
@@ -104,15 +113,17 @@ class Compare:
                 self.output,
                 num_workers=self.workers,
                 keep_clips=not self.rows_only,
+                keep_features=self.reference is not None,
                 on_progress=progress.update,
             )
         table = save_table(comparison, self.output, rows)
         found = summarise(comparison, rows)
-        _print_found(comparison, found)
+        sets = self._sets(comparison, rows)
+        _print_found(comparison, found, sets)
         say(f"rows: {table}")
         if not self.rows_only:
             command = shlex.join(["opensora", *sys.argv[1:]])
-            print(write_page(comparison, self.output, rows, found, command))
+            print(write_page(comparison, self.output, rows, found, command, sets))
 
     def _comparison(self) -> "Comparison":
         from opensora.evaluation.metrics.catalogue import METRICS, metrics_of
@@ -134,6 +145,17 @@ class Compare:
         columns = columns_of(self._base(), axes)
         self._check_models(columns)
         return Comparison(tuple(columns), tuple(prompts), self.seeds, names, self.batch_size)
+
+    def _sets(self, comparison: "Comparison", rows: "list[Row]") -> "list[dict[str, Estimate]]":
+        """Figures of each column as a set; none without a reference."""
+        if self.reference is None:
+            return [{} for _ in comparison.columns]
+        from opensora.lab.sets import Reference, reference_features, set_figures
+
+        features = self.output / "features"
+        reference = Reference(self.reference, max(100, len(comparison.cells) // len(comparison.columns)))
+        num_frames = rows[0]["num_frames"]
+        return set_figures(comparison.cells, features, reference_features(reference, features, num_frames))
 
     def _base(self) -> Any:
         from opensora.generation.request import ClipRequest
@@ -177,9 +199,12 @@ def _kept_in(folder: Path) -> str:
     return f"what was made until then is in {folder}, and the same command goes on from there" if there else ""
 
 
-def _print_found(comparison: "Comparison", found: "Sequence[dict[str, Any]]") -> None:
+def _print_found(
+    comparison: "Comparison", found: "Sequence[dict[str, Any]]", sets: "Sequence[dict[str, Estimate]]"
+) -> None:
     """Means and intervals, a row a figure."""
     from opensora.cli.evaluate import print_table
 
     rows = [(name, *(str(column[name].mean) for column in found)) for name in comparison.figures]
+    rows += [(name, *(str(column[name]) for column in sets)) for name in sets[0]]
     print_table(("mean [95 % interval]", *(column.name for column in comparison.columns)), rows, width=160)

@@ -79,6 +79,7 @@ def run(
     *,
     num_workers: int = 1,
     keep_clips: bool = True,
+    keep_features: bool = False,
     on_progress: Progress | None = None,
 ) -> list[Row]:
     """Makes and measures the clips that are not there yet.
@@ -88,6 +89,7 @@ def run(
         folder: what was there of the same comparison is kept.
         num_workers: processes that make clips.
         keep_clips: save them; otherwise there are rows alone.
+        keep_features: keep what figures of sets need in `features/`.
         on_progress: called with (clips done, clips in all).
 
     Returns:
@@ -99,10 +101,12 @@ def run(
     _claim(folder, comparison.settings())
     cells, clips = comparison.cells, folder / "clips" if keep_clips else None
     rows = read_rows(folder / "rows.jsonl")
+    features = folder / "features" if keep_features else None
     done = {name for name in rows if clips is None or (clips / f"{name}.mp4").exists()}
+    done = {name for name in done if features is None or (features / f"{name}.npz").exists()}
     batches = batches_of(cells, comparison.batch_size)
     todo = [batch for batch in batches if not all(cell.name in done for cell in batch)]
-    start = functools.partial(make_clips, comparison.columns, comparison.prompts, clips, comparison.metrics)
+    start = functools.partial(make_clips, comparison.columns, comparison.prompts, clips, comparison.metrics, features)
     num_done = sum(cell.name in done for cell in cells)
     if on_progress is not None:
         on_progress(num_done, len(cells))

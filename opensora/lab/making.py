@@ -34,7 +34,11 @@ def row_of(cell: Cell, column: Column, prompt: SuitePrompt, clip: Clip, figures:
 
 
 def make_clips(
-    columns: Sequence[Column], prompts: Sequence[SuitePrompt], folder: Path | None, metrics: Sequence[str]
+    columns: Sequence[Column],
+    prompts: Sequence[SuitePrompt],
+    folder: Path | None,
+    metrics: Sequence[str],
+    features: Path | None = None,
 ) -> Callable[[Batch], list[Row]]:
     """What makes batches, in a process of its own or not; it keeps the model of the last one.
 
@@ -42,9 +46,11 @@ def make_clips(
         columns, prompts: of the grid.
         folder: where clips are saved under the names of their cells; None keeps none.
         metrics: names of those that they are measured by.
+        features: where the features of clips are kept, see `sets`; None for nowhere.
     """
     from opensora.generation.engine import Engine
     from opensora.lab.measuring import Measuring
+    from opensora.lab.sets import keep_features
 
     measuring = Measuring(metrics)
     engines: dict[str, Engine] = {}
@@ -71,6 +77,8 @@ def make_clips(
         for cell, clip in zip(batch, clips_of(batch), strict=True):
             prompt = prompts[cell.prompt]
             figures = measuring.figures(clip, prompt.wanted)
+            if features is not None:
+                keep_features(features / f"{cell.name}.npz", clip)
             if folder is not None:
                 clip.save(folder / f"{cell.name}.mp4")
             rows.append(row_of(cell, columns[cell.column], prompt, clip, figures))

@@ -10,7 +10,9 @@ from typing import Any
 
 from opensora.files import replacing
 from opensora.lab.compare import Comparison
+from opensora.lab.intervals import Interval
 from opensora.lab.rows import Row
+from opensora.lab.sets import DIVERSITY, FIGURES
 from opensora.lab.summary import Found, as_json, figures_of
 
 MOST_INSIDE_BYTES = 64 * 2**20
@@ -23,6 +25,7 @@ def write_page(
     rows: Sequence[Row],
     found: Sequence[Mapping[str, Found]],
     command: str = "",
+    sets: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes `index.html`.
 
@@ -32,6 +35,7 @@ def write_page(
         rows: of all cells, in order.
         found: of each column, see `summary.summarise`.
         command: that made it, to be shown.
+        sets: figures of each column as a set, see `sets.set_figures`.
     """
     clips = {row["cell"]: folder / "clips" / f"{row['cell']}.mp4" for row in rows}
     inside = sum(path.stat().st_size for path in clips.values()) <= MOST_INSIDE_BYTES
@@ -42,6 +46,8 @@ def write_page(
         "columns": [{"name": column.name, "settings": _settings(column.request)} for column in comparison.columns],
         "figures": [asdict(figure) for figure in figures_of(comparison)],
         "found": as_json([dict(column) for column in found]),
+        "set_figures": [asdict(figure) for figure in (*FIGURES, *DIVERSITY) if sets and figure.name in sets[0]],
+        "sets": as_json([{name: Found(_interval(one), None) for name, one in column.items()} for column in sets]),
         "rows": _table(comparison, rows),
         "clips": {name: _video(path) if inside else f"clips/{path.name}" for name, path in clips.items()},
     }
@@ -73,6 +79,10 @@ def _settings(request: Any) -> dict[str, Any]:
 
     defaults = to_dict(ClipRequest(""))
     return {name: value for name, value in to_dict(request).items() if value != defaults[name] and name != "prompt"}
+
+
+def _interval(estimate: Any) -> Interval:
+    return Interval(estimate.value, estimate.low, estimate.high, 0)
 
 
 def _video(path: Path) -> str:
