@@ -204,28 +204,50 @@ def verdict(rows: list[Row], factor: str, latents: str, figure: str = "unexplain
     return "worse" if (against.value > 0) == (figure == "unexplained") else "better"
 
 
+def repaired(rows: list[Row], factor: str, latents: str) -> Interval | None:
+    """Which share an arm closes of what raw latents under its factor lose against right, normalised ones; 1 is all."""
+    arms = [Arm.of(rows, *names) for names in ((factor, "raw"), (factor, latents), ("right", "normalised"))]
+    seeds = [seed for seed in arms[0].seeds if all(seed in arm.seeds for arm in arms)]
+    if not seeds:
+        return None
+    chosen = [Arm(seeds, [row for row in arm.rows if row["seed"] in seeds]).unexplained() for arm in arms]
+    values = np.moveaxis(np.array(chosen), 0, -1)
+    return nested_interval(values, lambda means: float((means[0] - means[1]) / (means[0] - means[2])))
+
+
 def conclusion(rows: list[Row], num_runs: int) -> str:
-    """What the rows carry, in two sentences; they claim nothing beyond the intervals."""
+    """What the rows carry, in three sentences; they claim nothing beyond the intervals."""
     seeds = {row["seed"] for row in rows}
     state = f"{len(rows)} of {num_runs} runs are in"
     if len(seeds) == 1:
-        state += ", of one seed, so intervals are of clips and not of trainings"
-    said = []
-    for figure, (name, _, _) in FIGURES.items():
-        parts = []
-        for latents in LATENTS:
-            found: dict[str, list[str]] = {}
-            for factor in FACTORS:
-                answer = verdict(rows, factor, latents, figure)
-                if answer is not None and (factor, latents) != ("right", "normalised"):
-                    found.setdefault(answer, []).append(f'"{factor}"')
-            if found:
-                words = [f"{answer} under {' and '.join(factors)}" for answer, factors in found.items()]
-                parts.append(f"{latents} latents are {', '.join(words)}")
-        said.append(f"in {name.removesuffix(', %')} {'; '.join(parts)}")
-        if not parts:
-            return f"{state}, and nothing can be compared yet."
-    return f"{state}: against normalised latents under the right factor, {said[0]}. Likewise, {said[1]}."
+        state += ", of one seed, so intervals tell of clips and not of other trainings"
+    parts = []
+    for factor in FACTORS:
+        by_scale, by_shift = repaired(rows, factor, "normalised"), repaired(rows, factor, "raw, shifted")
+        if factor != "right" and by_scale and by_shift:
+            closed = f"normalisation closes {shown(by_scale, 0, 100)} %, the time shift {shown(by_shift, 0, 100)} %"
+            parts.append(f'under "{factor}" {closed}')
+    if not parts:
+        return f"{state}, and nothing can be compared yet."
+    said = [
+        f"{state}: of what raw latents lose against normalised ones under the right factor, in unexplained variance, "
+        f"{'; '.join(parts)} (below 0: it loses more).",
+        *(
+            f"{what} more than chance in unexplained variance {_where(rows, latents, 'unexplained')}, and in what the "
+            f"judge reads {_where(rows, latents, 'right')}."
+            for what, latents in (("Normalised latents still lose", "normalised"), ("Raw latents lose", "raw"))
+        ),
+    ]
+    return "\n".join(said)
+
+
+def _where(rows: list[Row], latents: str, figure: str) -> str:
+    """The factors under which latents are worse than right, normalised ones."""
+    factors = [f'"{factor}"' for factor in FACTORS if (factor, latents) != ("right", "normalised")]
+    worse = [factor for factor in factors if verdict(rows, factor.strip('"'), latents, figure) == "worse"]
+    if worse == factors:
+        return "under every factor" if "right" in factors[0] else "under every wrong factor"
+    return f"under {' and '.join(worse)}" if worse else "nowhere"
 
 
 def draw(rows: list[Row], picture: Path) -> None:
@@ -235,11 +257,11 @@ def draw(rows: list[Row], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8))
     styles = dict(zip(LATENTS, ("-", ":", "--"), strict=True))
     colours = dict(zip(FACTORS, ("tab:green", "tab:blue", "tab:red", "tab:orange"), strict=True))
     best = Arm.of(rows, "right", "normalised")
-    place = 0
+    place, labels = 0, []
     for factor in FACTORS:
         for latents in LATENTS:
             arm = Arm.of(rows, factor, latents)
@@ -252,11 +274,13 @@ def draw(rows: list[Row], picture: Path) -> None:
             read = nested_interval(arm.right())
             right.barh(place, 100 * read.value, color=colours[factor], alpha=0.6)
             right.plot([100 * read.low, 100 * read.high], [place, place], color="black", linewidth=1)
-            right.text(1, place, f"{factor}, {latents}", va="center", fontsize=7)
+            labels.append(f"{factor}, {latents}")
             place += 1
-    left.set(xlabel="log-SNR", ylabel="unexplained variance / that of right, normalised")
-    left.legend(fontsize=6)
-    right.set(xlabel="read right by the judge, % of prompts", yticks=[], xlim=(0, 100))
+    left.set(xlabel="log-SNR", ylabel="unexplained variance, relative")
+    left.set_ylim(top=1.45 * left.get_ylim()[1])
+    left.legend(fontsize=6, ncols=3, loc="upper center")
+    right.set(xlabel="read right by the judge, % of prompts", xlim=(0, 100))
+    right.set_yticks(range(place), labels, fontsize=7)
     right.invert_yaxis()
     figure.tight_layout()
     picture.parent.mkdir(parents=True, exist_ok=True)
