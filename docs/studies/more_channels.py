@@ -14,7 +14,7 @@ study that was stopped goes on. `--page` makes the page of the rows that there a
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,8 @@ def same_scale(rows: list[Row], channels: int, k: int, scale: float, figure: str
     for seed in seeds:
         columns = [clips_of(rows, Guided(seed, channels, k, scale), figure)]
         columns += [clips_of(rows, Guided(seed, channels, channels, s), figure) for s in scales]
-        values.append(np.array(columns, dtype=float).T)
+        clips = np.array(columns, dtype=float).T
+        values.append(np.where(np.isnan(clips).any(axis=1, keepdims=True), np.nan, clips))
     return nested_interval(values, lambda means: where_equal(scales, means[1:], means[0]))
 
 
@@ -185,7 +186,7 @@ def not_told_apart(rows: list[Row], channels: int, k: int, scale: float, figure:
         difference = more_than(rows, channels, k, scale, on_all, figure)
         if difference is not None and not difference.excludes_zero:
             alike.append(on_all)
-    return f"{min(alike):g} to {max(alike):g}" if alike else "none"
+    return f"{min(alike):.3g} to {max(alike):.3g}" if alike else "none"
 
 
 def scale_table(rows: list[Row]) -> str:
@@ -237,31 +238,39 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def conclusion(rows: list[Row], num_rows: int) -> str:
-    """What the rows carry, in a sentence; it claims nothing beyond the intervals."""
-    state, said = f"{len(rows)} of {num_rows} rows are in", []
-    for channels in CHANNELS:
-        if not (seeds := finished(rows, channels)):
+    """What the rows carry, in two sentences; they claim nothing beyond the intervals."""
+    state = f"{len(rows)} of {num_rows} rows are in"
+    alike: list[str] = []
+    refused: list[str] = []
+    done = {channels: finished(rows, channels) for channels in CHANNELS}
+    for channels, seeds in done.items():
+        if not seeds:
             continue
-        refused = {
-            rule: [
-                (scale, figure)
-                for scale in SCALES
-                for figure in FIGURES
-                if (found := more_than(rows, channels, FEW, scale, make(scale, FEW, channels), figure))
-                and found.excludes_zero
-            ]
-            for rule, make in (("k/C", by_share), ("its root", by_root))
-        }
-        of = len(SCALES) * len(FIGURES)
-        words = [f"{rule} in {len(cases)} of {of}" for rule, cases in refused.items()]
-        trained = "one training" if len(seeds) == 1 else f"{len(seeds)} trainings"
-        said.append(f"{channels} channels ({trained}): {' and '.join(words)}")
-    if not said:
+        found = same_scale(rows, channels, FEW, SCALES[1], "saturation")
+        assert found is not None
+        told = f"k/C says {by_share(SCALES[1], FEW, channels):.2f}, its root {by_root(SCALES[1], FEW, channels):.2f}"
+        reached = "at none that was tried" if math.isnan(found.value) else f"at {shown(found, 2)}"
+        alike.append(f"of {channels} channels {reached} ({told}; trainings: {len(seeds)})")
+        by_rule = [f"{_refused(rows, channels, rule)}" for rule in (by_share, by_root)]
+        refused.append(f"of {channels} channels k/C in {by_rule[0]}, its root in {by_rule[1]}")
+    if not alike:
         return f"{state}, and no number of channels is finished: nothing is said yet."
     return (
-        f"{state}: how often guidance on three channels is told apart from guidance on all at the scale that a rule "
-        f"calls equal, of three scales in saturation, clipped share and flicker: {'; '.join(said)}."
+        f"{state}: guidance of {SCALES[1]:g} on three channels saturates like guidance on all "
+        f"{', '.join(alike)}.\n"
+        f"Of {len(SCALES) * len(FIGURES)} comparisons each (three scales; saturation, clipped share, flicker) "
+        f"intervals refuse {'; '.join(refused)}."
     )
+
+
+def _refused(rows: list[Row], channels: int, rule: Callable[[float, int, int], float]) -> int:
+    """How often guidance on three channels differs by more than chance from what a rule calls equal to it."""
+    found = [
+        more_than(rows, channels, FEW, scale, rule(scale, FEW, channels), figure)
+        for scale in SCALES
+        for figure in FIGURES
+    ]
+    return sum(one is not None and one.excludes_zero for one in found)
 
 
 def draw(rows: list[Row], picture: Path) -> None:
