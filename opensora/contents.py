@@ -393,6 +393,9 @@ def _is_of_torch(path: Path, head: bytes) -> bool:
         return b"data.pkl" in head
 
 
+_ASCII = re.compile(rb"[\t\n\r -~]")
+
+
 def _kind_of_text(head: bytes) -> Kind:
     if b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "unknown"
@@ -404,7 +407,8 @@ def _kind_of_text(head: bytes) -> Kind:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
     except UnicodeDecodeError:
-        is_text = not any(byte < 9 or 13 < byte < 32 for byte in head)  # Latin-1 and the like
+        # Latin-1 and the like, in which no text is without spaces, digits or letters of English.
+        is_text = not any(byte < 9 or 13 < byte < 32 for byte in head) and 10 * len(_ASCII.findall(head)) > len(head)
         return "text" if is_text else "unknown"
     return "text" if not any(byte < 9 or 13 < byte < 27 for byte in head) else "unknown"
 

@@ -43,7 +43,7 @@ class Compare:
     """Adapters, one at a time."""
     sampler: Annotated[tuple[str, ...], option("NAME ...", "the model's")] = ()
     """Samplers; model for the model's own."""
-    num_inference_steps: Annotated[tuple[str, ...], option("N ...", "the model's", aliases=["--steps"])] = ()
+    num_inference_steps: Annotated[tuple[str, ...], option("N ...", "the model's")] = ()
     """Sampling steps, or respacings such as ddim50."""
     guidance_scale: Annotated[tuple[float, ...], option("S ...", "the model's")] = ()
     """How strongly the prompt is followed."""

@@ -87,4 +87,4 @@ def test_open_sora_2_in_miniature_goes_the_whole_way(recipe, tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save("first.png")
     assert main(["generate", "a red ball", "--model", "run", "--image", "first.png", "--output", "clip.mp4"]) == 0
     frames, _ = read_video("clip.mp4")
-    assert len(frames) == (13 if "dc" in recipe else 17)  # of the four frames of a first picture, one is kept
+    assert len(frames) == (16 if "dc" in recipe else 17)  # the picture is shown in its place, and no frame stands still

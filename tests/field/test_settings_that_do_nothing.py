@@ -181,7 +181,7 @@ def test_wishes_without_effect_are_refused(wish, says):
     with pytest.raises(OpenSoraError) as caught:
         engine.prepare([ClipRequest(BALL, **wish)])
     assert says in str(caught.value)
-    Engine(make_pipeline(), repeats=True).prepare([ClipRequest(BALL, **wish)])  # an older clip may have been made so
+    Engine(make_pipeline(), allows_idle=True).prepare([ClipRequest(BALL, **wish)])  # older clips may have been made so
 
 
 def test_a_model_that_is_not_guided_says_so():
