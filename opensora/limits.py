@@ -29,7 +29,9 @@ TRAINING_STEPS = 100_000_000
 NETWORK_SIZE = 2**24
 """Any other size of a network: channels, tokens, words."""
 WORKERS = 1_024
-"""Threads or processes of one machine."""
+"""Processes of one machine."""
+THREADS = 128
+"""Of one process: few machines have as many cores, and no small network gains by more."""
 RANKS = 1_000_000
 """Processes on all machines."""
 SEED = 2**63 - 1

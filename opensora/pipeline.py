@@ -196,6 +196,8 @@ class OpenSoraPipeline(
             check_guidance_options(guidance_scale, guidance_options, transformer)
         if known_frames not in _KNOWN_FRAMES:
             raise OpenSoraError(f"known_frames is {known_frames!r}; {expected_one_of(known_frames, _KNOWN_FRAMES)}")
+        if nominal_size is not None and (len(nominal_size) != 2 or min(nominal_size) < 1):
+            raise OpenSoraError(f"nominal_size is {list(nominal_size)}; expected a height and a width in pixels")
         check_scheduler(scheduler)
         _check_time_shift(scheduler, autoencoder)
         _check_trained_on(trained_on, autoencoder)

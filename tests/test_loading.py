@@ -516,6 +516,12 @@ def test_options_that_do_not_exist(folder):
     assert "did you mean 'guidance_scale'?" in refusal(folder)
 
 
+@pytest.mark.parametrize("size", [[], [240], [240, 0], [240, 426, 3]])
+def test_a_nominal_size_is_a_height_and_a_width(folder, size):
+    change_json(folder / "model_index.json", nominal_size=size)
+    assert "nominal_size is" in refusal(folder)
+
+
 def test_components_come_from_known_libraries_only(folder):
     change_json(folder / "model_index.json", scheduler=["subprocess", "Popen"])
     assert "come from opensora, diffusers and transformers only" in refusal(folder)

@@ -13,7 +13,7 @@ from opensora.cli.options import option
 from opensora.cli.parallel import speaking_once
 from opensora.cli.progress import Bar, quiet_libraries
 from opensora.files import owned
-from opensora.limits import WORKERS, check_count
+from opensora.limits import THREADS, check_count
 
 if TYPE_CHECKING:
     from opensora.training.trainer import Trainer
@@ -67,7 +67,7 @@ class Train:
         from opensora.training.trainer import Trainer
 
         if self.threads is not None:
-            torch.set_num_threads(check_count("`threads`", self.threads, WORKERS))
+            torch.set_num_threads(check_count("`threads`", self.threads, THREADS))
         quiet_libraries()
         recipe = find_recipe(self.recipe)
         if self.cache is not None:
