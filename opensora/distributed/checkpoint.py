@@ -137,9 +137,15 @@ def remove(path: Path) -> None:
 
 
 def reason(failure: BaseException) -> str:
-    """Why a checkpoint could not be written or read, in a few words; the first rank's reason if several have one."""
+    """Why a checkpoint could not be written or read, in a few words; the first rank's reason if several have one.
+
+    Raises:
+        KeyboardInterrupt: that was it, and nothing is wrong with the checkpoint.
+    """
     if isinstance(failure, CheckpointException):
         failure = next(iter(failure.failures.values()))[0]
+    if isinstance(failure, KeyboardInterrupt):
+        raise failure
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     return (str(failure) or type(failure).__name__).splitlines()[0]

@@ -257,3 +257,15 @@ def test_all_checkpoints_that_are_to_be_kept_are_kept(tmp_path: Path) -> None:
         checkpoints.wait()
         first = max(1, step - 2)
         assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{k:08d}" for k in range(first, step + 1)]
+
+
+def test_an_interrupt_while_a_checkpoint_is_read_does_not_condemn_it(tmp_path: Path, monkeypatch) -> None:
+    """torch makes an error of its own of whatever ends a read, Ctrl-C included."""
+    path = save(tmp_path, 1)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.HuggingFaceStorageReader.read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(path)
