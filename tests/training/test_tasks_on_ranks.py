@@ -74,8 +74,9 @@ def test_known_frames_on_two_ranks(tmp_path: Path, ranks: dict, version: str) ->
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
 
 
-def test_two_pairs_of_ranks_that_share_a_clip_each(tmp_path: Path) -> None:
-    objective = family_config("2.0", write_clips(tmp_path / "clips"), export_dtype="float32")
+@pytest.mark.parametrize("version", ["1.3", "2.0", "2.0-dc"])
+def test_two_pairs_of_ranks_that_share_a_clip_each(tmp_path: Path, version: str) -> None:
+    objective = family_config(version, write_clips(tmp_path / "clips"), export_dtype="float32")
     train(objective, tmp_path / "one", {"microbatches": 2})
     run_ranks(4, train, objective, tmp_path / "ranks", {"sharding": "full", "sequence_parallel": 2})
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
