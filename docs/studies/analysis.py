@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensora.lab.intervals import DRAWS, LEVEL, Interval
+from opensora.evaluation.intervals import DRAWS, LEVEL, Interval
 
 _SEED = 20_261_126
 

@@ -17,8 +17,8 @@ import numpy as np
 from analysis import shown, table, write_tables
 from grids import STUDIES, Block, Found, carry_out
 
+from opensora.evaluation.intervals import DRAWS, Interval
 from opensora.generation.request import ClipRequest
-from opensora.lab.intervals import DRAWS, Interval
 from opensora.models.guidance_strength import equivalent_scale
 
 IDDPM = ClipRequest("", model="toybox-iddpm", num_inference_steps=30)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from opensora.cli.progress import Progress
+from opensora.evaluation.intervals import Interval, difference_interval, mean_interval
 from opensora.evaluation.suites import read_suite
 from opensora.generation.request import ClipRequest
 from opensora.lab.compare import Comparison, run
 from opensora.lab.grid import column_name, columns_of
-from opensora.lab.intervals import Interval, difference_interval, mean_interval
 from opensora.lab.rows import Row, keep_row, read_rows, write_table
 from opensora.lab.sets import Reference, reference_features, set_figures
 from opensora.tables import import_pyarrow

@@ -37,9 +37,9 @@ from small_world import (
 from torch import Tensor
 
 from opensora.checkpoints.source import find_part
+from opensora.evaluation.intervals import Interval
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.metrics.catalogue import measure_all, metrics_of
-from opensora.lab.intervals import Interval
 from opensora.lab.rows import Row
 from opensora.models.guidance_strength import equivalent_scale
 from opensora.weights import fingerprint

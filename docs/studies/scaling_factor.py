@@ -34,8 +34,8 @@ from small_world import (
 )
 
 from opensora.checkpoints.source import find_part
+from opensora.evaluation.intervals import Interval
 from opensora.evaluation.judge import Judge, load_judge
-from opensora.lab.intervals import Interval
 from opensora.lab.rows import Row
 from opensora.weights import fingerprint
 

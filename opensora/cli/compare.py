@@ -14,7 +14,7 @@ from opensora.errors import saying_what_is_kept
 from opensora.files import check_writable
 
 if TYPE_CHECKING:
-    from opensora.evaluation.metrics.distances import Estimate
+    from opensora.evaluation.intervals import Interval
     from opensora.lab.compare import Comparison
     from opensora.lab.grid import Column
     from opensora.lab.rows import Row
@@ -146,7 +146,7 @@ class Compare:
         self._check_models(columns)
         return Comparison(tuple(columns), tuple(prompts), self.seeds, names, self.batch_size)
 
-    def _sets(self, comparison: "Comparison", rows: "list[Row]") -> "list[dict[str, Estimate]]":
+    def _sets(self, comparison: "Comparison", rows: "list[Row]") -> "list[dict[str, Interval]]":
         """Figures of each column as a set; none without a reference."""
         if self.reference is None:
             return [{} for _ in comparison.columns]
@@ -200,7 +200,7 @@ def _kept_in(folder: Path) -> str:
 
 
 def _print_found(
-    comparison: "Comparison", found: "Sequence[dict[str, Any]]", sets: "Sequence[dict[str, Estimate]]"
+    comparison: "Comparison", found: "Sequence[dict[str, Any]]", sets: "Sequence[dict[str, Interval]]"
 ) -> None:
     """Means and intervals, a row a figure."""
     from opensora.cli.evaluate import print_table

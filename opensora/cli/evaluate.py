@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,9 +12,6 @@ from opensora.cli.options import FLAG, option, refuse_idle
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError, saying_what_is_kept
 from opensora.files import check_writable
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

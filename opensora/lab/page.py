@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from opensora.evaluation.intervals import Interval
 from opensora.files import replacing
 from opensora.lab.compare import Comparison
-from opensora.lab.intervals import Interval
 from opensora.lab.rows import Row
 from opensora.lab.sets import DIVERSITY, FIGURES
 from opensora.lab.summary import Found, as_json, figures_of
@@ -25,7 +25,7 @@ def write_page(
     rows: Sequence[Row],
     found: Sequence[Mapping[str, Found]],
     command: str = "",
-    sets: Sequence[Mapping[str, Any]] = (),
+    sets: Sequence[Mapping[str, Interval]] = (),
 ) -> Path:
     """Writes `index.html`.
 
@@ -47,7 +47,7 @@ def write_page(
         "figures": [asdict(figure) for figure in figures_of(comparison)],
         "found": as_json([dict(column) for column in found]),
         "set_figures": [asdict(figure) for figure in (*FIGURES, *DIVERSITY) if sets and figure.name in sets[0]],
-        "sets": as_json([{name: Found(_interval(one), None) for name, one in column.items()} for column in sets]),
+        "sets": as_json([{name: Found(one, None) for name, one in column.items()} for column in sets]),
         "rows": _table(comparison, rows),
         "clips": {name: _video(path) if inside else f"clips/{path.name}" for name, path in clips.items()},
     }
@@ -79,10 +79,6 @@ def _settings(request: Any) -> dict[str, Any]:
 
     defaults = to_dict(ClipRequest(""))
     return {name: value for name, value in to_dict(request).items() if value != defaults[name] and name != "prompt"}
-
-
-def _interval(estimate: Any) -> Interval:
-    return Interval(estimate.value, estimate.low, estimate.high, 0)
 
 
 def _video(path: Path) -> str:

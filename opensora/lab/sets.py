@@ -20,7 +20,7 @@ from opensora.lab.measuring import video_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opensora.evaluation.metrics.distances import Estimate
+    from opensora.evaluation.intervals import Interval
     from opensora.lab.grid import Cell
 
 KINDS = ("look", "motion")
@@ -120,7 +120,7 @@ def reference_features(reference: Reference, folder: Path, num_frames: int) -> "
     return read_features(paths)
 
 
-def set_figures(cells: "Sequence[Cell]", features: Path, reference: "dict[str, Tensor]") -> "list[dict[str, Estimate]]":
+def set_figures(cells: "Sequence[Cell]", features: Path, reference: "dict[str, Tensor]") -> "list[dict[str, Interval]]":
     """Of each column: name of a figure -> its value and interval.
 
     Args:

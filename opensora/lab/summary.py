@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from opensora.evaluation.intervals import Interval, difference_interval, mean_interval
 from opensora.evaluation.metrics.catalogue import metrics_of
 from opensora.evaluation.metrics.metric import Figure
 from opensora.lab.compare import Comparison
-from opensora.lab.intervals import Interval, difference_interval, mean_interval
 from opensora.lab.measuring import RIGHT
 from opensora.lab.rows import Row
 

@@ -9,31 +9,14 @@ Letters: N, M clips of the two sets, D width of their features.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opensora.errors import OpenSoraError
+from opensora.evaluation.intervals import Interval
 
 Distance = Callable[[Tensor, Tensor], float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure of sets of clips.
-
-    Attributes:
-        value: the figure.
-        low, high: 95 % interval; NaN where there are too few clips for one.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -101,7 +84,7 @@ def kernel_distance(a: Tensor, b: Tensor, degree: int = 3, offset: float = 1.0) 
     return float(mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean())
 
 
-def estimate(distance: Distance, a: Tensor, b: Tensor, draws: int = 200, seed: int = 0) -> Estimate:
+def estimate(distance: Distance, a: Tensor, b: Tensor, draws: int = 200, seed: int = 0) -> Interval:
     """A distance and how far other clips from the same sources would move it.
 
     The interval comes from random halves of each set, drawn without putting back. They vary about as much as whole
@@ -116,12 +99,12 @@ def estimate(distance: Distance, a: Tensor, b: Tensor, draws: int = 200, seed: i
     """
     value = distance(a, b)
     if min(len(a), len(b)) < 4:
-        return Estimate(value, math.nan, math.nan)
+        return Interval(value, math.nan, math.nan, len(a))
     generator = torch.Generator().manual_seed(seed)
-    return _around(value, [distance(_half(a, generator), _half(b, generator)) for _ in range(draws)])
+    return _around(value, [distance(_half(a, generator), _half(b, generator)) for _ in range(draws)], len(a))
 
 
-def diversity(features: Tensor, prompts: Sequence[Hashable], draws: int = 200, seed: int = 0) -> Estimate:
+def diversity(features: Tensor, prompts: Sequence[Hashable], draws: int = 200, seed: int = 0) -> Interval:
     """How much clips of the same prompt differ: the mean distance of two of them, averaged over prompts.
 
     Args:
@@ -146,9 +129,9 @@ def diversity(features: Tensor, prompts: Sequence[Hashable], draws: int = 200, s
     distances = torch.stack([torch.pdist(features[members].double()).mean() for members in several])
     value = float(distances.mean())
     if len(distances) < 4:
-        return Estimate(value, math.nan, math.nan)
+        return Interval(value, math.nan, math.nan, len(features))
     generator = torch.Generator().manual_seed(seed)
-    return _around(value, [float(_half(distances, generator).mean()) for _ in range(draws)])
+    return _around(value, [float(_half(distances, generator).mean()) for _ in range(draws)], len(features))
 
 
 def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,8 +156,8 @@ def _half(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[: len(rows) // 2].to(rows.device)]
 
 
-def _around(value: float, halves: list[float]) -> Estimate:
+def _around(value: float, halves: list[float], num_clips: int) -> Interval:
     """The interval of a value, from how halves spread around their mean."""
     spread = torch.tensor(halves, dtype=torch.float64)
     low, high = (spread - spread.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(value, value + low, value + high)
+    return Interval(value, value + low, value + high, num_clips)

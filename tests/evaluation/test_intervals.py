@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from opensora.lab.intervals import difference_interval, mean_interval, unpaired_difference_interval
+from opensora.evaluation.intervals import difference_interval, mean_interval, unpaired_difference_interval
 
 
 def coverage(groups: int, clips: int, repeats: int = 300) -> float:

@@ -19,11 +19,11 @@ _SEED = 20_240_613
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds that its true value lies between, in 95 of 100 experiments.
+    """A figure and the bounds that its true value lies between, in 95 of 100 experiments.
 
     Attributes:
-        value: the mean; NaN without clips.
-        low, high: bounds; equal to the value where there is only one clip to draw.
+        value: the figure, such as a mean; NaN without clips.
+        low, high: bounds; NaN where there are too few clips for them, equal to the value for a mean of one clip.
         num_clips: that it was taken over.
     """
 
