@@ -3,12 +3,17 @@
 Letters: S seeds, N clips of each, R draws.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opensora.evaluation.intervals import DRAWS, LEVEL, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SEED = 20_261_126
 
@@ -66,6 +71,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that every study's command has; each adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="make nothing but the page, of the rows there are")
+    return parser
+
+
+def save_picture(figure: "Figure", picture: Path) -> None:
+    """Writes a plot, and closes it."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=90)
+    plt.close(figure)
 
 
 def write_tables(page: Path, tables: Mapping[str, str]) -> None:

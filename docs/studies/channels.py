@@ -9,12 +9,11 @@ Rows go to `docs/studies/data/channels-*.parquet`; a study that was stopped goes
 of the blocks that are whole.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from analysis import shown, table, write_tables
+from analysis import options_of, save_picture, shown, table, write_tables
 from grids import STUDIES, Block, Found, carry_out
 
 from opensora.evaluation.intervals import DRAWS, Interval
@@ -179,19 +178,15 @@ def draw(found: Found, block: Block, picture: Path) -> None:
             panel.fill_between(scales, low, high, color=colour, alpha=0.2)
         panel.set(xlabel="guidance scale", title=title)
     panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
-    plt.close(figure)
+    save_picture(figure, picture)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/studies/channels"), help="folder for what is not kept"
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--page", action="store_true", help="make no clip, make the page")
     options = parser.parse_args()
     found = carry_out(BLOCKS, options.output, options.workers, make=not options.page)
     tables = {"conclusion": conclusion(found)}

@@ -11,7 +11,6 @@ Rows go to `docs/studies/data/more_channels.jsonl`, models to `runs/studies`; pa
 study that was stopped goes on. `--page` makes the page of the rows that there are.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from analysis import marks, minus, nested_interval, shown, table, write_tables
+from analysis import marks, minus, nested_interval, options_of, save_picture, shown, table, write_tables
 from measuring import prompts, quiet, read_right, reconstruction_psnr, rounded
 from small_world import (
     CLIPS,
@@ -297,17 +296,13 @@ def draw(rows: list[Row], picture: Path) -> None:
         axis.set(title=f"equal {NAMES[name]}", xticks=ticks, xticklabels=CHANNELS, xlabel="latent channels")
     axes[0].set(ylabel="(scale on all - 1) / (scale on 3 - 1)")
     axes[-1].legend(fontsize=7)
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
-    plt.close(figure)
+    save_picture(figure, picture)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--models", type=Path, default=Path("runs/studies/more_channels"), help="folder for weights")
-    parser.add_argument("--page", action="store_true", help="train nothing, make the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [] if options.page else plan(options.seeds)

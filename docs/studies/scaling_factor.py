@@ -11,7 +11,6 @@ Rows go to `docs/studies/data/scaling_factor.jsonl`, models to `runs/studies`; p
 A study that was stopped goes on. `--page` makes the page of the rows that there are.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from analysis import marks, minus, nested_interval, shown, table, write_tables
+from analysis import marks, minus, nested_interval, options_of, save_picture, shown, table, write_tables
 from measuring import prompts, quiet, read_right, reconstruction_psnr, unexplained_variance
 from small_world import (
     STUDIES,
@@ -282,17 +281,13 @@ def draw(rows: list[Row], picture: Path) -> None:
     right.set(xlabel="read right by the judge, % of prompts", xlim=(0, 100))
     right.set_yticks(range(place), labels, fontsize=7)
     right.invert_yaxis()
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
-    plt.close(figure)
+    save_picture(figure, picture)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--models", type=Path, default=Path("runs/studies/scaling_factor"), help="folder for weights")
-    parser.add_argument("--page", action="store_true", help="train nothing, make the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [] if options.page else plan(options.seeds)

@@ -7,11 +7,10 @@ Rows go to `docs/studies/data/steps-*.parquet`; a study that was stopped goes on
 the blocks that are whole.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from analysis import shown, table, write_tables
+from analysis import options_of, save_picture, shown, table, write_tables
 from grids import STUDIES, Block, Found, carry_out
 
 from opensora.generation.request import ClipRequest
@@ -96,17 +95,13 @@ def draw(found: Found, picture: Path) -> None:
                 panel.plot([2 * steps for steps in STEPS], [times * mean.value for mean in means], "o-", label=label)
         panel.set(xlabel="calls of the network", xscale="log", title=title)
     panels[0].legend(fontsize=7)
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
-    plt.close(figure)
+    save_picture(figure, picture)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/studies/steps"), help="folder for what is not kept")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--page", action="store_true", help="make no clip, make the page")
     options = parser.parse_args()
     found = carry_out(BLOCKS, options.output, options.workers, make=not options.page)
     tables = {block.name: steps_table(found, block) for block in BLOCKS}
