@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
         (["toybox_vae_frames", "loop.precision=fp8"], ("loop.precision", "fp8", "bf16")),
         (["toybox_vae_frames", "steps"], ("steps", "=")),
         (["toybox_vae_frames", "--threads", "0"], ("--threads",)),
-        (["toybox_vae_frames", "--threads", "1000"], ("--threads is 1,000", "to 128")),
+        (["toybox_vae_frames", "--threads", "1000"], ("--threads is 1000", "to 128")),
         (["toybox_vae_frames", "--device", "nonsense"], ("device 'nonsense' is not available", "cpu")),
         (["toybox_vae_latents"], ("toybox_vae_frames", "train the stage before")),
         (["toybox"], ("no autoencoder", "toybox_vae_pixels")),
