@@ -92,19 +92,19 @@ class Compare:
     """Make more than 2,000 clips."""
 
     def run(self) -> None:
+        from opensora.lab.comparable import check_comparable
         from opensora.lab.compare import run, save_table
         from opensora.lab.page import write_page
+        from opensora.lab.sets import Reference
         from opensora.lab.summary import summarise
 
         limits.check_count("`workers`", self.workers, limits.WORKERS)
         limits.check_count("`batch_size`", self.batch_size, limits.CLIPS)
         check_writable(self.output / "rows.parquet")
-        if self.reference is not None:
-            from opensora.lab.sets import Reference
-
-            Reference(self.reference).check()
+        reference = () if self.reference is None else tuple(Reference(self.reference).files.values())
         comparison = self._comparison()
         quiet_libraries()
+        check_comparable(comparison, reference)
         num_clips = len(comparison.cells)
         say(f"{len(comparison.columns)} settings, {num_clips} clips in all")
         with saying_what_is_kept(lambda: _kept_in(self.output)), Progress("comparing") as progress:

@@ -56,16 +56,23 @@ class Reference:
     source: str
     num_clips: int = 0
 
-    def check(self) -> None:
-        """Raises `OpenSoraError` for a folder without clips, or with too few, before any work is done."""
+    @property
+    def files(self) -> dict[str, Path]:
+        """By name; none of the toy world, whose clips are drawn.
+
+        Raises:
+            OpenSoraError: a folder without clips, or with too few.
+        """
         from opensora.lab.grid import columns_of_folders
 
-        if self.source != TOYBOX:
-            num_clips = len(columns_of_folders([Path(self.source)])[0][0].files)
-            if num_clips < LEAST_CLIPS:
-                raise OpenSoraError(
-                    f"`reference` {self.source} has {num_clips} clips; give {LEAST_CLIPS} or more, or {TOYBOX}"
-                )
+        if self.source == TOYBOX:
+            return {}
+        files = columns_of_folders([Path(self.source)])[0][0].files
+        if len(files) < LEAST_CLIPS:
+            raise OpenSoraError(
+                f"`reference` {self.source} has {len(files)} clips; give {LEAST_CLIPS} or more, or {TOYBOX}"
+            )
+        return files
 
 
 def features_of(clip: Clip) -> dict[str, np.ndarray]:
@@ -109,9 +116,8 @@ def reference_features(reference: Reference, folder: Path, num_frames: int) -> "
     """The same of the reference clips, kept in a folder; those that the toy world draws have so many frames.
 
     Raises:
-        OpenSoraError: see `Reference.check`.
+        OpenSoraError: see `Reference.files`.
     """
-    reference.check()
     paths = []
     for name, clip in _reference_clips(reference, num_frames):
         paths.append(folder / f"{name}.npz")
@@ -147,11 +153,9 @@ def set_figures(cells: "Sequence[Cell]", features: Path, reference: "dict[str, T
 
 def _reference_clips(reference: Reference, num_frames: int) -> Iterator[tuple[str, Callable[[], Clip]]]:
     if reference.source != TOYBOX:
-        from opensora.lab.grid import columns_of_folders
         from opensora.media.read import read_video
 
-        column = columns_of_folders([Path(reference.source)])[0][0]
-        for name, path in column.files.items():
+        for name, path in reference.files.items():
             yield f"reference-{name}", lambda path=path: Clip(*read_video(path))
         return
     from opensora.generation.clip import to_uint8

@@ -21,6 +21,11 @@ MOST_FRAMES = 10_000_000
 _MOST_OF_FEW, _MOST_OF_ONE = 100_000, 1000
 
 
+def is_same_rate(fps: float, other_fps: float) -> bool:
+    """Whether nobody sees a difference."""
+    return abs(fps / other_fps - 1) <= _SAME_RATE
+
+
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """When each of the frames that a file holds is on screen.
@@ -85,7 +90,7 @@ class Timeline:
         is_variable = bool(np.abs(edges - np.arange(num_frames + 1) / fps).max() > short_s / 2)
         if is_variable:
             fps = min(round(1 / fast_s, 3), _FASTEST)
-        elif stated is not None and abs(stated / fps - 1) <= _SAME_RATE:
+        elif stated is not None and is_same_rate(stated, fps):
             fps = stated  # exact, where measured times are rounded
         timeline = cls(edges, fps, is_variable)
         if timeline.count(None) > min(MOST_FRAMES, _MOST_OF_FEW + _MOST_OF_ONE * num_frames):
@@ -96,7 +101,7 @@ class Timeline:
         """Whether that is its constant rate, so that every frame is taken once; None is its own."""
         if self.is_variable:
             return False
-        return fps is None or self.fps is None or abs(fps / self.fps - 1) <= _SAME_RATE
+        return fps is None or self.fps is None or is_same_rate(fps, self.fps)
 
     def count(self, fps: float | None) -> int:
         """Frames of a clip of that rate that lasts as long."""
