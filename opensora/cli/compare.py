@@ -150,12 +150,9 @@ class Compare:
         """Figures of each column as a set; none without a reference."""
         if self.reference is None:
             return [{} for _ in comparison.columns]
-        from opensora.lab.sets import Reference, reference_features, set_figures
+        from opensora.lab.sets import figures_against
 
-        features = self.output / "features"
-        reference = Reference(self.reference, max(100, len(comparison.cells) // len(comparison.columns)))
-        num_frames = rows[0]["num_frames"]
-        return set_figures(comparison.cells, features, reference_features(reference, features, num_frames))
+        return figures_against(self.reference, comparison.cells, self.output / "features", rows[0]["num_frames"])
 
     def _base(self) -> Any:
         from opensora.generation.request import ClipRequest
@@ -203,7 +200,7 @@ def _print_found(
     comparison: "Comparison", found: "Sequence[dict[str, Any]]", sets: "Sequence[dict[str, Interval]]"
 ) -> None:
     """Means and intervals, a row a figure."""
-    from opensora.cli.evaluate import print_table
+    from opensora.cli.tables import print_table
 
     rows = [(name, *(str(column[name].mean) for column in found)) for name in comparison.figures]
     rows += [(name, *(str(column[name]) for column in sets)) for name in sets[0]]

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opensora.cli.evaluate import check_count
-from opensora.cli.options import FLAG, option
+from opensora.cli.options import FLAG, check_count, option
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable

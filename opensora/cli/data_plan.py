@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from opensora.cli.evaluate import check_count
-from opensora.cli.options import FLAG, option, with_flags
+from opensora.cli.options import FLAG, check_count, option, with_flags
 from opensora.cli.progress import Progress
 from opensora.errors import OpenSoraError
 

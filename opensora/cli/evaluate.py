@@ -1,84 +1,17 @@
 """`opensora evaluate`: how well a model does what it is told."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from opensora import limits
-from opensora.cli.options import FLAG, option, refuse_idle
+from opensora.cli.evaluate_compare import EvaluateCompare
+from opensora.cli.evaluate_suites import EvaluatePrompts, EvaluateToybox
+from opensora.cli.options import FLAG, check_count, check_output, option, refuse_idle
 from opensora.cli.progress import Progress
+from opensora.cli.tables import print_table
 from opensora.errors import OpenSoraError, saying_what_is_kept
-from opensora.files import check_writable
-
-
-@dataclass(frozen=True)
-class EvaluateToybox:
-    """Generate held-out toy prompts, let the judge read the clips, print the share that is right."""
-
-    model: str = "toybox"
-    """Name or folder of the model."""
-    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Adapters merged into it, as PATH or PATH:SCALE."""
-    num_prompts: int = 500
-    """How many held-out prompts; 0 generates none and judges real clips and reconstructions alone."""
-    language: Literal["en", "zh"] = "en"
-    """Of the prompts: English or Chinese."""
-    seed: int = 0
-    """Chooses prompts and noise."""
-    batch_size: int = 20
-    """Clips generated at a time."""
-    output: Path | None = None
-    """JSON file of the results, kept up to date; an existing one is resumed."""
-    contact_sheet: Path | None = None
-    """PNG file: the first 12 prompts as rows of 9 frames."""
-    gates: bool = True
-    """Also read real clips and the autoencoder's reconstructions."""
-    num_gate_clips: int = 500
-    """How many clips each gate reads."""
-    device: str | None = None
-    """cpu, cuda or mps; an accelerator if there is one when left out."""
-
-    def run(self) -> None:
-        import opensora
-        from opensora.checkpoints.loading import choose_device
-        from opensora.evaluation import toybox
-        from opensora.evaluation.judge import load_judge
-        from opensora.generation.loading import adapter_scales
-
-        check_count("--num-prompts", self.num_prompts, least=0)
-        check_count("--batch-size", self.batch_size)
-        check_count("--num-gate-clips", self.num_gate_clips)
-        check_output("--output", self.output, ".json")
-        check_output("--contact-sheet", self.contact_sheet, ".png")
-        device = choose_device(self.device)
-        judge = load_judge(device=device)
-        adapters = adapter_scales(self.adapter)
-        pipeline = opensora.load_pipeline(self.model, device=device, adapters=adapters)
-        samples = toybox.held_out_samples(self.num_prompts, self.seed, language=self.language)
-        settings = toybox.describe(pipeline, self.model, self.seed, adapters, self.language)
-        results = toybox.Results(settings, samples)
-        if self.output is not None:
-            results.resume(self.output)
-        with saying_what_is_kept(lambda: _kept_in(self.output)), Progress("generating") as progress:
-            toybox.evaluate(pipeline, judge, results, self.output, self.batch_size, progress.update)
-        if self.gates:
-            size = toybox.clip_size(pipeline)
-            toybox.read_gates(judge, pipeline.autoencoder, size, self.seed, self.num_gate_clips, results.gates)
-            if self.output is not None:
-                results.save(self.output)
-        columns = {f"{self.model}, {len(results.read)} clips": results.accuracy()} if results.read else {}
-        print_accuracy(columns | results.gates)
-        if self.output is not None:
-            print(f"results: {self.output}")
-        if self.contact_sheet is not None:
-            chosen = toybox.held_out_samples(12, self.seed, language=self.language)
-            clips = toybox.generate(pipeline, chosen)
-            english = toybox.held_out_samples(12, self.seed)  # the font of the sheet has no Chinese
-            toybox.contact_sheet([(s.prompt, clip) for s, clip in zip(english, clips, strict=True)], self.contact_sheet)
-            print(f"contact sheet: {self.contact_sheet}")
 
 
 @dataclass(frozen=True)
@@ -227,18 +160,13 @@ class EvaluateLoss:
 
 Evaluate = (
     Annotated[EvaluateToybox, tyro.conf.subcommand("toybox")]
+    | Annotated[EvaluatePrompts, tyro.conf.subcommand("prompts")]
     | Annotated[EvaluateGivenFrames, tyro.conf.subcommand("given-frames")]
     | Annotated[EvaluateToyboxVae, tyro.conf.subcommand("toybox-vae")]
     | Annotated[EvaluateLoss, tyro.conf.subcommand("loss")]
+    | Annotated[EvaluateCompare, tyro.conf.subcommand("compare")]
 )
 """What `opensora evaluate` can do; every member has `run()`."""
-
-
-def check_count(option: str, value: int, least: int = 1) -> None:
-    """Raises `OpenSoraError` for a number below `least`."""
-    if value < least:
-        raise OpenSoraError(f"{option} is {value}; give {least} or more")
-    limits.check_count(option, value, limits.WORKERS if option == "--workers" else limits.CLIPS, least)
 
 
 def _kept_in(output: Path | None) -> str:
@@ -247,28 +175,8 @@ def _kept_in(output: Path | None) -> str:
     return f"what was found until then is in {output}, and the same command goes on from there" if there else ""
 
 
-def check_output(option: str, path: Path | None, suffix: str) -> None:
-    """Raises `OpenSoraError` for a file that could not be written at the end, or whose ending says something else."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
-        raise OpenSoraError(f"{option} is {path}; give a file that ends in {suffix}")
-    check_writable(path)
-
-
 def print_accuracy(columns: dict[str, dict[str, float]]) -> None:
     """Prints shares as percentages: a row per attribute, a column per evaluation."""
     names = next(iter(columns.values()), {})
     rows = [(name, *(f"{100 * column[name]:.1f}" for column in columns.values())) for name in names]
     print_table(("read right, %", *columns), rows)
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:
-    """Prints a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=width).print(table)

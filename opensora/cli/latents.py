@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from opensora.cli.evaluate import check_output, print_table
-from opensora.cli.options import FLAG, option, with_flags
+from opensora.cli.options import FLAG, check_output, option, with_flags
 from opensora.cli.progress import Progress
+from opensora.cli.tables import print_table
 from opensora.errors import OpenSoraError
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 """The command `opensora`: finds the subcommand and turns every mistake of the user's into one line and exit code 2.
 
 A subcommand is one line in `COMMANDS` and one module of this package with a dataclass of the same name, capitalised
-(or a union of dataclasses, one for each thing it can do): its fields are the options, its method `run()` does the work.
-The module is imported only when it is called, and should import what is heavy only in `run()`.
+(or a union of dataclasses, one for each thing it can do): its fields are the options, its method `run()` does the work
+and may return an exit code. The module is imported only when it is called, and should import what is heavy only in
+`run()`.
 """
 
 import contextlib
@@ -55,8 +56,8 @@ _LESS_MEMORY = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    0; 2 for what the user can mend; 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP; 141 if nobody reads the output any more,
-    as in `opensora models | head -1`.
+    0; 1 if `opensora evaluate compare` finds a regression; 2 for what the user can mend; 130, 143, 129 for Ctrl-C,
+    SIGTERM, SIGHUP; 141 if nobody reads the output any more, as in `opensora models | head -1`.
     """
     args = list(sys.argv[1:] if args is None else args)
     closed = open_standard_streams()
@@ -65,14 +66,14 @@ def main(args: Sequence[str] | None = None) -> int:
             if closed:
                 raise OpenSoraError("standard output is closed, so nothing could be told; /dev/null would do")
             try:
-                _run(args)
+                code = _run(args)
             except SystemExit as end:  # after a help page
                 sys.stdout.flush()
                 if end.code == 1:  # of rich, which has found the pipe closed
                     return EXIT_CLOSED_PIPE
                 raise
             sys.stdout.flush()  # what cannot be written is noticed here, and not when the interpreter ends
-            return 0
+            return code
     except OpenSoraError as error:
         return _told(error, str(error), EXIT_USER_ERROR)
     except Terminated as signal:
@@ -112,12 +113,14 @@ def _told(reason: BaseException, statement: str, code: int) -> int:
     return code
 
 
-def _run(args: list[str]) -> None:
+def _run(args: list[str]) -> int:
     command = args[0] if args else "--help"
     if command in ("-h", "--help", "help"):
-        return print(_help())
+        print(_help())
+        return 0
     if command in ("-V", "--version"):
-        return print(f"opensora {__version__}")
+        print(f"opensora {__version__}")
+        return 0
     if command not in COMMANDS:
         from opensora.settings import nearest_name
 
@@ -131,7 +134,7 @@ def _run(args: list[str]) -> None:
     kind = getattr(importlib.import_module(f"opensora.cli.{command}"), command.capitalize())
     options = parse(kind, [with_home(word) for word in args[1:]], f"opensora {command}")
     try:
-        options.run()
+        return options.run() or 0
     except OpenSoraError as error:
         renamed = OpenSoraError(with_flags(str(error), options))
         for note in getattr(error, "__notes__", ()):

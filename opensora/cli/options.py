@@ -3,11 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tyro.conf import arg
 
+from opensora import limits
 from opensora.errors import OpenSoraError
+from opensora.files import check_writable
 
 FLAG: Any = arg(help_behavior_hint="")
 
@@ -50,3 +53,19 @@ def _fields(options: Any) -> Iterator[tuple[str, Any]]:
             yield from _fields(value)
         else:
             yield field.name, value
+
+
+def check_count(option: str, value: int, least: int = 1) -> None:
+    """Raises `OpenSoraError` for a number below `least`."""
+    if value < least:
+        raise OpenSoraError(f"{option} is {value}; give {least} or more")
+    limits.check_count(option, value, limits.WORKERS if option == "--workers" else limits.CLIPS, least)
+
+
+def check_output(option: str, path: Path | None, suffix: str) -> None:
+    """Raises `OpenSoraError` for a file that could not be written at the end, or whose ending says something else."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise OpenSoraError(f"{option} is {path}; give a file that ends in {suffix}")
+    check_writable(path)

@@ -8,7 +8,6 @@ are measured alike, rectified flow on its velocity, discrete-time diffusion on i
 Letters: B clips, C latent channels, T latent frames, h, w latent cells, L text tokens, n timesteps.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,26 +17,26 @@ import torch
 from torch import Tensor
 
 from opensora.checkpoints.source import ModelSource
-from opensora.contents import read_json
 from opensora.data.batch import LatentBatch
 from opensora.denoiser import predict
 from opensora.diffusion.process import NoiseProcess
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
-from opensora.evaluation.results import check_same_settings
-from opensora.files import replacing
+from opensora.evaluation.metrics.metric import Figure
+from opensora.evaluation.results import Results, check_same_settings
 from opensora.models.schedulers.base import process_of
 from opensora.models.text.cleaning import clean_text
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
 
-NUM_TIMESTEPS = 10
+SUITE, NUM_TIMESTEPS = "loss", 10
+_TELLS = "Training loss of clips of this size, mean of fixed timesteps."
 
 
 @dataclass
 class LossResults:
-    """What the suite found; the content of its results file.
+    """What the suite found.
 
     Attributes:
         settings: what was measured, and how; a run resumes only on equal settings.
@@ -63,30 +62,43 @@ class LossResults:
         """Size -> loss over all timesteps and all clips of that size."""
         return {label: row[-1] for label, row in self.table().items()}
 
+    def results(self) -> Results:
+        """As the content of a file: a sample for each clip, which tells its losses, and a figure for each size."""
+        settings = {**self.settings, "timesteps": self.timesteps}
+        names = {label: f"loss_{label.replace(' ', '_')}" for label in self.losses}
+        samples: list[dict[str, Any]] = []
+        for label, clips in self.losses.items():
+            for number, losses in enumerate(clips):
+                sample = f"{label} {number}"
+                found = {names[label]: sum(losses) / len(losses), "losses": losses}
+                samples.append({"id": sample, "group": sample, "size": label, **found})
+        figures = {name: Figure(name, "", _TELLS, "lower") for name in names.values()}
+        return Results(SUITE, settings, figures, samples)
+
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        content = {"settings": self.settings, "timesteps": self.timesteps, "mean": self.means(), "losses": self.losses}
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        self.results().save(path)
 
     def resume(self, path: Path) -> None:
         """Takes over the clips that `path` already holds.
 
         Raises:
-            OpenSoraError: `path` is not a results file, or one of other settings.
+            OpenSoraError: `path` is not a results file of this suite, or one of other settings.
         """
         if not path.exists():
             return
+        kept = Results.read(path)
+        if kept.suite != SUITE:
+            raise OpenSoraError(f"{path} holds results of {kept.suite}, not of {SUITE}; choose another `output`")
+        check_same_settings(path, self.results().settings, kept.settings)
+        losses: dict[str, list[list[float]]] = {}
         try:
-            content = read_json(path)
-            settings, timesteps = content["settings"], content["timesteps"]
-            losses = {
-                str(label): [list(map(float, clip)) for clip in clips] for label, clips in content["losses"].items()
-            }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
-        mine, theirs = {**self.settings, "timesteps": self.timesteps}, {**settings, "timesteps": timesteps}
-        check_same_settings(path, mine, theirs)
+            for sample in kept.samples:
+                losses.setdefault(str(sample["size"]), []).append([float(loss) for loss in sample["losses"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise OpenSoraError(f"{path} is damaged: a sample lacks its losses; choose another `output`") from error
+        if any(len(clip) != len(self.timesteps) for clips in losses.values() for clip in clips):
+            raise OpenSoraError(f"{path} is damaged: a sample lacks some of its losses; choose another `output`")
         self.losses = losses
 
 

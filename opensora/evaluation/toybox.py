@@ -1,36 +1,29 @@
 """How well a model draws what it is told: held-out toy prompts, generated, read by the judge, counted.
 
 Every prompt is a (shape, colour, motion) that no model was trained on. Sample i of a seed always has the same prompt
-and the same noise, whatever the batch size and whatever was made before it, so an evaluation that was stopped goes on
-where it stopped. Two gates belong to it: the judge on real clips (does the judge read well?) and on the autoencoder's
-reconstructions (does the autoencoder keep what has to be read?).
+and the same noise, whatever the batch size and whatever was made before it. Two gates belong to it: the judge on real
+clips (does the judge read well?) and on the autoencoder's reconstructions (does the autoencoder keep what has to be
+read?).
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from opensora.adapters.reading import adapter_hash
-from opensora.checkpoints.source import ModelSource
-from opensora.contents import read_json
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge
 from opensora.evaluation.psnr import frame_psnr
-from opensora.evaluation.results import check_same_settings
 from opensora.files import replacing
 from opensora.toybox.captions import Language, plain_caption
 from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline
-
-Progress = Callable[[int, int], None]
 
 
 class Autoencoder(Protocol):
@@ -46,7 +39,7 @@ class Sample:
     """One prompt to generate.
 
     Attributes:
-        id: the same for the same seed and place, for ever; names the sample in a results file.
+        id: the same for the same seed and place, for ever.
         prompt: what the model is told.
         wanted: attribute -> label that the judge should read.
     """
@@ -58,58 +51,6 @@ class Sample:
     def noise(self) -> torch.Generator:
         """This sample's own source of noise."""
         return generator("evaluate toybox", self.id)
-
-
-@dataclass
-class Results:
-    """What an evaluation found; the content of its results file.
-
-    Attributes:
-        settings: what was evaluated, and how; a run resumes only on equal settings.
-        read: sample id -> attribute -> label the judge read.
-        samples: the samples, in order.
-        gates: name of a gate -> attribute -> share read right.
-    """
-
-    settings: dict[str, Any]
-    samples: list[Sample]
-    read: dict[str, dict[str, str]] = field(default_factory=dict)
-    gates: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def accuracy(self) -> dict[str, float]:
-        """Share of the samples read so far that are right: per attribute, and "all" for every attribute at once."""
-        done = [sample for sample in self.samples if sample.id in self.read]
-        return share_right([s.wanted for s in done], [self.read[s.id] for s in done])
-
-    def save(self, path: Path) -> None:
-        """Writes the file whole or not at all."""
-        rows = [
-            {"id": s.id, "prompt": s.prompt, "wanted": s.wanted, "read": self.read[s.id]}
-            for s in self.samples
-            if s.id in self.read
-        ]
-        content = {"settings": self.settings, "accuracy": self.accuracy(), "gates": self.gates, "samples": rows}
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-
-    def resume(self, path: Path) -> None:
-        """Takes over the samples and gates that `path` already holds.
-
-        Raises:
-            OpenSoraError: `path` is not a results file, or one of other settings.
-        """
-        if not path.exists():
-            return
-        try:
-            content = read_json(path)
-            settings = content["settings"]
-            read = {row["id"]: row["read"] for row in content["samples"]}
-            gates = dict(content["gates"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise OpenSoraError(f"{path} is not a results file of this evaluation; choose another `output`") from error
-        check_same_settings(path, self.settings, settings)
-        self.read |= {sample.id: read[sample.id] for sample in self.samples if sample.id in read}
-        self.gates = gates | self.gates
 
 
 def held_out_samples(n: int, seed: int = 0, world: World = EASY_WORLD, language: Language = "en") -> list[Sample]:
@@ -205,37 +146,6 @@ def reconstruction_psnr(
     return float(torch.cat(decibels).mean())
 
 
-def clip_size(pipeline: "OpenSoraPipeline") -> tuple[int, int, int]:
-    """(T, H, W) of the clips that a pipeline makes by default."""
-    config = pipeline.config
-    return config["num_frames"], config["height"], config["width"]
-
-
-def describe(
-    pipeline: "OpenSoraPipeline",
-    model: str,
-    seed: int,
-    adapters: Mapping[Path, float] | None = None,
-    language: Language = "en",
-) -> dict[str, Any]:
-    """What decides the outcome of an evaluation: weights, defaults, seed, language of the prompts, arithmetic."""
-    names = ("guidance_scale", "num_inference_steps", "cfg_channels", "height", "width", "num_frames", "fps")
-    defaults = {name: pipeline.config[name] for name in names}
-    arithmetic = {"dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": pipeline.device.type}
-    merged = {adapter_hash(path): scale for path, scale in (adapters or {}).items()}
-    adapted: dict[str, Any] = {"adapters": merged} if merged else {}
-    if language != "en":  # which results of before did not name
-        adapted["language"] = language
-    return {
-        "model": model,
-        "weights": ModelSource.find(model).hash(),
-        "seed": seed,
-        **adapted,
-        **defaults,
-        **arithmetic,
-    }
-
-
 def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: Any) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1] for samples, each from its own noise.
 
@@ -247,40 +157,6 @@ def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: An
     noise = [sample.noise() for sample in samples]
     frames = pipeline([sample.prompt for sample in samples], generator=noise, output_type="pt", **settings).frames
     return frames.transpose(1, 2).float() * 2 - 1
-
-
-def evaluate(
-    pipeline: "OpenSoraPipeline",
-    judge: Judge,
-    results: Results,
-    output: Path | None = None,
-    batch_size: int = 20,
-    progress: Progress | None = None,
-) -> Results:
-    """Generates and reads every sample of `results` that has not been read yet.
-
-    Args:
-        pipeline: makes the clips, with its own defaults.
-        judge: reads them.
-        results: samples and what is known of them; filled in place.
-        output: results file, rewritten after every batch.
-        batch_size: clips generated at a time; changes a clip by no more than rounding.
-        progress: called with (samples done, samples in all).
-
-    Returns:
-        `results`.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    todo = [sample for sample in results.samples if sample.id not in results.read]
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
-        video = generate(pipeline, batch).to(judge.device)
-        results.read |= {sample.id: read for sample, read in zip(batch, judge.read(video), strict=True)}
-        if output is not None:
-            results.save(output)
-        if progress is not None:
-            progress(len(results.read), len(results.samples))
-    return results
 
 
 def read_gates(

@@ -151,6 +151,21 @@ def set_figures(cells: "Sequence[Cell]", features: Path, reference: "dict[str, T
     return found
 
 
+def figures_against(
+    reference: str, cells: "Sequence[Cell]", features: Path, num_frames: int
+) -> "list[dict[str, Interval]]":
+    """`set_figures` against a folder of clips, or against as many clips of the toy world as a column has, or a hundred.
+
+    Args:
+        reference: a folder, or `TOYBOX`.
+        cells: all that were compared.
+        features: folder that those of their clips were kept in, and those of the reference are.
+        num_frames: of the clips that the toy world draws.
+    """
+    num_clips = max(100, len(cells) // len({cell.column for cell in cells}))
+    return set_figures(cells, features, reference_features(Reference(reference, num_clips), features, num_frames))
+
+
 def _reference_clips(reference: Reference, num_frames: int) -> Iterator[tuple[str, Callable[[], Clip]]]:
     if reference.source != TOYBOX:
         from opensora.media.read import read_video

@@ -1,15 +1,18 @@
 """What a comparison found: the mean of every figure in every column, and what differs from the first one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from opensora.evaluation.intervals import Interval, difference_interval, mean_interval
 from opensora.evaluation.metrics.catalogue import metrics_of
 from opensora.evaluation.metrics.metric import Figure
+from opensora.evaluation.results import Results
 from opensora.lab.compare import Comparison
 from opensora.lab.measuring import RIGHT
 from opensora.lab.rows import Row
+from opensora.lab.sets import DIVERSITY
+from opensora.lab.sets import FIGURES as SET_FIGURES
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,28 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> list[dict[str, Fou
         {name: _found(name, columns[0], own, is_first=own is columns[0]) for name in comparison.figures}
         for own in columns
     ]
+
+
+def results_of(
+    comparison: Comparison, suite: str, rows: Sequence[Row], sets: Mapping[str, Interval] | None = None
+) -> Results:
+    """What was found of a comparison's only column, as results of an evaluation; a clip's id is that of its noise.
+
+    Args:
+        comparison: of one column.
+        suite: whose prompts they are.
+        rows: of all cells, in order.
+        sets: figures of the column as a set.
+    """
+    figures = {figure.name: figure for figure in figures_of(comparison)}
+    known_sets = {figure.name: figure for figure in (*SET_FIGURES, *DIVERSITY)}
+    samples = [
+        {"id": f"{row['prompt_id']}/{row['seed']}", "group": row["prompt_id"]}
+        | {name: row[name] for name in ("prompt", "seed", "num_frames", "fps", *figures)}
+        for row in rows
+    ]
+    found = {name: (known_sets[name], interval) for name, interval in (sets or {}).items()}
+    return Results(suite, comparison.settings(), figures, samples, found)
 
 
 def as_json(found: Sequence[dict[str, Found]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from opensora.evaluation.loss import (
     new_results,
     with_text,
 )
+from opensora.evaluation.results import Results
 from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.models.schedulers.base import process_of
@@ -34,6 +35,14 @@ CLIPS = ToyboxClips(num_frames=5, height=16, width=24)
 
 def fresh(pipeline, num_timesteps: int = 3, seed: int = 0) -> LossResults:
     return new_results(pipeline, {"seed": seed}, num_timesteps)
+
+
+def losses_of(path: Path) -> dict[str, list[list[float]]]:
+    """Size -> losses of its clips, as a file tells them."""
+    found: dict[str, list[list[float]]] = {}
+    for sample in Results.read(path).samples:
+        found.setdefault(sample["size"], []).append(sample["losses"])
+    return found
 
 
 def test_ten_timesteps_lie_evenly_between_clean_and_noise():
@@ -150,20 +159,25 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path):
     measure(pipeline, counted, again, output, progress=lambda *step: told.append(step))
     assert loaded == [2] and told == [(2, 4), (4, 4)]
     assert again.losses == measure(pipeline, portions, fresh(pipeline)).losses
-    assert json.loads(output.read_text())["losses"] == again.losses
+    assert losses_of(output) == again.losses
 
 
 def test_other_settings_and_foreign_files_are_not_resumed(tmp_path):
     pipeline, output = make_pipeline(), tmp_path / "losses.json"
-    fresh(pipeline).save(output)
+    measure(pipeline, toybox_portions(pipeline, CLIPS, 1), fresh(pipeline), output)
     with pytest.raises(OpenSoraError, match=r"seed = 0, this run has 1"):
         fresh(pipeline, seed=1).resume(output)
     with pytest.raises(OpenSoraError, match=r"made with timesteps"):
         fresh(pipeline, num_timesteps=4).resume(output)
-    for content in ("[]", "{", '{"settings": {}, "timesteps": [], "losses": {"a": 3}}'):
+    damaged = json.loads(output.read_text())
+    del damaged["samples"][0]["losses"][0]
+    for content, message in (("[]", "expected a JSON object"), ("{}", "no results"), (json.dumps(damaged), "damaged")):
         output.write_text(content)
-        with pytest.raises(OpenSoraError, match="not a results file"):
+        with pytest.raises(OpenSoraError, match=message):
             fresh(pipeline).resume(output)
+    Results("toybox", {}, {}, []).save(output)
+    with pytest.raises(OpenSoraError, match="results of toybox, not of loss"):
+        fresh(pipeline).resume(output)
 
 
 @pytest.mark.parametrize("kind", ["flow", "iddpm"])
@@ -172,11 +186,12 @@ def test_the_command_prints_a_row_for_every_size_and_length(kind: str, tmp_path,
     output = tmp_path / "losses.json"
     args = ["evaluate", "loss", str(tmp_path / "model"), "--num-clips", "2", "--output", str(output)]
     assert main([*args, "--sizes", "16x24", "16x16", "--lengths", "1", "5"]) == 0
-    found = json.loads(output.read_text())
-    assert list(found["losses"]) == ["16x24 1f", "16x24 5f", "16x16 1f", "16x16 5f"]
-    assert len(found["losses"]["16x24 5f"]) == 2 and len(found["losses"]["16x24 5f"][0]) == 10
-    printed = capsys.readouterr().out
-    assert all(f"{mean:.3f}" in printed for mean in found["mean"].values())
+    found = losses_of(output)
+    assert list(found) == ["16x24 1f", "16x24 5f", "16x16 1f", "16x16 5f"]
+    assert len(found["16x24 5f"]) == 2 and len(found["16x24 5f"][0]) == 10
+    printed, results = capsys.readouterr().out, Results.read(output)
+    assert list(results.figures) == ["loss_16x24_1f", "loss_16x24_5f", "loss_16x16_1f", "loss_16x16_5f"]
+    assert all(f"{results.mean(name).value:.3f}" in printed for name in results.figures)
 
 
 def test_clips_of_a_manifest_and_of_its_cache_have_the_same_losses(tmp_path, capsys):
@@ -196,7 +211,7 @@ def test_clips_of_a_manifest_and_of_its_cache_have_the_same_losses(tmp_path, cap
     make = ["data", "precompute", "v1_2_debug", f"objective.data={data}", f"objective.autoencoder={model}"]
     assert main([*make, "--no-text", "--latents-dtype", "float32", "--output", said[3]]) == 0
     assert main([*evaluate, "--cache", said[3], "--output", said[4]]) == 0
-    clips, cached = (json.loads(Path(said[i]).read_text())["losses"] for i in (2, 4))
+    clips, cached = (losses_of(Path(said[i])) for i in (2, 4))
     # A clip is measured wherever it fits; the cache has those sizes alone that it would be trained at.
     assert {label: len(losses) for label, losses in clips.items()} == {
         "32x48 5f 32x48": 3,

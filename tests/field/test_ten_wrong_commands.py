@@ -17,7 +17,7 @@ WRONG = [
     (["-help"], "did you mean --help?"),
     (["data", "manifst", "clips"], "did you mean manifest?"),
     (["data"], "Expected one of {manifest, plan, precompute}"),
-    (["evaluate", "fvd"], "known: toybox, given-frames, toybox-vae, loss"),
+    (["evaluate", "fvd"], "known: toybox, prompts, given-frames, toybox-vae, loss, compare"),
     # what a command needs
     (["generate"], 'for example: opensora generate "a red ball rolls left"'),
     (["generate", "a", "red", "ball"], "unexpected red, ball; text with spaces belongs in quotes"),

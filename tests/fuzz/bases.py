@@ -62,6 +62,8 @@ def build(folder: Path) -> None:
     loss = ["--sizes", "64x64", "--lengths", "1", "--num-clips", "1", "--batch-size", "1", "--device", "cpu"]
     _run("evaluate", "loss", "tiny", *loss, "--output", "loss.json")
     compared = ["--prompts", "1", "--metrics", "colour", "--device", "cpu", "--output", "compared"]
+    measured = ["--model", "tiny", "--metrics", "colour", "--device", "cpu", "--output", "evaluated"]
+    _run("evaluate", "prompts", "prompts.txt", *measured)
     _run("compare", "--model", "tiny", "--suite", "prompts.txt", *compared)
 
 

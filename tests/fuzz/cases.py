@@ -27,6 +27,7 @@ from opensora.recipes import RECIPES, v1_2_debug
 GENERATE = ["generate", PROMPT, "--model", "tiny", "--device", "cpu", "--output", "out/clip.mp4"]
 KEY = ["--refine-key-file", "key.txt"]
 RUN = [*TRAIN, "loop.steps=3"]
+EVALUATED = ["evaluate", "prompts", "prompts.txt", "--model", "tiny", "--metrics", "colour", "--device", "cpu"]
 LOSS = ["evaluate", "loss", "tiny", "--sizes", "64x64", "--lengths", "1", "--num-clips", "1", "--batch-size", "1"]
 LOSS += ["--device", "cpu", "--output", "loss.json"]
 LATENTS = ["--model", "codec", "--num-clips", "2", "--num-frames", "4", "--height", "32", "--width", "32"]
@@ -116,7 +117,9 @@ COMMANDS: dict[str, list[str]] = {
     "latents in place": ["latents", "measure", *LATENTS, "--in-place"],
     "compare": COMPARE,
     "compare clips": ["compare", "--clips", "clips", "--metrics", "colour", "--output", "out/compared"],
-    "evaluate toybox": ["evaluate", "toybox", "--model", "tiny", "--num-prompts", "1", "--no-gates", "--device", "cpu"],
+    "evaluate toybox": ["evaluate", "toybox", "--model", "tiny", "--num-prompts", "1", "--device", "cpu"],
+    "evaluate prompts": [*EVALUATED, "--output", "evaluated"],
+    "evaluate compare": ["evaluate", "compare", "evaluated", "evaluated/results.json", "--bound", "right_all=0.1"],
 }
 OPTIONS = [
     "generate",
@@ -131,7 +134,7 @@ OPTIONS = [
 ]
 OPTIONS += ["generate", "generate image", "generate references", "evaluate toybox", "evaluate frames"]
 OPTIONS += ["train settings", "generate scales", "generate equivalent", "latents audit", "latents measure"]
-OPTIONS += ["compare", "compare clips"]
+OPTIONS += ["compare", "compare clips", "evaluate prompts", "evaluate compare"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
 INPUTS: dict[str, list[str]] = {
@@ -190,6 +193,8 @@ INPUTS: dict[str, list[str]] = {
     "latents in place": ["codec"],
     "evaluate loss": ["loss.json", "tiny"],
     "evaluate cache": ["cache", "run/model"],
+    "evaluate prompts": ["evaluated", "prompts.txt"],
+    "evaluate compare": ["evaluated/results.json"],
     "compare": ["compared", "prompts.txt"],
     "compare clips": ["clips"],
 }
