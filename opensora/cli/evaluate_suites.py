@@ -96,6 +96,7 @@ class SuiteOptions:
         from opensora.evaluation.metrics.catalogue import metrics_of
         from opensora.evaluation.suites import read_suite
         from opensora.generation.loading import locate_model
+        from opensora.lab.comparable import check_comparable
         from opensora.lab.compare import Comparison
         from opensora.lab.grid import columns_of
         from opensora.lab.sets import Reference
@@ -106,12 +107,13 @@ class SuiteOptions:
         metrics_of(metrics)
         if self.output is not None:
             check_writable(self.output / "results.json")
-        if self.reference is not None:
-            Reference(self.reference).check()
+        reference = () if self.reference is None else tuple(Reference(self.reference).files.values())
         prompts = tuple(read_suite(suite, num_prompts))
         request = self._request()
         locate_model(request, download=self.model.download)
-        return Comparison(tuple(columns_of(request, {})), prompts, self.seeds, metrics, self.batch_size)
+        comparison = Comparison(tuple(columns_of(request, {})), prompts, self.seeds, metrics, self.batch_size)
+        check_comparable(comparison, reference)
+        return comparison
 
     def _request(self) -> "ClipRequest":
         """What the options say of every clip."""
