@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opensora.contents import parse_json
+from opensora.contents import check_regular, parse_json
 from opensora.errors import OpenSoraError
 from opensora.files import append_text, replacing
 from opensora.tables import import_pyarrow
@@ -21,10 +21,11 @@ def read_rows(path: Path) -> dict[str, Row]:
     """Rows that were kept, by cell; a last line that was cut off is none.
 
     Raises:
-        OpenSoraError: a line that is no row.
+        OpenSoraError: no file, or a line that is no row.
     """
     if not path.exists():
         return {}
+    check_regular(path, "rows")
     rows = {}
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")

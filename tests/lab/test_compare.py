@@ -81,6 +81,14 @@ def test_a_folder_belongs_to_one_comparison(tmp_path: Path) -> None:
         run(small(), tmp_path / "mine")
 
 
+def test_rows_are_kept_in_a_file(tmp_path: Path) -> None:
+    run(small(num_prompts=1), tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").symlink_to("/dev/null")
+    with pytest.raises(OpenSoraError, match=r"rows\.jsonl is a device"):
+        run(small(num_prompts=1), tmp_path)
+
+
 def test_batches_change_a_clip_by_no_more_than_rounding(tmp_path: Path) -> None:
     run(small(), tmp_path / "one")
     run(small(batch_size=2), tmp_path / "two")
