@@ -28,7 +28,7 @@ from opensora.containers.tensors import first_line
 from opensora.contents import describe_kind, describe_value, kind_of, read_object
 from opensora.errors import OpenSoraError
 from opensora.keywords import check_keywords
-from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.latent_space import Override, override_configured
 from opensora.models.families import format_of, may_hold_components
 from opensora.models.format import LIBRARIES, kind_of_place
 from opensora.models.int8 import Int8Weights, computing_dtype, is_int8, use_int8
@@ -43,7 +43,7 @@ def load_component(
     dtype: torch.dtype = torch.float32,
     *,
     config: Mapping[str, Any] | None = None,
-    override_latent_space: LatentSpace | None = None,
+    override_latent_space: Override | None = None,
     without_data: bool = False,
     adapters: Sequence[tuple[Adapter, float]] = (),
     device: torch.device | str = "cpu",
@@ -57,7 +57,8 @@ def load_component(
         cls: of diffusers, transformers or this package.
         dtype: precision it will run in, whatever the file's; int8 for weights in eight bits, see `models.int8`.
         config: keywords of `cls`, in place of what the path tells (see `key_maps.find_config`).
-        override_latent_space: of an autoencoder, in place of the declared one, with which its weights may disagree.
+        override_latent_space: of an autoencoder, in place of the declared one, or of those fields of it, with which
+            its weights may disagree.
         without_data: build it on torch's meta device: shapes alone, weights are not read.
         adapters: merged into the weights, each at a scale.
         device: where its weights go, straight from the files.
@@ -103,7 +104,7 @@ def _open(
     dtype: torch.dtype,
     place: contextlib.AbstractContextManager[Any],
     config: Mapping[str, Any] | None,
-    override_latent_space: LatentSpace | None = None,
+    override_latent_space: Override | None = None,
 ) -> tuple[Network, Mapping[str, Tensor]]:
     """A network built in a place where weights have no data, and what its files hold."""
     if not is_there(path):
@@ -112,11 +113,12 @@ def _open(
     if not is_there(described):
         raise OpenSoraError(f"{described} is missing; the model's folder is incomplete, get it again")
     weights = read_weights(path, format_of(cls).kind)
-    config = find_config(path, cls) if config is None else config
+    config, what = find_config(path, cls) if config is None else config, str(described)
     if override_latent_space is not None:
-        config = {**config, "latent_space": override_latent_space.instead_of(config.get("latent_space"))}
+        space = override_configured(config.get("latent_space"), override_latent_space)
+        config, what = {**config, "latent_space": space}, f"{described} with another latent space"
     with torch.random.fork_rng(devices=[]), place:
-        model = build_model(cls, config, described)
+        model = build_model(cls, config, what)
     if isinstance(place, _WithoutWeights):
         _check_tables(model)
     cast_weights(model, computing_dtype(dtype))
@@ -211,7 +213,7 @@ def find_class(name: str, library: str, class_name: str) -> type:
     return found
 
 
-def build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
+def build_model(cls: Any, config: Mapping[str, Any], path: Path | str) -> Any:
     """The model that a configuration describes, in float32, with arbitrary numbers for weights."""
     if getattr(cls, "config_class", None) is not None:  # transformers
         known = inspect.signature(cls.config_class.__init__).parameters
@@ -221,7 +223,7 @@ def build_model(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
     return _build_from(path, cls, lambda: cls.from_config(dict(config)))
 
 
-def _build_from(path: Path, cls: type, build: Callable[[], Any]) -> Any:
+def _build_from(path: Path | str, cls: type, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except Exception as error:  # whatever a constructor trips over, it is the file that asked for it

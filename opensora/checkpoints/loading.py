@@ -3,6 +3,7 @@
 Where a model's parts lie is found by `source.ModelSource`, how each is read stands in `components`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from opensora.offloading import STREAMED, BlockStream, Offload, Offloader, strea
 from opensora.settings import expected_one_of
 
 if TYPE_CHECKING:
-    from opensora.models.autoencoders.latent_space import LatentSpace
+    from opensora.models.autoencoders.latent_space import Override
     from opensora.pipeline import OpenSoraPipeline
 
 
@@ -27,7 +28,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     *,
-    override_latent_space: "LatentSpace | None" = None,
+    override_latent_space: "Override | None" = None,
     components: Mapping[str, str | Path] | None = None,
     adapters: Mapping[str, float] | Mapping[Path, float] | None = None,
     download: bool = False,
@@ -42,8 +43,8 @@ def load_pipeline(
         device: where it runs.
         dtype: precision of the networks; None is float32 on the CPU and bfloat16 elsewhere. int8: the weights of text
             encoders and the transformer lie in memory in eight bits, and all compute in bfloat16. Latents stay float32.
-        override_latent_space: used instead of the one declared with the autoencoder's weights, and recorded in every
-            output.
+        override_latent_space: used instead of the one declared with the autoencoder's weights, or of those fields of
+            it, and recorded in every output.
         components: component -> folder or file that takes the place of the model's own, in our format or in the one
             that the reference saves: "transformer", "autoencoder", "text_encoder", "tokenizer".
         adapters: adapter (its file or folder) -> how strongly it acts: 1 as it was trained, 0 not at all.
@@ -85,8 +86,8 @@ def load_pipeline(
             options["override_latent_space"] = override_latent_space
         loaders[part.name] = functools.partial(part.load, **options)
         network = part.load(**options, without_data=from_files, device="cpu" if offload else device)
-        if part.name == "autoencoder" and override_latent_space is not None:
-            network.override_latent_space(override_latent_space)
+        if part.name == "autoencoder" and override_latent_space is not None:  # none where the weights declare the same
+            network.override_latent_space(dataclasses.replace(network.latent_space, replaces=None))
         return network
 
     pipeline = source.pipeline(load)

@@ -106,6 +106,8 @@ class SamplingOptions:
     """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
     time_shift: Annotated[float | None, option("S")] = None
     """For rectified flow: above 1 more of the steps are spent at noisier times, 1 spreads them evenly."""
+    latent_space: Annotated[str | None, option("X|JSON", "as declared")] = None
+    """Take latents for other numbers than the autoencoder declares: a scaling factor, or fields of its latent_space."""
 
 
 @dataclass(frozen=True)

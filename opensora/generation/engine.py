@@ -28,7 +28,7 @@ from opensora.generation.inputs import (
 from opensora.generation.loading import LoadedModel, load_model
 from opensora.generation.loops import generate_loops, still_frames
 from opensora.generation.record import NamedFrames, PlacedReferences, Record, Sampling, versions
-from opensora.generation.request import ClipRequest
+from opensora.generation.request import OF_THE_MODEL, ClipRequest
 from opensora.generation.resolve import check_effects, resolve, total_frames
 from opensora.generation.words import check_words
 from opensora.models.autoencoders.tiles import TiledCodec
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
 
 Stage = Literal["encoding", "denoising", "decoding"]
-
-# What an engine is loaded for; a request may leave it out, or must ask for the same.
-_OF_THE_MODEL = ("model", "components", "adapters", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,8 @@ class Engine:
         """An engine for requests of one model.
 
         Args:
-            request: names model, replaced components, adapters, device and dtype; what this machine lacks of a
-                published model is fetched by `loading.locate_model`.
+            request: names what is `request.OF_THE_MODEL`; what this machine lacks of a published model is fetched by
+                `loading.locate_model`.
             offload: what is in memory only while it works, see `load_pipeline`.
             sequential_guidance: the branches of guidance one after the other instead of at once.
             micro_batch_size: frames that the 2D autoencoder works on at once; None for its own choice.
@@ -287,7 +284,7 @@ class Engine:
     def _check_same_model(self, request: ClipRequest) -> None:
         """A request may leave the model out, or must ask for the one that is loaded."""
         defaults = {field.name: getattr(ClipRequest(""), field.name) for field in fields(ClipRequest)}
-        for name in _OF_THE_MODEL:
+        for name in OF_THE_MODEL:
             asked, loaded = getattr(request, name), getattr(self._loaded_for or ClipRequest(""), name)
             if asked != defaults[name] and asked != loaded:
                 raise OpenSoraError(

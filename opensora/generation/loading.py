@@ -82,7 +82,7 @@ def load_model(
     """The pipeline of a request, ready to run, and what records will say of it.
 
     Args:
-        request: names the model, and where it runs.
+        request: names the model, what its latents stand for, and where it runs.
         offload: what is in memory only while it works, see `load_pipeline`.
         record: of the clip that is made again.
 
@@ -93,6 +93,7 @@ def load_model(
 
     from opensora.checkpoints import loading
     from opensora.checkpoints.source import ModelSource
+    from opensora.models.autoencoders.latent_space import parse_override
 
     check_dtype(request.dtype)
     device = loading.choose_device(request.device)
@@ -104,6 +105,7 @@ def load_model(
         request.model_name,
         device=device,
         dtype=getattr(torch, request.dtype) if request.dtype else None,
+        override_latent_space=None if request.latent_space is None else parse_override(request.latent_space),
         components=request.components,
         adapters={path: used.scale for path, used in adapters.items()},
         offload=offload,

@@ -268,6 +268,7 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         guider=sampling.guider if sampling.is_guided else None,
         sampler=sampling.sampler,
         time_shift=sampling.time_shift,
+        latent_space=_overriding_space(record),
         scores=sampling.scores or {},
         image=place(named.image),
         image_origin=record.image_origin,
@@ -284,6 +285,14 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         condition_frame_length=sampling.condition_frames if carries_over else None,
         condition_frame_edit=sampling.condition_strength if sampling.num_loops > 1 else None,
     )
+
+
+def _overriding_space(record: Record) -> dict[str, Any] | None:
+    """What latents stood for in place of what the autoencoder declares; None where that held."""
+    space = record.pipeline.get("latent_space")
+    if not isinstance(space, dict) or space.get("replaces") is None:
+        return None
+    return {name: value for name, value in space.items() if name != "replaces"}
 
 
 def check_same_model(record: Record, found: str) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from opensora import limits
 from opensora.contents import parse_json, shown
@@ -33,6 +33,8 @@ StoredDType = Literal["float32", "bfloat16", "float16"]
 """Numbers that weights are written in."""
 DType = Literal[StoredDType, "int8"]
 DTYPES: tuple[str, ...] = get_args(DType)
+OF_THE_MODEL = ("model", "components", "adapters", "latent_space", "device", "dtype")
+"""Fields that a model is loaded for."""
 _MOST_CHARACTERS = 1_000  # of a text that says numbers
 _LIMITS = {
     "num_frames": limits.FRAMES,
@@ -119,6 +121,8 @@ class ClipRequest:
             model's own rule.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.
         time_shift: of rectified flow, as `OpenSoraPipeline.use_time_shift` takes it.
+        latent_space: what latents stand for, in place of what the autoencoder declares: a scaling factor, or fields of
+            its `latent_space` (an object, or its JSON), what they leave out staying as declared.
         scores: in place of the model's defaults, by name; None switches one off.
         image: the clip begins with this picture,
         image_origin: which was drawn so; None for a picture from elsewhere.
@@ -169,6 +173,7 @@ class ClipRequest:
     guider: str | None = None
     sampler: str | None = None
     time_shift: float | None = None
+    latent_space: float | str | dict[str, Any] | None = None
     scores: dict[str, float | str | None] = field(default_factory=dict)
 
     image: Path | None = None
@@ -389,6 +394,10 @@ def _check_sampling(request: ClipRequest) -> None:
             raise OpenSoraError("`guider` knows text alone; leave out `image_guidance_scale`")
     if request.time_shift is not None and not 0 < request.time_shift < math.inf:
         raise OpenSoraError(f"`time_shift` is {request.time_shift:g}, expected a number above 0 (1 shifts nothing)")
+    if request.latent_space is not None:
+        from opensora.models.autoencoders.latent_space import parse_override  # which needs torch
+
+        parse_override(request.latent_space)
     if request.num_inference_steps is not None:
         parse_steps(request.num_inference_steps)
     if request.cfg_channels != "default":

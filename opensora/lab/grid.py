@@ -110,6 +110,8 @@ def column_name(settings: Mapping[str, Any]) -> str:
 
 def shown_value(value: Any) -> str:
     """A value as one would type it."""
+    if value is None:
+        return "default"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from opensora.evaluation.suites import SuitePrompt
 from opensora.generation.clip import Clip
-from opensora.generation.request import ClipRequest
+from opensora.generation.request import OF_THE_MODEL, ClipRequest
 from opensora.lab.grid import Cell, Column, shown_value
 from opensora.lab.rows import Row
 
@@ -56,8 +56,7 @@ def make_clips(
     engines: dict[str, Engine] = {}
 
     def engine_for(request: ClipRequest) -> Engine:
-        fields = ("model", "components", "adapters", "device", "dtype")
-        loaded = ClipRequest("", **{name: getattr(request, name) for name in fields})
+        loaded = ClipRequest("", **{name: getattr(request, name) for name in OF_THE_MODEL})
         if repr(loaded) not in engines:
             engines.clear()
             engines[repr(loaded)] = Engine.load(loaded, allows_idle=True)

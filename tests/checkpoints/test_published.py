@@ -363,10 +363,11 @@ def test_an_autoencoder_of_another_latent_space_is_refused(released, tmp_path):
     tiny_published.write_json(folder / "config.json", tiny_published.frame_config(vae, scaling_factor=0.13025))
     message = refusal("opensora-1.1", components={"autoencoder": folder})
     assert "scaling_factor is 0.18215" in message and "0.13025" in message and "override_latent_space" in message
-    space = load_pipeline(
-        "opensora-1.1", components={"autoencoder": folder}, override_latent_space=LatentSpace(scaling_factor=0.18215)
-    ).autoencoder.latent_space
-    assert space.scaling_factor == 0.18215 and space.replaces and space.replaces["scaling_factor"] == 0.13025
+    for override in (LatentSpace(scaling_factor=0.18215), {"scaling_factor": 0.18215}):
+        space = load_pipeline(
+            "opensora-1.1", components={"autoencoder": folder}, override_latent_space=override
+        ).autoencoder.latent_space
+        assert space.scaling_factor == 0.18215 and space.replaces and space.replaces["scaling_factor"] == 0.13025
     tiny_published.write_json(folder / "config.json", tiny_published.frame_config(vae, scaling_factor=0.18215))
     load_pipeline("opensora-1.1", components={"autoencoder": folder})
 

@@ -101,7 +101,7 @@ def pipe(monkeypatch, tmp_path):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
         return SimpleNamespace(hash=lambda: fake.hash)
 
-    def load_pipeline(name, *, device, dtype, components, adapters, offload):
+    def load_pipeline(name, *, device, dtype, override_latent_space, components, adapters, offload):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
         return fake
 

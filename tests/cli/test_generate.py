@@ -289,6 +289,7 @@ def test_options_reach_the_pipeline(pipe, options, expected):
         (["--from", "empty.txt"], "empty.txt cannot be read"),
         (["--from", "strange.json"], "strange.json"),
         (["--from", "no.mp4", "--seed", "3"], "cannot be combined with --seed"),
+        (["--from", "no.mp4", "--latent-space", "0.5"], "cannot be combined with --latent-space"),
         ([PROMPT, "--from", "no.mp4"], "cannot be combined with a prompt"),
     ],
 )

@@ -12,6 +12,8 @@ from tiny_pipeline import make_pipeline
 
 from opensora.cli.main import main
 from opensora.media.read import read_metadata, read_video
+from opensora.media.write import write_video
+from opensora.models.autoencoders.latent_space import LatentSpace
 
 PROMPT = "a small red ball rolls left"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -55,6 +57,67 @@ def test_a_clip_with_a_scale_for_each_channel_again(model):
     first = ["--guidance-scale", "7", "--cfg-channels", "3"]
     assert main(["generate", PROMPT, *options, *first, "--output", "first.mp4"]) == 0
     assert np.array_equal(read_video("one.mp4")[0], read_video("first.mp4")[0])
+
+
+OTHER = {"scaling_factor": 0.5, "shift": [0.3, 0.1, 0.0, -0.2], "scale": [1.0, 2.5, 0.75, 1.5]}
+
+
+@pytest.fixture
+def generate(model):
+    """The frames of a clip of two steps that begins with a picture, by the model given or in `model`."""
+    picture = np.random.default_rng(0).integers(0, 255, (1, 16, 24, 3), np.uint8)
+    write_video("first.png", picture, 8)
+
+    def frames(output, *options, model="model"):
+        given = [PROMPT, "--model", str(model), "--image", "first.png", "--num-inference-steps", "2", "--seed", "3"]
+        assert main(["generate", *given, *options, "--output", output]) == 0
+        return read_video(output)[0]
+
+    return frames
+
+
+def test_the_declared_latent_space_changes_nothing(model, generate):
+    declared = read_declared(model)
+    plain = generate("plain.mkv")
+    for said in ("1", json.dumps({name: declared[name] for name in ("shift", "scale")}), json.dumps({"shift": None})):
+        again = generate("again.mkv", "--latent-space", said)
+        assert np.array_equal(again, plain) == (said != '{"shift": null}'), said
+    assert read_metadata("plain.mkv")["pipeline"]["latent_space"]["replaces"] is None
+
+
+def test_another_latent_space_is_that_of_a_model_which_declares_it(saved, model, generate):
+    pipeline = make_pipeline(saved.name)
+    pipeline.autoencoder.set_latent_space(LatentSpace.from_dict(OTHER))
+    pipeline.save_pretrained("declares")
+    made = generate("made.mkv", "--latent-space", json.dumps(OTHER))
+    assert np.array_equal(made, generate("wanted.mkv", model="declares"))
+    assert not np.array_equal(made, generate("plain.mkv"))
+    recorded = read_metadata("made.mkv")["pipeline"]["latent_space"]
+    assert {name: recorded[name] for name in OTHER} == OTHER
+    assert recorded["replaces"]["shift"] == read_declared(model)["shift"]
+    assert main(["generate", "--from", "made.mkv", "--output", "again.mkv"]) == 0
+    assert np.array_equal(read_video("again.mkv")[0], made)
+    assert read_metadata("again.mkv")["pipeline"] == read_metadata("made.mkv")["pipeline"]
+    offloaded = generate("offloaded.mkv", "--latent-space", json.dumps(OTHER), "--offload", "networks")
+    assert np.array_equal(offloaded, made)
+
+
+def test_a_quarrel_of_configuration_and_weights_is_settled_by_an_override(model, generate, capsys):
+    path = model / "autoencoder" / "config.json"
+    config = json.loads(path.read_text())
+    generate("plain.mkv")
+    config["latent_space"]["scale"][0] = 3.0
+    path.write_text(json.dumps(config))
+    assert main(["generate", PROMPT, "--model", "model", "--output", "clip.mkv"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "two different latent spaces" in said and "--latent-space" in said
+    generate("settled.mkv", "--latent-space", json.dumps({"scale": [3.0, 1.5, 1.25, 1.0]}))
+    recorded = read_metadata("settled.mkv")["pipeline"]["latent_space"]
+    assert recorded["scale"][0] == 3.0 and recorded["replaces"]["scale"][0] == 2.0
+
+
+def read_declared(model):
+    return json.loads((model / "autoencoder" / "config.json").read_text())["latent_space"]
 
 
 def test_from_with_other_weights(model, capsys):
@@ -133,6 +196,10 @@ def test_a_folder_knows_its_words_as_well(model, prompt, options, message, capsy
         (["--cfg-channels", "0,4"], "cfg_channels"),
         (["--channel-scales", "0-4:7"], "--channel-scales names channel 4, expected channels from 0 to 3"),
         (["--device", "nowhere"], "device"),
+        (["--latent-space", "0"], "scaling_factor 0.0 given, but it must be a positive number"),
+        (["--latent-space", "half"], "--latent-space is the text 'half', expected a scaling factor"),
+        (["--latent-space", '{"scale": [1, 2, 3]}'], "shift has 4 channels and scale 3"),
+        (["--latent-space", '{"shift": [1, 2, 3], "scale": null}'], "shift for 3 channels, but the latents have 4"),
     ],
 )
 def test_wishes_the_model_cannot_grant(model, options, message, capsys):

@@ -54,6 +54,8 @@ def build(folder: Path) -> None:
         "1",
         "--channel-scales",
         "0-2:7,3:1",
+        "--latent-space",
+        '{"shift": [0.5, 0.0, 0.0, 0.0], "scale": null}',
     )
     _run("data", "manifest", "clips", "--output", "clips.csv")
     _run("data", "manifest", "clips", "--output", "clips.parquet")

@@ -41,6 +41,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": GENERATE,
     "generate image": [*GENERATE, "--image", "photo.jpg"],
     "generate scales": [*GENERATE, "--channel-scales", "0-2:7,3:1"],
+    "generate latent space": [*GENERATE, "--latent-space", '{"scaling_factor": 0.5, "scale": null}'],
     "generate equivalent": [*GENERATE, "--cfg-channels", "3", "--equivalent-to", "all"],
     "generate png": [*GENERATE[:-1], "out/clip.gif", "--last-image", "photo.png"],
     "generate extend": [*GENERATE, "--extend", "movie.mp4", "--condition-frame-length", "1"],

@@ -58,6 +58,27 @@ def test_a_clip_is_the_one_that_generate_makes(tmp_path: Path) -> None:
     assert np.array_equal(read_video(again)[0], read_video(alone)[0])
 
 
+def test_what_latents_stand_for_may_vary(tmp_path: Path) -> None:
+    columns = columns_of(QUICK, {"latent_space": [None, "0.5", '{"scale": null}']})
+    assert [column.name for column in columns][:2] == ["latent_space default", "latent_space 0.5"]
+    comparison = Comparison(tuple(columns), tuple(read_suite("toybox", 1)), 1, ("colour",))
+    rows = run(comparison, tmp_path)
+    assert [row["latent_space"] for row in rows] == ["default", "0.5", '{"scale": null}']
+    clips = [tmp_path / "clips" / f"{number:03d}-0000-000.mp4" for number in range(3)]
+    spaces = [json.loads(Path(f"{clip}.json").read_text())["pipeline"]["latent_space"] for clip in clips]
+    assert spaces[0]["replaces"] is None and spaces[1]["scaling_factor"] == 0.5
+    assert spaces[1]["scale"] == spaces[0]["scale"] and spaces[2]["scale"] is None
+    frames = [read_video(clip)[0] for clip in clips]
+    assert not np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
+    again = tmp_path / "again.mkv"
+    assert main(["generate", "--from", str(clips[2]), "--output", str(again)]) == 0
+    prompt = comparison.prompts[0]
+    wanted = Engine.load(ClipRequest("", device="cpu", latent_space={"scale": None})).generate(
+        ClipRequest(prompt.text, seed=prompt.seed(0), num_inference_steps=1, num_frames=5)
+    )
+    assert np.array_equal(read_video(again)[0], wanted.frames)
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     comparison = small()
     rows = run(comparison, tmp_path)
@@ -160,6 +181,9 @@ def test_clips_of_other_programs_are_compared(tmp_path: Path, capsys: pytest.Cap
         (["--clips", ".", "--seeds", "2"], "--seeds has no effect"),
         (["--workers", "0"], "--workers is 0"),
         (["--cfg-channels", "9", "--prompts", "1"], "9"),
+        (["--latent-space", "declared", "0"], "scaling_factor 0.0 given"),
+        (["--latent-space", "declared", "declared"], "--latent-space has a value twice"),
+        (["--clips", ".", "--latent-space", "1"], "--latent-space has no effect"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.latent_space import LatentSpace, override_configured, parse_override
 
 PUBLISHED = LatentSpace(0.18215, shift=(-0.10, 0.34), scale=(3.85, 2.32), trained_with="published")
 
@@ -79,3 +79,50 @@ def test_an_override_remembers_the_checkpoint():
     assert again.declared_by_weights == PUBLISHED, "the first declaration is the one the weights have"
     assert PUBLISHED.overriding(override) == PUBLISHED, "overriding with the checkpoint's own figures is none"
     assert not PUBLISHED.overridden
+
+
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        (0.5, {"scaling_factor": 0.5}),
+        (2, {"scaling_factor": 2}),
+        ("0.5", {"scaling_factor": 0.5}),
+        ({"shift": [0.5, 1.0]}, {"shift": [0.5, 1.0]}),
+        (' {"scale": null, "convention": "divide"}', {"scale": None, "convention": "divide"}),
+    ],
+)
+def test_an_override_is_a_factor_or_fields(said, fields):
+    assert parse_override(said) == fields
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("none", "`latent_space` is the text 'none', expected a scaling factor such as 0.18215"),
+        ("[1, 2]", "`latent_space` is the text"),
+        ({}, "`latent_space` is an object of 0"),
+        ({"trained_with": "care"}, "expected a scaling factor"),
+        ("{shift: 1}", "`latent_space` is not valid JSON"),
+        ("0", "scaling_factor 0.0 given, but it must be a positive number"),
+        ("nan", "scaling_factor nan given"),
+        ('{"shift": 0.1}', "shift is the number 0.1"),
+        ({"scale": [1.0, -1.0]}, "every channel needs a positive number"),
+        ({"shifts": [1.0]}, "unknown field shifts"),
+        ({"scaling_factor": 0.5, "replaces": {}}, "leave out `replaces`"),
+    ],
+)
+def test_what_is_no_override(said, message):
+    with pytest.raises(OpenSoraError, match=message.replace("[", r"\[")):
+        parse_override(said)
+
+
+def test_fields_that_an_override_leaves_out_stay_as_declared():
+    declared = PUBLISHED.to_dict()
+    found = LatentSpace.from_dict(override_configured(declared, {"scaling_factor": 0.5, "scale": None}))
+    assert (found.scaling_factor, found.shift, found.scale, found.trained_with) == (0.5, PUBLISHED.shift, None, "")
+    assert found.declared_by_weights == PUBLISHED
+    assert LatentSpace.from_dict(override_configured(declared, LatentSpace(0.5))).shift is None, "nothing is left out"
+    again = LatentSpace.from_dict(override_configured(found.to_dict(), {"shift": [1.0, 1.0]}))
+    assert (again.scaling_factor, again.shift) == (0.5, (1.0, 1.0)) and again.declared_by_weights == PUBLISHED
+    with pytest.raises(OpenSoraError, match="shift has 2 channels and scale 3"):
+        override_configured(declared, {"scale": [1.0, 1.0, 1.0]})

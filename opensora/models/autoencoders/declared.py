@@ -1,7 +1,7 @@
 """A codec whose latent space is declared in its configuration: what is declared is what computes."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.latent_space import LatentSpace, Override, override_configured
 
 # Options of `from_pretrained` that say where a configuration is found.
 _WHERE = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies")
@@ -98,14 +98,14 @@ class DeclaredCodec(VideoCodec):
         cls,
         pretrained_model_name_or_path: Any,
         *,
-        override_latent_space: LatentSpace | Mapping[str, Any] | None = None,
+        override_latent_space: Override | None = None,
         **loading: Any,
     ) -> Self:
         """Loads a folder as diffusers does, and holds its latent space against the one in the weights.
 
         Args:
             pretrained_model_name_or_path: the folder.
-            override_latent_space: used instead of the folder's, and recorded as such.
+            override_latent_space: used instead of the folder's, or of those fields of it, and recorded as such.
             **loading: diffusers' own options (`subfolder`, `torch_dtype`, ...).
 
         Raises:
@@ -123,7 +123,5 @@ class DeclaredCodec(VideoCodec):
         if override_latent_space is not None:
             found = {name: loading[name] for name in _WHERE if name in loading}
             config: Any = cls.load_config(pretrained_model_name_or_path, **found)
-            wanted = override_latent_space
-            wanted = wanted if isinstance(wanted, LatentSpace) else LatentSpace.from_dict(wanted)
-            loading["latent_space"] = wanted.instead_of(config.get("latent_space"))
+            loading["latent_space"] = override_configured(config.get("latent_space"), override_latent_space)
         return super().from_pretrained(pretrained_model_name_or_path, **loading)

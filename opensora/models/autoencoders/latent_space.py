@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from opensora.contents import describe_value, parse_json, shown
 from opensora.errors import OpenSoraError
 from opensora.keywords import check_keywords
 
@@ -61,11 +62,13 @@ class LatentSpace:
         if not (isfinite(self.scaling_factor) and self.scaling_factor > 0):
             raise OpenSoraError(f"scaling_factor {self.scaling_factor} given, but it must be a positive number")
         if self.convention not in ("multiply", "divide"):
-            raise OpenSoraError(f'convention {self.convention!r} given, but it must be "multiply" or "divide"')
+            raise OpenSoraError(
+                f'convention {shown(repr(self.convention))} given, but it must be "multiply" or "divide"'
+            )
         if not all(isfinite(value) for row in _rows(self.shift) for value in row):
-            raise OpenSoraError(f"shift {self.shift} given, but every channel needs a finite number")
+            raise OpenSoraError(f"shift {shown(self.shift)} given, but every channel needs a finite number")
         if not all(isfinite(value) and value > 0 for row in _rows(self.scale) for value in row):
-            raise OpenSoraError(f"scale {self.scale} given, but every channel needs a positive number")
+            raise OpenSoraError(f"scale {shown(self.scale)} given, but every channel needs a positive number")
         for name in ("shift", "scale"):
             if len(lengths := {len(row) for row in _rows(getattr(self, name))}) > 1 or 0 in lengths:
                 raise OpenSoraError(f"{name} has {sorted(lengths)} numbers in its channels; give as many in each")
@@ -142,11 +145,19 @@ class LatentSpace:
             OpenSoraError: for a field that does not exist, or a value of another kind.
         """
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = shown(", ".join(sorted(set(values) - set(known))))
         if unknown:
-            raise OpenSoraError(f"latent space: unknown field {', '.join(unknown)}; known are {', '.join(known)}")
+            raise OpenSoraError(f"latent space: unknown field {unknown}; known are {', '.join(known)}")
         check_keywords(cls.__init__, values, "latent space")
         return cls(**values)
+
+    def changed(self, fields: Mapping[str, Any]) -> "LatentSpace":
+        """Another declaration: these fields, and what they leave out as in this one. Where from is theirs to say.
+
+        Raises:
+            OpenSoraError: as `from_dict`.
+        """
+        return LatentSpace.from_dict({**self.to_dict(), "trained_with": "", "replaces": None, **fields})
 
     # ---- agreement
 
@@ -185,7 +196,8 @@ class LatentSpace:
             values = "; ".join(f"{name} is {a} in {here} but {b} in {there}" for name, (a, b) in found.items())
             raise OpenSoraError(
                 f"two different latent spaces for one set of weights: {values}. Keep the checkpoint's and drop the "
-                "other declaration, or pass override_latent_space=..., which is then recorded in every output"
+                "other declaration, or say which one holds (`latent_space`, override_latent_space=...), which is then "
+                "recorded in every output"
             )
 
     def overriding(self, checkpoint: "LatentSpace") -> "LatentSpace":
@@ -194,14 +206,6 @@ class LatentSpace:
         if not self.differences(original):
             return original
         return replace(self, replaces=original.to_dict())
-
-    def instead_of(self, configured: Mapping[str, Any] | None) -> dict[str, Any]:
-        """This declaration in place of a configured one whose weights are yet to be read, for the configuration.
-
-        Unlike `overriding` it also stands where both have the same figures, for the weights may have others.
-        """
-        original = LatentSpace.from_dict(configured or {}).declared_by_weights
-        return replace(self, replaces=original.to_dict()).to_dict()
 
     @property
     def overridden(self) -> bool:
@@ -212,6 +216,52 @@ class LatentSpace:
     def declared_by_weights(self) -> "LatentSpace":
         """The checkpoint's own declaration, also under an override."""
         return self if self.replaces is None else LatentSpace.from_dict(self.replaces)
+
+
+Override = LatentSpace | Mapping[str, Any]
+"""What takes the place of a checkpoint's declaration: another one, or fields of it, all others staying as declared."""
+
+
+def override_configured(configured: Mapping[str, Any] | None, override: Override) -> dict[str, Any]:
+    """A declaration in place of a configured one whose weights are yet to be read, for the configuration.
+
+    Unlike `LatentSpace.overriding` it also stands where both have the same figures, for the weights may have others.
+
+    Raises:
+        OpenSoraError: fields that are none, or that do not fit those that stay.
+    """
+    declared = LatentSpace.from_dict(configured or {})
+    wanted = override if isinstance(override, LatentSpace) else declared.changed(override)
+    return replace(wanted, replaces=declared.declared_by_weights.to_dict()).to_dict()
+
+
+def parse_override(said: float | str | Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that take the place of declared ones, as a user says them.
+
+    Args:
+        said: a scaling factor, `"0.13025"`, or fields as an autoencoder's `config.json` has them, as a JSON object:
+            `{"shift": [0.1, 0, 0, 0], "scale": null}`.
+
+    Raises:
+        OpenSoraError: neither, or what can be in no declaration.
+    """
+    fields: Any = said
+    if isinstance(said, str):
+        try:
+            fields = float(said)
+        except ValueError:
+            fields = parse_json(said, "`latent_space`") if said.lstrip().startswith("{") else said
+    if isinstance(fields, float | int):
+        fields = {"scaling_factor": fields}
+    if not isinstance(fields, Mapping) or not set(fields) - {"trained_with"}:
+        raise OpenSoraError(
+            f"`latent_space` is {describe_value(fields)}, expected a scaling factor such as 0.18215, or a JSON object "
+            "with some of scaling_factor, convention, shift and scale"
+        )
+    if "replaces" in fields:
+        raise OpenSoraError("`latent_space` says what holds; leave out `replaces`, which is recorded by itself")
+    LatentSpace.from_dict(fields)
+    return dict(fields)
 
 
 def _entry(value: float | Sequence[float]) -> float | tuple[float, ...]:
