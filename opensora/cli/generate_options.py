@@ -85,19 +85,25 @@ class SizeOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class GuidanceOptions:
+    """How strongly the prompt is followed."""
+
+    guidance_scale: Annotated[float | None, option("S", aliases=["--cfg-scale"])] = None
+    """How strongly the prompt is followed; 1 switches guidance off."""
+    channel_scales: Annotated[str | None, option("0-2:S,3:S|[S,...]")] = None
+    """In its place a scale for each latent channel; 1 leaves it unguided."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions(GuidanceOptions):
     """How noise becomes a clip."""
 
     num_inference_steps: Annotated[str | None, option("N", aliases=["--num-sampling-steps"])] = None
     """Sampling steps; for IDDPM models also a respacing such as ddim50."""
-    guidance_scale: Annotated[float | None, option("S", aliases=["--cfg-scale"])] = None
-    """How strongly the prompt is followed; 1 switches guidance off."""
     image_guidance_scale: Annotated[float | None, option("S", aliases=["--image-cfg-scale", "--guidance-img"])] = None
     """How strongly pictures and clips are followed that are given, by models that are guided by them."""
     cfg_channels: Annotated[str | None, option("K|0,2|all", aliases=["--cfg-channel"])] = None
     """Latent channels that guidance touches: the first K, indices ("2," for one), or all."""
-    channel_scales: Annotated[str | None, option("0-2:S,3:S|[S,...]")] = None
-    """In place of --guidance-scale and --cfg-channels, a scale for each latent channel; 1 leaves it unguided."""
     equivalent_to: Annotated[str | None, option("K|0,2|all", "none")] = None
     """Guide these channels instead, at the scale of equal strength: 7 on 3 of 4 channels becomes 5.5 on all."""
     guider: Annotated[str | None, option("|".join(GUIDERS))] = None

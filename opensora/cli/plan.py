@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from opensora.cli.generate_options import MachineOptions, MemoryOptions, ModelOptions, SizeOptions
+from opensora.cli.generate_options import GuidanceOptions, MachineOptions, MemoryOptions, ModelOptions, SizeOptions
 from opensora.cli.options import FLAG, given_options, option, with_flags
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
-from opensora.generation.resolve import describe_size, resolve_size
+from opensora.generation.resolve import describe_size, resolve
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Plan:
 
     model: OmitArgPrefixes[Annotated[ModelOptions, arg(name="model")]] = field(default_factory=ModelOptions)
     size: OmitArgPrefixes[Annotated[SizeOptions, arg(name="size")]] = field(default_factory=SizeOptions)
-    guidance_scale: Annotated[float | None, option("S", "the model's")] = None
-    """How strongly the prompt is followed; 1 switches guidance off, and with it all branches but one."""
+    guidance: OmitArgPrefixes[Annotated[GuidanceOptions, arg(name="guidance")]] = field(default_factory=GuidanceOptions)
     known_frames: Annotated[bool, FLAG] = False
     """The clip is made from pictures or clips too; models that are shown them beside the noise guide by them."""
     machine: OmitArgPrefixes[Annotated[MachineOptions, arg(name="machine")]] = field(default_factory=MachineOptions)
@@ -52,13 +51,13 @@ class Plan:
     @property
     def request(self) -> ClipRequest:
         """A clip of this size; what it shows takes no memory."""
-        wishes = dict(given_options(self.size)) | dict(given_options(self.machine)) | self.model.wishes()
-        return ClipRequest("a clip", guidance_scale=self.guidance_scale, **wishes)
+        groups = (self.size, self.guidance, self.machine)
+        wishes = {name: value for group in groups for name, value in given_options(group)}
+        return ClipRequest("a clip", **wishes, **self.model.wishes())
 
     def _predict(self, device: str, memory_bytes: int | None) -> dict[str, Any]:
         import torch
 
-        from opensora.geometry import VideoSize
         from opensora.planning.meta_pipeline import meta_pipeline
         from opensora.planning.report import plan_clip
         from opensora.planning.stages import Clip
@@ -66,14 +65,12 @@ class Plan:
 
         tracer, request = Tracer(), self.request
         meta = meta_pipeline(tracer, request.model_name, request.components)
-        config = meta.pipeline.config
-        made = resolve_size(request, config, meta.pipeline.size_rule())
-        scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        sampling = resolve(meta.pipeline, request)
         conditioned = self.known_frames and meta.pipeline.transformer.reads_channels
-        clip = Clip(VideoSize(made.num_frames, made.height, made.width), guided=scale != 1, conditioned=conditioned)
+        clip = Clip(sampling.size, guided=sampling.is_guided, conditioned=conditioned)
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
         plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
-        return {**plan, "clip": describe_size(clip.size, made.nominal_size)}
+        return {**plan, "clip": describe_size(clip.size, sampling.nominal_size)}
 
     def _device(self) -> str:
         """Where it will run; not checked, for a plan may be made elsewhere."""

@@ -102,6 +102,15 @@ def test_guidance_that_is_off_takes_less(capsys, model):
     assert not any("--sequential-guidance" in way["options"] for way in plain["ways"])
 
 
+def test_channels_that_are_all_unguided_take_as_much_as_no_guidance(capsys, model):
+    plain, ranges, some = (
+        plan_of(capsys, "--model", model, "--device", "cpu", *given)
+        for given in (["--guidance-scale", "1"], ["--channel-scales", "0-3:1"], ["--channel-scales", "[1, 1, 7, 1]"])
+    )
+    assert ranges == plain and some["guided"]
+    assert some["stages"] == plan_of(capsys, "--model", model, "--device", "cpu", "--guidance-scale", "7")["stages"]
+
+
 def test_a_device_that_is_not_here(capsys, model):
     plan = plan_of(capsys, "--model", model, "--device", "cuda:3")
     assert plan["device"] == "cuda" and plan["dtype"] == "bfloat16"
@@ -116,6 +125,8 @@ def test_a_device_that_is_not_here(capsys, model):
         (["--device", "gpu"], "--device is 'gpu'"),
         (["--dtype", "bfloat61"], "unknown dtype 'bfloat61'; did you mean bfloat16?"),
         (["--guidance-scale", "-1"], "--guidance-scale is -1"),
+        (["--channel-scales", "0-4:7"], "--channel-scales names channel 4, expected channels from 0 to 3"),
+        (["--channel-scales", "0:7", "--guidance-scale", "7"], "leave out --guidance-scale"),
         (["--height", "63"], "63"),
         (["--num-frames", "9000"], "num_frames 9000"),
         (["--download"], "leave out --download"),
