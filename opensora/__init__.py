@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from opensora.generation.engine import Engine
     from opensora.generation.request import ClipRequest
     from opensora.pipeline import OpenSoraPipeline
+    from opensora.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Clip", "ClipRequest", "Engine", "OpenSoraError", "OpenSoraPipeline", "__version__", "load_pipeline"]
+__all__ = ["Clip", "ClipRequest", "Engine", "OpenSoraError", "OpenSoraPipeline", "__version__", "load_pipeline", "tune"]
 
 # Some need torch and diffusers, which `import opensora` and `opensora --help` should not wait for.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "Engine": "opensora.generation.engine",
     "OpenSoraPipeline": "opensora.pipeline",
     "load_pipeline": "opensora.checkpoints.loading",
+    "tune": "opensora.tuning",
 }
 
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from hypothesis import settings
-from safetensors import safe_open
+import opensora
+
+opensora.tune()  # before torch is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 # The models of these tests are so small that more threads only wait for one another.
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -150,6 +150,7 @@ def _help() -> str:
         "Text to video with the Open-Sora family of diffusion transformers.\n\n"
         f"commands:\n{commands}\n\n"
         "opensora COMMAND --help tells more; opensora --version says which this is.\n"
+        "--no-tuning, with any command, leaves threads and memory to the libraries' own defaults.\n"
         'Try: opensora generate "a small red ball rolls left over the grass"'
     )
 

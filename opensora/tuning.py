@@ -1,0 +1,79 @@
+"""How this process shares a machine: threads that sleep while they wait, no more than it may use, memory that is kept.
+
+The threads of OpenMP spin while they wait for each other. Where another program wants the same core, each waits for one
+that is not running, and small networks take forty times as long; asleep they take twice as long, as is fair. In a
+container that may use two of sixty-four cores, sixty-four threads do the same to each other. And glibc gives large
+blocks back to the system as they are freed, so the next tensor pays for every page of its memory again, 4 KB by 4 KB.
+
+None of it changes a bit of any result, but for the number of threads, which may change how sums are rounded.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""What OpenMP of GNU, of LLVM and of Intel read when they are loaded."""
+THREADS = "OMP_NUM_THREADS"
+TUNABLES = "GLIBC_TUNABLES"
+KEEPING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=34359738368"
+"""Pages of 2 MB; blocks up to 16 GB are kept, as long as no more than 32 GB of them are free."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def tune(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has threads of this process, and of those it starts, sleep while they wait; the command line does it by itself.
+
+    To be called before torch is imported, which is when OpenMP reads its settings; later a warning says that threads
+    stay as they are. What the environment says already is left as it is.
+
+    Args:
+        environment: of the process.
+    """
+    if "torch" in sys.modules:
+        warnings.warn(
+            "torch is loaded already, so its threads keep spinning while they wait; call opensora.tune() before",
+            stacklevel=2,
+        )
+    for name, value in WAITING.items():
+        environment.setdefault(name, value)
+    cores = allowed_cores()
+    if cores is not None:
+        environment.setdefault(THREADS, str(cores))
+
+
+def keep_memory() -> None:
+    """Starts this program again with a C library that keeps memory: glibc reads its settings when a process starts.
+
+    Returns where it has been started so already, where a user has set them, and where the C library is another one.
+    """
+    if sys.platform != "linux" or not sys.executable or TUNABLES in os.environ:
+        return
+    with contextlib.suppress(ValueError, OSError):
+        if os.confstr("CS_GNU_LIBC_VERSION"):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: KEEPING})
+
+
+def allowed_cores(cgroups: Path = _CGROUPS) -> int | None:
+    """Cores that a container's quota allows, where that is fewer than there are; None where there is no such quota.
+
+    Args:
+        cgroups: where Linux tells of control groups, version 2 or 1.
+    """
+    old = cgroups / "cpu"
+    quota = _quota(cgroups / "cpu.max") or _quota(old / "cpu.cfs_quota_us", old / "cpu.cfs_period_us")
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return None if quota is None or quota >= there else max(1, int(quota))
+
+
+def _quota(*files: Path) -> float | None:
+    """Microseconds of computing in a period, over those of the period: in one file or in two."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        time, period = " ".join(path.read_text() for path in files).split()
+        share = float(time) / float(period)  # "max" is none
+        return share if share > 0 else None  # neither is -1
+    return None
