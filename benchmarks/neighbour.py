@@ -2,8 +2,8 @@
 
 The bundled model's clip, from the command's start to the file, alone on the machine and beside one busy process for
 each core, with the program's own tuning and with `--no-tuning`. Busy processes have sessions of their own, as other
-users' have, so the system shares the cores between them and the clip. The four ways are run in turn; medians are printed
-with the quickest and the slowest round. Do not run it beside other work.
+users' have, so the system shares the cores between them and the clip. The four ways are run in turn; medians are
+printed with the quickest and the slowest round. Do not run it beside other work.
 """
 
 import argparse
