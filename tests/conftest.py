@@ -1,5 +1,7 @@
 """Options and fixtures shared by all tests."""
 
+import functools
+import gc
 import gzip
 import json
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ opensora.tune()  # before torch is imported
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -21,6 +24,11 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The same examples on every run, and no failure because a machine is busy.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+# For the help of options tyro reads their source anew with every command line, and under pytest twice: half the time of
+# most. No source changes while tests run. Where a later tyro knows no such name, they only take longer.
+if (_source := getattr(getattr(tyro, "_docstrings", None), "_ClassTokenization", None)) is not None:
+    _source.make = staticmethod(functools.cache(_source.make))
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 REAL_CLIPS_DIR = Path(__file__).parent.parent / ".venv" / "real-clips"
@@ -38,10 +46,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_finish() -> None:
+    """The libraries' half a million objects stay to the end: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def real_clips(pytestconfig: pytest.Config) -> list[Path]:
     """Real videos, sorted by name; a test that needs them is skipped where `make clips` has not been run."""
-    folder = pytestconfig.getoption("--real-clips")
+    folder: Path = pytestconfig.option.real_clips
     clips = sorted((p for s in ("mp4", "mpg", "avi") for p in folder.rglob(f"*.{s}")), key=lambda path: path.name)
     if not clips:
         pytest.skip(f"no clips in {folder}; run `make clips`")
@@ -73,7 +87,7 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden_dir(pytestconfig: pytest.Config) -> Path:
-    return pytestconfig.getoption("--golden-dir")
+    return pytestconfig.option.golden_dir
 
 
 @pytest.fixture(scope="session")

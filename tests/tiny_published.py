@@ -4,6 +4,7 @@ The layout and formats are the published ones, the sizes are not: the table's en
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -107,6 +108,7 @@ def pipeline_from(model: PublishedModel, sampler: str | None = None, **more_part
     return pipeline
 
 
+@functools.cache
 def tokenizer_model() -> bytes:
     """A sentencepiece model of a few words, with T5's special tokens."""
     written = io.BytesIO()

@@ -44,7 +44,11 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # Those of 2.0: tests/checkpoints/test_published_two_encoders.py
-@pytest.mark.parametrize("model", [name for name in RECIPES if "1.3" in name], indirect=True)
+@pytest.mark.parametrize(
+    "model",
+    ["opensora-1.3", *(pytest.param(f"opensora-1.3-{which}", marks=pytest.mark.slow) for which in ("360p", "i2v"))],
+    indirect=True,
+)
 def test_listed_inspected_planned_converted_and_generated_with(model, capsys, tmp_path):
     assert {entry["name"]: entry for entry in json.loads(run(capsys, "models", "--json"))}[model]["where"] == "cache"
     assert "STDiT4" in run(capsys, "models", model)

@@ -32,8 +32,9 @@ def pipe():
 def test_it_sees_whether_conditioning_frames_survive(pipe, way):
     survived = conditioning_frames_survive(pipe, load_judge(), way, num_clips=2)
     forgotten: Any = Forgetful(pipe)
-    assert survived.way == way.name and survived.worst_psnr > 60
-    assert conditioning_frames_survive(forgotten, load_judge(), way, num_clips=2).worst_psnr < 40
+    assert survived.way == way.name and survived.worst_psnr is not None and survived.worst_psnr > 60
+    lost = conditioning_frames_survive(forgotten, load_judge(), way, num_clips=2)
+    assert lost.worst_psnr is not None and lost.worst_psnr < 40
     assert survived.read.keys() == {*ATTRIBUTES, "all"}
 
 
@@ -43,6 +44,7 @@ def test_edits_ask_for_another_colour():
 
     pipe = opensora.load_pipeline("toybox")
     pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(num_inference_steps=2)  # no step changes a frame that is kept
     read = edits_follow(pipe, load_judge(), 0.0, num_clips=6)
     assert read["colour"] == 0 and read["shape"] == read["background"] == 1
 
