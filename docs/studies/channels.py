@@ -9,6 +9,8 @@ Rows go to `docs/studies/data/channels-*.parquet`; a study that was stopped goes
 of the blocks that are whole.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +22,32 @@ from opensora.evaluation.intervals import DRAWS, Interval
 from opensora.generation.request import ClipRequest
 from opensora.models.guidance_strength import equivalent_scale
 
-IDDPM = ClipRequest("", model="toybox-iddpm", num_inference_steps=30)
-FLOW = ClipRequest("", model="toybox")
-SCALES = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0]
-FLOW_SCALES = [1.0, 1.75, 2.5, 4.0, 7.0, 10.0]
+IDDPM = ClipRequest("", model="toybox-iddpm", num_inference_steps=20, dtype="bfloat16")
+FLOW = ClipRequest("", model="toybox", num_inference_steps=20, dtype="bfloat16")
+SCALES = [1.0, 2.0, 4.0, 7.0, 10.0]
 BOTH: list[Any] = [3, "all"]
 SINGLE: list[Any] = [1, 2, [1], [2], [3]]
 """The first one and two, and the second to fourth alone."""
 
 BLOCKS = [
     Block("channels-iddpm", IDDPM, {"cfg_channels": BOTH, "guidance_scale": SCALES}, 250, 2, sets=True),
-    Block("channels-flow", FLOW, {"cfg_channels": BOTH, "guidance_scale": FLOW_SCALES}, 250, 2, sets=True),
-    Block("channels-iddpm-single", IDDPM, {"cfg_channels": SINGLE, "guidance_scale": [3.0, 7.0]}, 250),
-    Block("channels-flow-single", FLOW, {"cfg_channels": SINGLE, "guidance_scale": [2.5, 7.0]}, 250),
+    Block("channels-flow", FLOW, {"cfg_channels": BOTH, "guidance_scale": SCALES}, 250, 2, sets=True),
+    Block("channels-iddpm-single", IDDPM, {"cfg_channels": SINGLE, "guidance_scale": [4.0, 7.0]}, 250),
+    Block("channels-flow-single", FLOW, {"cfg_channels": SINGLE, "guidance_scale": [4.0, 7.0]}, 250),
     Block(
         "channels-iddpm-guiders",
         IDDPM,
         {
             "guider": ["apg", "cfg:guidance_rescale=0.7"],
             "cfg_channels": BOTH,
-            "guidance_scale": [3.0, 7.0],
+            "guidance_scale": [4.0, 7.0],
         },
         250,
     ),
     Block(
         "channels-flow-shift",
-        ClipRequest("", model="toybox", time_shift=3.0),
-        {"cfg_channels": BOTH, "guidance_scale": [2.5, 7.0]},
+        replace(FLOW, time_shift=3.0),
+        {"cfg_channels": BOTH, "guidance_scale": [4.0, 7.0]},
         250,
     ),
 ]
@@ -58,6 +59,12 @@ FIGURES = {
     "clipped_share": ("clipped, %", 100.0, 2),
 }
 """Figure -> its name in tables, factor and digits."""
+SETS = {
+    "look_kernel": "look, kernel distance",
+    "motion_frechet": "motion, Frechet distance",
+    "look_diversity": "diversity of look",
+    "motion_diversity": "of motion",
+}
 
 
 def grid_table(found: Found, block: Block) -> str:
@@ -74,9 +81,9 @@ def grid_table(found: Found, block: Block) -> str:
                 pair = found.difference(block.name, column.name, other, figure)
                 cells[-1] += f" ({'' if pair.excludes_zero else 'not '}told apart from 3)"
         sets = found.sets.get(block.name, {}).get(column.name, {})
-        cells += [shown(sets[name], 2) if name in sets else "" for name in ("look_kernel", "motion_frechet")]
+        cells += [shown(sets[name], 3) if name in sets else "" for name in (SETS if block.sets else ())]
         lines.append(cells)
-    head = ["settings", *(name for name, _, _ in FIGURES.values()), "look, kernel distance", "motion, Frechet distance"]
+    head = ["settings", *(name for name, _, _ in FIGURES.values()), *(SETS.values() if block.sets else ())]
     return table(head, lines)
 
 
@@ -99,33 +106,78 @@ def curve(found: Found, block: Block, channels: Any, figure: str) -> tuple[list[
     return scales, np.array(values)
 
 
-def equal_scale(found: Found, block: Block, scale: float, figure: str, draws: int = DRAWS) -> Interval | None:
-    """The scale on all channels at which a figure is what it is at `scale` on three, interpolated between scales.
+def crossing(scales: list[float], values: np.ndarray, target: float, near: float) -> float:
+    """Where a curve is at `target`, linear between scales, nearest to `near`; NaN where it never is."""
+    found = [
+        low + (target - a) / (b - a) * (high - low)
+        for low, high, a, b in zip(scales, scales[1:], values, values[1:], strict=False)
+        if (a - target) * (b - target) <= 0 and a != b
+    ]
+    return min(found, key=lambda scale: abs(scale - near)) if found else np.nan
 
-    Prompts are drawn again. None where the figure does not rise or fall with the scale beyond chance, or where no scale
-    of the grid gives as much.
+
+def over_prompts(curves: list[np.ndarray], figure: Callable[..., float], draws: int = DRAWS) -> Interval | None:
+    """What `figure` makes of means over prompts (scales,) of each curve, prompts drawn again.
+
+    None where a tenth of the draws have no such figure: it is not told.
     """
-    scales, three = curve(found, block, 3, figure)
-    _, everything = curve(found, block, "all", figure)
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(three.shape[1], size=(draws, three.shape[1]))
-
-    def matched(of_three: np.ndarray, of_all: np.ndarray) -> float:
-        target, place = of_three[scales.index(scale)], scales.index(scale)
-        crossings = [
-            low + (target - a) / (b - a) * (high - low)
-            for low, high, a, b in zip(scales, scales[1:], of_all, of_all[1:], strict=False)
-            if (a - target) * (b - target) <= 0 and a != b
-        ]
-        return min(crossings, key=lambda s: abs(s - scales[place])) if crossings else np.nan
-
-    value = matched(mean_of(three, 1), mean_of(everything, 1))
-    found_scales = np.array([matched(mean_of(three[:, d], 1), mean_of(everything[:, d], 1)) for d in drawn])
-    known = found_scales[np.isfinite(found_scales)]
+    num_prompts = curves[0].shape[1]
+    drawn = np.random.default_rng(0).integers(num_prompts, size=(draws, num_prompts))
+    value = figure(*(mean_of(curve, 1) for curve in curves))
+    found = np.array([figure(*(mean_of(curve[:, some], 1) for curve in curves)) for some in drawn])
+    known = found[np.isfinite(found)]
     if not np.isfinite(value) or len(known) < 0.9 * draws:
         return None
     low, high = np.quantile(known, [0.025, 0.975])
-    return Interval(float(value), float(low), float(high), three.shape[1])
+    return Interval(float(value), float(low), float(high), num_prompts)
+
+
+def equal_scale(found: Found, block: Block, scale: float, figure: str, draws: int = DRAWS) -> Interval | None:
+    """The scale on all channels at which a figure is what it is at `scale` on three; None where that is not told."""
+    (scales, three), (_, everything) = (curve(found, block, channels, figure) for channels in BOTH)
+    place = scales.index(scale)
+    return over_prompts(
+        [three, everything], lambda of_three, of_all: crossing(scales, of_all, of_three[place], scale), draws
+    )
+
+
+def at_equal_strength(
+    found: Found, block: Block, scale: float, figure: str, by: str | float, draws: int = DRAWS
+) -> Interval | None:
+    """How much more of a figure there is at `scale` on three channels than on all at a scale of equal strength.
+
+    Args:
+        by: a figure that is then equal, or that scale itself.
+    """
+    (scales, three), (_, everything) = (curve(found, block, channels, figure) for channels in BOTH)
+    place = scales.index(scale)
+    if not isinstance(by, str):
+        return over_prompts([three, everything], lambda a, b: a[place] - np.interp(by, scales, b), draws)
+    (_, by_three), (_, by_all) = (curve(found, block, channels, by) for channels in BOTH)
+
+    def difference(a: np.ndarray, b: np.ndarray, strength: np.ndarray, strength_of_all: np.ndarray) -> float:
+        equal = crossing(scales, strength_of_all, strength[place], scale)
+        return a[place] - np.interp(equal, scales, b) if np.isfinite(equal) else np.nan
+
+    return over_prompts([three, everything, by_three, by_all], difference, draws)
+
+
+def steadiness_table(found: Found, block: Block) -> str:
+    """Flicker on three channels less flicker on all, at the same scale and at scales of equal strength."""
+    if block.name not in found.rows:
+        return "Not made yet."
+    lines = []
+    for scale in block.axes["guidance_scale"][1:]:
+        ways = (scale, equivalent_scale(scale, guided=3, channels=4), "right_all", "saturation")
+        cells = [at_equal_strength(found, block, scale, "flicker_levels", by) for by in ways]
+        lines.append([f"{scale:g}", *("not told" if cell is None else starred(cell, 3) for cell in cells)])
+    head = ["scale on three", "same scale on all", "1 + (s - 1) 3 / 4", "equally much read right", "equal saturation"]
+    return table(head, lines)
+
+
+def starred(interval: Interval, digits: int) -> str:
+    """With a star where zero is excluded."""
+    return shown(interval, digits) + (" *" if interval.excludes_zero else "")
 
 
 def equal_table(found: Found, block: Block) -> str:
@@ -144,18 +196,37 @@ def equal_table(found: Found, block: Block) -> str:
 
 def conclusion(found: Found) -> str:
     """What the rows carry, in a sentence or two."""
-    said = f"{len(found.rows)} of {len(BLOCKS)} blocks are in"
     sentences = [_of_equal_strength(found, block) for block in BLOCKS[:2] if block.name in found.rows]
-    return "; ".join([said, *sentences]) + ("." if sentences else ": nothing is said yet.")
+    missing = [block.name for block in BLOCKS if block.name not in found.rows]
+    if missing:
+        sentences.append(f"({len(BLOCKS) - len(missing)} of {len(BLOCKS)} blocks are in; {', '.join(missing)} not.)")
+    return "\n".join(sentences)
 
 
 def _of_equal_strength(found: Found, block: Block) -> str:
+    """At the scale before the last: where guidance is strong, and clips are still good."""
     model, scale = block.base.model_name, block.axes["guidance_scale"][-2]
-    by_rule = equivalent_scale(scale, guided=3, channels=4)
-    equal = {name: equal_scale(found, block, scale, figure) for figure, (name, _, _) in FIGURES.items()}
-    told = [f"{shown(one, 2)} by {name}" for name, one in equal.items() if one is not None]
-    amount = ", ".join(told) or "no scale that the figures tell"
-    return f"on {model}, scale {scale:g} on three channels equals on all {amount} (the rule says {by_rule:g})"
+    names = {
+        "right_all": "by what the judge reads right",
+        "flicker_levels": "by flicker",
+        "saturation": "by saturation",
+    }
+    equal = {figure: equal_scale(found, block, scale, figure) for figure in names}
+    told = [f"{shown(one, 1)} {names[figure]}" for figure, one in equal.items() if one is not None]
+    rule = equivalent_scale(scale, guided=3, channels=4)
+    sentence = (
+        f"On {model}, a scale of {scale:g} on three channels equals on all {', '.join(told) or 'none that is told'}; "
+        f"1 + (s - 1) 3 / 4 says {rule:g}."
+    )
+    same = at_equal_strength(found, block, scale, "flicker_levels", scale)
+    matched = at_equal_strength(found, block, scale, "flicker_levels", "right_all")
+    for words, difference in (("At the same scale", same), ("Where as much is read right", matched)):
+        if difference is not None:
+            how = "cannot be told apart in flicker from all"
+            if difference.excludes_zero:
+                how = f"flicker{'s less' if difference.value < 0 else 's more'} than all"
+            sentence += f" {words} guidance on three {how} ({shown(difference, 3)} levels)."
+    return sentence
 
 
 def draw(found: Found, block: Block, picture: Path) -> None:
@@ -194,6 +265,7 @@ def main() -> None:
         tables[block.name] = grid_table(found, block)
     for block in BLOCKS[:2]:
         tables[f"{block.name}-equal"] = equal_table(found, block)
+        tables[f"{block.name}-steadiness"] = steadiness_table(found, block)
         draw(found, block, STUDIES / "images" / f"{block.name}.png")
     write_tables(STUDIES / "channels.md", tables)
     print(f"{len(found.rows)} of {len(BLOCKS)} blocks are in")
