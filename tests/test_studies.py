@@ -142,12 +142,29 @@ def test_the_scale_of_equal_strength_is_found_where_there_is_one(load):
     study, grids = load("channels"), load("grids")
     block = study.BLOCKS[0]
     found = grids.Found({block.name: world_of_channels(study, block, lambda scale: 1 + 0.6 * (scale - 1))})
-    equal = study.equal_scale(found, block, 5.0, "saturation")
-    assert equal.value == pytest.approx(1 + 0.6 * 4, abs=0.01) and equal.low <= equal.value <= equal.high
-    assert study.equal_scale(found, block, 5.0, "right_all") is None, "every scale has as much"
-    assert study.equal_scale(found, block, 5.0, "flicker_levels") is None, "nothing was measured"
-    assert "3.40 [3.40, 3.40]" in study.equal_table(found, block)
-    assert study.grid_table(found, block).count("\n") == 15
+    equal = study.equal_scale(found, block, 4.0, "saturation")
+    assert equal.value == pytest.approx(1 + 0.6 * 3, abs=0.01) and equal.low <= equal.value <= equal.high
+    assert study.equal_scale(found, block, 4.0, "right_all") is None, "every scale has as much"
+    assert study.equal_scale(found, block, 4.0, "flicker_levels") is None, "nothing was measured"
+    assert "2.80 [2.80, 2.80]" in study.equal_table(found, block)
+    assert study.grid_table(found, block).count("\n") == 11
+
+
+def test_steadiness_is_compared_at_the_same_scale_and_at_equal_strength(load):
+    """Flicker grows with the scale on three and on all alike, so three flicker more where they are as strong as all."""
+    study, grids = load("channels"), load("grids")
+    block = study.BLOCKS[0]
+    rows = world_of_channels(study, block, lambda scale: 1 + 0.5 * (scale - 1))
+    for column in block.comparison.columns:
+        for row in rows[column.name]:
+            row["flicker_levels"] = 0.1 * column.settings["guidance_scale"]
+    found = grids.Found({block.name: rows})
+    assert study.at_equal_strength(found, block, 7.0, "flicker_levels", 7.0).value == pytest.approx(0)
+    assert study.at_equal_strength(found, block, 7.0, "flicker_levels", 4.0).value == pytest.approx(0.3)
+    assert study.at_equal_strength(found, block, 7.0, "flicker_levels", "saturation").value == pytest.approx(0.3)
+    assert study.at_equal_strength(found, block, 7.0, "flicker_levels", "right_all") is None
+    assert "0.300 [0.300, 0.300] *" in study.steadiness_table(found, block)
+    assert "flickers more" not in study.conclusion(found)
 
 
 def test_a_page_without_rows_says_so(load):

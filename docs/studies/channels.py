@@ -87,11 +87,11 @@ def grid_table(found: Found, block: Block) -> str:
     return table(head, lines)
 
 
-def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
-    """Of what is no NaN; NaN where nothing is left."""
-    known = np.isfinite(values)
-    counts = known.sum(axis)
-    return np.where(counts, np.where(known, values, 0).sum(axis) / np.maximum(counts, 1), np.nan)
+def means(curve: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Of the numbers of a curve (scales, prompts), prompts counted so many `times` (..., prompts); (..., scales)."""
+    known = np.isfinite(curve)
+    with np.errstate(invalid="ignore"):
+        return (times @ np.where(known, curve, 0).T) / (times @ known.T)
 
 
 def curve(found: Found, block: Block, channels: Any, figure: str) -> tuple[list[float], np.ndarray]:
@@ -102,7 +102,8 @@ def curve(found: Found, block: Block, channels: Any, figure: str) -> tuple[list[
         own = np.array(found.values(block.name, column, figure))
         prompts = found.prompts(block.name, column)
         names = list(dict.fromkeys(prompts))
-        values.append([mean_of(own[[p == name for p in prompts]], 0) for name in names])
+        groups = [own[[p == name for p in prompts]] for name in names]
+        values.append([np.nan if np.isnan(group).all() else np.nanmean(group) for group in groups])
     return scales, np.array(values)
 
 
@@ -123,8 +124,9 @@ def over_prompts(curves: list[np.ndarray], figure: Callable[..., float], draws: 
     """
     num_prompts = curves[0].shape[1]
     drawn = np.random.default_rng(0).integers(num_prompts, size=(draws, num_prompts))
-    value = figure(*(mean_of(curve, 1) for curve in curves))
-    found = np.array([figure(*(mean_of(curve[:, some], 1) for curve in curves)) for some in drawn])
+    times = np.stack([np.bincount(some, minlength=num_prompts) for some in drawn])
+    value = figure(*(means(curve, np.ones(num_prompts)) for curve in curves))
+    found = np.array([figure(*some) for some in zip(*(means(curve, times) for curve in curves), strict=True)])
     known = found[np.isfinite(found)]
     if not np.isfinite(value) or len(known) < 0.9 * draws:
         return None
@@ -198,6 +200,8 @@ def conclusion(found: Found) -> str:
     """What the rows carry, in a sentence or two."""
     sentences = [_of_equal_strength(found, block) for block in BLOCKS[:2] if block.name in found.rows]
     missing = [block.name for block in BLOCKS if block.name not in found.rows]
+    if not sentences:
+        return f"0 of {len(BLOCKS)} blocks are in: nothing is said yet."
     if missing:
         sentences.append(f"({len(BLOCKS) - len(missing)} of {len(BLOCKS)} blocks are in; {', '.join(missing)} not.)")
     return "\n".join(sentences)
