@@ -296,8 +296,9 @@ def test_places_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["new\nline.mp4", os.fsdecode(b"\xff\xfe.mp4"), "-dash.mkv", "一.gif"])
-def test_names_of_any_bytes(pipe, tmp_path, name):
+def test_names_of_any_bytes(pipe, tmp_path, capfdbinary, name):
     assert main(["generate", PROMPT, f"--output={name}"]) == 0
+    assert capfdbinary.readouterr().out == os.fsencode(name) + b"\n"
     assert names(tmp_path) == sorted([name, f"{name}.json"])
     assert main(["generate", "--from", f"./{name}", "--output", "again.png"]) == 0
 
