@@ -27,9 +27,9 @@ def _tune() -> None:
     if "--no-tuning" in sys.argv:
         sys.argv.remove("--no-tuning")
     elif len(sys.argv) > 1 and sys.argv[1] not in QUICK:
-        from opensora.tuning import keep_memory, tune
+        from opensora.tuning import tune, use_large_pages
 
-        keep_memory()
+        use_large_pages()
         tune()
 
 

@@ -1,9 +1,10 @@
-"""How this process shares a machine: threads that sleep while they wait, no more than it may use, memory that is kept.
+"""How this process shares a machine: threads that sleep while they wait, no more than it may use, and large pages.
 
 The threads of OpenMP spin while they wait for each other. Where another program wants the same core, each waits for one
 that is not running, and small networks take forty times as long; asleep they take twice as long, as is fair. In a
 container that may use two of sixty-four cores, sixty-four threads do the same to each other. And glibc gives large
-blocks back to the system as they are freed, so the next tensor pays for every page of its memory again, 4 KB by 4 KB.
+blocks back to the system as they are freed, so the next tensor pays for every page of its memory again: pages of 2 MB
+are fewer than those of 4 KB.
 
 None of it changes a bit of any result, but for the number of threads, which may change how sums are rounded.
 """
@@ -19,8 +20,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME":
 """What OpenMP of GNU, of LLVM and of Intel read when they are loaded."""
 THREADS = "OMP_NUM_THREADS"
 TUNABLES = "GLIBC_TUNABLES"
-KEEPING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=34359738368"
-"""Pages of 2 MB; blocks up to 16 GB are kept, as long as no more than 32 GB of them are free."""
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -46,8 +46,8 @@ def tune(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault(THREADS, str(cores))
 
 
-def keep_memory() -> None:
-    """Starts this program again with a C library that keeps memory: glibc reads its settings when a process starts.
+def use_large_pages() -> None:
+    """Starts this program again with a C library that asks for them: glibc reads its settings when a process starts.
 
     Returns where it has been started so already, where a user has set them, and where the C library is another one.
     """
@@ -55,7 +55,7 @@ def keep_memory() -> None:
         return
     with contextlib.suppress(ValueError, OSError):
         if os.confstr("CS_GNU_LIBC_VERSION"):
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: KEEPING})
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: LARGE_PAGES})
 
 
 def allowed_cores(cgroups: Path = _CGROUPS) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.tuning import KEEPING, TUNABLES, WAITING, allowed_cores, tune
+from opensora.tuning import LARGE_PAGES, TUNABLES, WAITING, allowed_cores, tune
 
 ASKED = """
 import json, os, sys
@@ -30,10 +30,10 @@ def environment_of(*args: str, **given: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in NAMES}
 
 
-def test_the_program_sets_how_threads_wait_and_memory_is_kept_before_they_are_there() -> None:
+def test_the_program_sets_how_threads_wait_and_pages_are_large_before_they_are_there() -> None:
     tuned = environment_of("models")
     assert tuned.items() >= WAITING.items()
-    assert tuned.get(TUNABLES) == (KEEPING if IS_GLIBC else None)
+    assert tuned.get(TUNABLES) == (LARGE_PAGES if IS_GLIBC else None)
     assert environment_of("models", "--no-tuning") == environment_of("--help") == {}
 
 
