@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from opensora.checkpoints.published import BUNDLED
+from opensora.cli.fitting import fitted
 from opensora.cli.generate_options import (
     PARTS,
     FrameOptions,
@@ -64,7 +65,8 @@ _FREE_WITH_FROM = (
     "from_",
     *("model", "download", *PARTS, "adapter"),
     *("output", "format", "no_metadata", "device", "dtype"),
-    *("offload", "sequential_guidance", "micro_batch_size", "tile_frames", "sequence_parallel", "parallel_guidance"),
+    *("max_memory", "offload", "sequential_guidance", "micro_batch_size", "tile_frames"),
+    *("sequence_parallel", "parallel_guidance"),
     *_FILES_WITH_FROM,
 )
 
@@ -163,6 +165,11 @@ class Generate:
             check_writable(sidecar_path(path))
         artist = self._artist(requests, paths)
         self._locate(request, record)
+        memory = self.memory
+        if memory.max_memory is not None:
+            dtype, memory = fitted(request, memory)
+            requests = [dataclasses.replace(one, dtype=dtype) for one in requests]
+            request = requests[0]
         if refiner is not None:
             refined = self.parallel.from_first(
                 lambda: {text: refiner.refine(text) for text in {one.prompt: 0 for one in requests}}
@@ -171,8 +178,8 @@ class Generate:
             for prompt in refined.values():
                 say(f"refined prompt: {prompt}")
         if artist is not None:
-            requests = artist.draw(requests, self.parallel, offload=self.memory.offload is not None)
-        engine = self._engine(request, record)
+            requests = artist.draw(requests, self.parallel, offload=memory.offload is not None)
+        engine = self._engine(request, memory, record)
         if record and (changed := changed_versions(record)):
             say(f"note: {', '.join(changed)} since this clip was made; its frames may come out slightly different")
         clips = engine.prepare(requests, files)
@@ -270,11 +277,11 @@ class Generate:
 
         return Artist.find(self.frames.text_to_image, requests, paths, self.parallel, download=self.model.download)
 
-    def _engine(self, request: ClipRequest, record: Record | None) -> "Engine":
+    def _engine(self, request: ClipRequest, memory: MemoryOptions, record: Record | None) -> "Engine":
         from opensora.generation.engine import Engine
 
         quiet_libraries()
-        engine = Engine.load(request, **vars(self.memory), record=record)
+        engine = Engine.load(request, **memory.choices, record=record)
         self.parallel.set_up(engine.pipeline)
         return engine
 

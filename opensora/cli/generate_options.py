@@ -242,8 +242,10 @@ class MachineOptions:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """For what would not fit otherwise; `opensora plan` says which of them a clip needs."""
+    """For what would not fit otherwise; `opensora plan` says what a clip needs, `--max-memory` chooses it."""
 
+    max_memory: Annotated[str | None, option("8GB")] = None
+    """Choose what makes the clip fit into so much memory of its device, what costs least first."""
     offload: Annotated[Literal["networks", "blocks"] | None, option("[networks|blocks]")] = None
     """Each network is in memory only while it works; blocks: of the large ones besides only the block that works."""
     sequential_guidance: Annotated[bool, FLAG] = False
@@ -252,3 +254,8 @@ class MemoryOptions:
     """Frames that the 2D autoencoder works on at once."""
     tile_frames: Annotated[int | None, option("N", "the model's")] = None
     """Frames that an autoencoder of 2.0 works on at once, in tiles that overlap; not quite the same video."""
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What `Engine.load` takes."""
+        return {name: value for name, value in vars(self).items() if name != "max_memory"}

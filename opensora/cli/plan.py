@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from opensora.cli.fitting import predict
 from opensora.cli.generate_options import GuidanceOptions, MachineOptions, MemoryOptions, ModelOptions, SizeOptions
 from opensora.cli.options import FLAG, given_options, option, with_flags
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
-from opensora.generation.resolve import describe_size, resolve
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Plan:
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
         from opensora.planning.report import plan_lines
 
-        plan = self._predict(self._device(), memory_bytes)
+        device, known_frames = self._device(), self.known_frames
+        plan = predict(self.request, device=device, memory_bytes=memory_bytes, known_frames=known_frames)
         if self.json:
             print(json.dumps(_with_options(plan), indent=2))
         else:
@@ -54,23 +55,6 @@ class Plan:
         groups = (self.size, self.guidance, self.machine)
         wishes = {name: value for group in groups for name, value in given_options(group)}
         return ClipRequest("a clip", **wishes, **self.model.wishes())
-
-    def _predict(self, device: str, memory_bytes: int | None) -> dict[str, Any]:
-        import torch
-
-        from opensora.planning.meta_pipeline import meta_pipeline
-        from opensora.planning.report import plan_clip
-        from opensora.planning.stages import Clip
-        from opensora.planning.tracing import Tracer
-
-        tracer, request = Tracer(), self.request
-        meta = meta_pipeline(tracer, request.model_name, request.components)
-        sampling = resolve(meta.pipeline, request)
-        conditioned = self.known_frames and meta.pipeline.transformer.reads_channels
-        clip = Clip(sampling.size, guided=sampling.is_guided, conditioned=conditioned)
-        dtype = None if request.dtype is None else getattr(torch, request.dtype)
-        plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
-        return {**plan, "clip": describe_size(clip.size, sampling.nominal_size)}
 
     def _device(self) -> str:
         """Where it will run; not checked, for a plan may be made elsewhere."""

@@ -98,7 +98,7 @@ def device_kind(name: str) -> str:
         raise OpenSoraError(f"`device` is {name!r}, expected a name such as cpu or cuda") from error
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, name: str = "device_memory") -> int:
     """Bytes of `24GB`, `24` (GB), `7.5 GiB` or `16000MB`; all units are powers of 1024, as memory is sold.
 
     Raises:
@@ -106,5 +106,5 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
     if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise OpenSoraError(f"`device_memory` is {text!r}, expected a size such as 24GB or 16000MB")
+        raise OpenSoraError(f"`{name}` is {text!r}, expected a size such as 24GB or 16000MB")
     return round(float(match[1]) * _UNITS[match[2].upper()])

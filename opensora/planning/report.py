@@ -111,17 +111,20 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     lines += [
         f"{gigabytes(way['needed_bytes']):>10}   {choices_in_words(way['choices']) or 'none'}" for way in plan["ways"]
     ]
-    if "fits" not in plan:
-        return lines
+    return lines if "fits" not in plan else [*lines, "", verdict_of(plan)]
+
+
+def verdict_of(plan: dict[str, Any]) -> str:
+    """Whether it fits into the memory that was asked about, and how; names stand in backticks."""
     memory = gigabytes(plan["device_memory_bytes"])
     if plan["fits"]:
         way = plan["with"]
         how = f"with {choices_in_words(way['choices'])}" if way["choices"] else "as it is"
-        return [*lines, "", f"fits into {memory} {how}: {gigabytes(way['needed_bytes'])}"]
+        return f"fits into {memory} {how}: {gigabytes(way['needed_bytes'])}"
     choices, too_large = choices_in_words(plan["smallest"]["choices"]), plan["too_large"]
     needs = ", ".join(f"{name} still takes {gigabytes(size)}" for name, size in too_large.items())
     advice = "a smaller `text_encoder`" if "text" in too_large else "fewer `num_frames` or a smaller `resolution`"
-    return [*lines, "", f"does not fit into {memory}: with {choices} {needs}; choose {advice}"]
+    return f"does not fit into {memory}: with {choices} {needs}; choose {advice}"
 
 
 def _article(device: str) -> str:

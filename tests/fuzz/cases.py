@@ -42,6 +42,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate image": [*GENERATE, "--image", "photo.jpg"],
     "generate scales": [*GENERATE, "--channel-scales", "0-2:7,3:1"],
     "generate latent space": [*GENERATE, "--latent-space", '{"scaling_factor": 0.5, "scale": null}'],
+    "generate fitted": [*GENERATE, "--max-memory", "2GB"],
     "generate equivalent": [*GENERATE, "--cfg-channels", "3", "--equivalent-to", "all"],
     "generate png": [*GENERATE[:-1], "out/clip.gif", "--last-image", "photo.png"],
     "generate extend": [*GENERATE, "--extend", "movie.mp4", "--condition-frame-length", "1"],
@@ -134,7 +135,14 @@ OPTIONS = [
     "evaluate loss",
 ]
 OPTIONS += ["generate", "generate image", "generate references", "evaluate toybox", "evaluate frames"]
-OPTIONS += ["train settings", "generate scales", "generate equivalent", "latents audit", "latents measure"]
+OPTIONS += [
+    "generate fitted",
+    "train settings",
+    "generate scales",
+    "generate equivalent",
+    "latents audit",
+    "latents measure",
+]
 OPTIONS += ["compare", "compare clips", "evaluate prompts", "evaluate compare"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
