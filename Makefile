@@ -32,8 +32,9 @@ video: $(VENV)/.installed-run ## turn PROMPT into outputs/video.mp4 with the bun
 	@mkdir -p "$$(dirname "$$OUTPUT")"
 	@$(BIN)/opensora generate "$$PROMPT" --output "$$OUTPUT" $(ARGS)
 
+# Two processes of one thread each, and a file's tests in one of them: models here are so small that threads only wait.
 test: $(VENV)/.installed-dev ## run the tests that need neither an accelerator nor long
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not multi and not browser" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not multi and not browser" $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format, types and floors
 	@$(BIN)/ruff check .
