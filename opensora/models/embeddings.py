@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.models.fused import GELULinear, gelu_mlp
 
 MAX_PERIOD = 10_000.0
 
@@ -160,12 +161,12 @@ class MLP(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, exact: bool = False) -> None:
         super().__init__()
         self.approximate = "none" if exact else "tanh"
-        self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.fc1 = GELULinear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate=self.approximate))
+        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate)
 
 
 class TextEmbedder(nn.Module):

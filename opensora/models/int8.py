@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.fused import GELULinear
 from opensora.models.network import blocks_of
 
 _SCALE = "weight_scale"
+_LINEAR = (nn.Linear, GELULinear)
 
 
 class Int8Linear(nn.Linear):
@@ -83,7 +85,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     """Name -> linear layer of a block: what eight bits are for."""
-    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+    return {name: module for name, module in block.named_modules() if type(module) in _LINEAR}
 
 
 def saved_bytes(block: nn.Module) -> int:

@@ -31,6 +31,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.attention import CrossAttention, SelfAttention, text_bias
 from opensora.models.embeddings import MLP, ScalarEmbedder, TextEmbedder, position_embedding_2d, unpatchify
 from opensora.models.network import VideoTransformer
+from opensora.models.text.tokens import tokens_in_use
 
 SPACE, TIME = 2, 1  # axes of the tokens (B, T, S, D)
 
@@ -363,19 +364,19 @@ class SpaceTimeTransformer(VideoTransformer):
             )
         if drop_text is not None and drop_text.shape != text_states.shape[:1]:
             raise OpenSoraError(f"drop_text has shape {tuple(drop_text.shape)}; expected ({len(text_states)},)")
-        states = self.y_embedder(text_states.to(get_parameter_dtype(self.t_block)), drop_text)
-        if mask is None:
-            return states, None
-        if mask.shape != text_states.shape[:2]:
+        if mask is not None and mask.shape != text_states.shape[:2]:
             raise OpenSoraError(
                 f"encoder_attention_mask has shape {tuple(mask.shape)}; expected {tuple(text_states.shape[:2])}"
             )
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would stall the device
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Elsewhere a look would stall the device.
             if not mask.any(dim=1).all():
                 raise OpenSoraError("encoder_attention_mask hides every token of a sample; give each at least one")
-            if mask.all():
-                return states, None
-        return states, text_bias(mask, states.dtype)
+            length = tokens_in_use(mask)
+            text_states, mask = text_states[:, :length], mask[:, :length]
+            mask = None if mask.all() else mask
+        states = self.y_embedder(text_states.to(get_parameter_dtype(self.t_block)), drop_text)
+        return states, None if mask is None else text_bias(mask, states.dtype)
 
     def _split(self, tokens: Tensor, held: Tensor | None = None) -> tuple[Tensor, Shards | None]:
         """This rank's part of the tokens (B, T, S, D), if a group of ranks shares them; for `held` see `Shards`."""

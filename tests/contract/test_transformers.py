@@ -63,9 +63,9 @@ def steps(model: Any, timesteps: list[float]) -> Tensor:
     """A few denoising steps of a fake sampler, which makes the tokens drift slowly; one caption is dropped."""
     arguments = inputs()
     text, mask = arguments.pop("encoder_hidden_states"), arguments.pop("encoder_attention_mask")
-    context = model.encode_text(text, mask, drop_text=torch.tensor([True, False]))
     sample = arguments["hidden_states"]
     with torch.no_grad():
+        context = model.encode_text(text, mask, drop_text=torch.tensor([True, False]))
         for step, timestep in enumerate(timesteps):
             with model.cache_context("cond", step_index=step):
                 prediction = model(sample, timestep, text_context=context, **SIZES).sample

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opensora.errors import OpenSoraError
 from opensora.models.offload_hooks import execution_device
-from opensora.models.text.tokens import check_words, tokenize, unread_pieces
+from opensora.models.text.tokens import check_words, tokenize, tokens_in_use, unread_pieces
 
 Padding = Literal["longest", "max_length"]
 
@@ -145,16 +145,19 @@ class TextTokens:
         ids: encoder -> token ids (B, L).
         masks: encoder -> (B, L), 1 for a token.
         num_cut: texts that were longer than the network reads.
+        num_read: tokens of a single encoder that take part, those behind them being padding; None = all.
     """
 
     ids: dict[str, Tensor]
     masks: dict[str, Tensor]
     num_cut: int = 0
+    num_read: int | None = None
 
     def to(self, device: torch.device | str) -> "TextTokens":
         """The same somewhere else."""
         ids = {name: ids.to(device) for name, ids in self.ids.items()}
-        return TextTokens(ids, {name: mask.to(device) for name, mask in self.masks.items()}, self.num_cut)
+        masks = {name: mask.to(device) for name, mask in self.masks.items()}
+        return replace(self, ids=ids, masks=masks)
 
 
 class TextConditioner(ABC):
@@ -249,13 +252,15 @@ class T5Conditioner(TextConditioner):
             self.components["tokenizer"], texts, self.network.max_text_tokens, cut=cut, padding=padding
         )
         check_vocabulary(ids, self.components["text_encoder"])
-        return TextTokens({"text_encoder": ids}, {"text_encoder": mask}, num_cut)
+        return TextTokens({"text_encoder": ids}, {"text_encoder": mask}, num_cut, tokens_in_use(mask))
 
     def encode_tokens(self, tokens: TextTokens) -> TextStates:
         encoder = self.components["text_encoder"]
         device = execution_device(encoder)
         ids, mask = (of_encoder["text_encoder"].to(device) for of_encoder in (tokens.ids, tokens.masks))
-        return TextStates(encoder(input_ids=ids, attention_mask=mask)[0], mask.bool())
+        read = slice(tokens.num_read)
+        states = encoder(input_ids=ids[:, read], attention_mask=mask[:, read])[0]
+        return TextStates(F.pad(states, (0, 0, 0, ids.shape[1] - states.shape[1])), mask.bool())
 
     def unconditional(self, text: TextStates) -> TextStates:
         return TextStates(text.states, text.mask, dropped=text.states.new_ones(len(text), dtype=torch.bool))

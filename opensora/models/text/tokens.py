@@ -17,6 +17,16 @@ from opensora.errors import OpenSoraError
 _TOKENIZING = threading.Lock()
 
 
+def tokens_in_use(mask: Tensor) -> int:
+    """How many of the L tokens take part: those behind the last one that any text has are padding, and change nothing.
+
+    Args:
+        mask: (B, L), 1 or True for a token; where it is on an accelerator, this waits for it.
+    """
+    used = mask.any(dim=0).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
+
+
 def tokenize(
     tokenizer: Any,
     texts: Sequence[str],
