@@ -85,7 +85,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     """Name -> linear layer of a block: what eight bits are for."""
-    return {name: module for name, module in block.named_modules() if type(module) in _LINEAR}
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and type(module) in _LINEAR
+    }
 
 
 def saved_bytes(block: nn.Module) -> int:
