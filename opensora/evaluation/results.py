@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opensora.contents import read_object
+from opensora.contents import read_object, shown
 from opensora.errors import OpenSoraError
 from opensora.evaluation.intervals import Interval, mean_interval
 from opensora.evaluation.metrics.metric import Figure
@@ -112,12 +112,25 @@ def check_same_settings(path: Path, mine: Mapping[str, Any], theirs: Mapping[str
     Raises:
         OpenSoraError: one differs.
     """
+    found = _first_difference(mine, theirs)
+    if found is not None:
+        name, own, other = found
+        raise OpenSoraError(
+            f"{path} was made with {name} = {shown(repr(other), 200)}, this run has {shown(repr(own), 200)}; "
+            "choose another `output`"
+        )
+
+
+def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Name (of a part within parts, as `columns: cfg_channels 3: seed`), own value and the other one."""
     for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
-            raise OpenSoraError(
-                f"{path} was made with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}; "
-                "choose another `output`"
-            )
+        own, other = mine.get(name), theirs.get(name)
+        if isinstance(own, Mapping) and isinstance(other, Mapping):
+            if (found := _first_difference(own, other)) is not None:
+                return f"{name}: {found[0]}", *found[1:]
+        elif own != other:
+            return name, own, other
+    return None
 
 
 def _told(figure: Figure, interval: Interval) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from opensora.errors import OpenSoraError
 from opensora.evaluation.changes import Bounds, changes, num_shared
 from opensora.evaluation.intervals import Interval
 from opensora.evaluation.metrics.metric import Figure
-from opensora.evaluation.results import Results
+from opensora.evaluation.results import Results, check_same_settings
 
 RIGHT = Figure("right", "", "Share that is right.", "higher")
 FLICKER = Figure("flicker", "levels of 255", "How much it flickers.", "lower")
@@ -70,6 +70,19 @@ def test_a_file_that_is_none_is_said(change, message: str, tmp_path: Path) -> No
     path.write_text(json.dumps(content))
     with pytest.raises(OpenSoraError, match=message):
         Results.read(path)
+
+
+def test_settings_that_differ_are_named_and_nothing_else_is() -> None:
+    columns = {"cfg_channels 3": {"seed": 1, "steps": None}, "cfg_channels all": {"seed": 1, "steps": 20}}
+    check_same_settings(Path("a.json"), {"columns": columns}, {"columns": columns})
+    other = {**columns, "cfg_channels all": {"seed": 1, "steps": 30}}
+    with pytest.raises(OpenSoraError) as error:
+        check_same_settings(Path("a.json"), {"columns": columns, "version": "1"}, {"columns": other, "version": "1"})
+    assert str(error.value) == (
+        "a.json was made with columns: cfg_channels all: steps = 30, this run has 20; choose another `output`"
+    )
+    with pytest.raises(OpenSoraError, match="made with seeds = None, this run has 2"):
+        check_same_settings(Path("a.json"), {"seeds": 2}, {})
 
 
 def test_a_small_change_is_seen_clip_by_clip_where_intervals_of_means_hide_it() -> None:
