@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from opensora import limits
 from opensora.cli.options import FLAG, option, refuse_idle
-from opensora.cli.progress import Progress, quiet_libraries, say
+from opensora.cli.progress import Progress, kept_in, quiet_libraries, say
 from opensora.errors import saying_what_is_kept
 from opensora.files import check_writable
 
@@ -109,7 +109,7 @@ class Compare:
         check_comparable(comparison, reference)
         num_clips = len(comparison.cells)
         say(f"{len(comparison.columns)} settings, {num_clips} clips in all")
-        with saying_what_is_kept(lambda: _kept_in(self.output)), Progress("comparing") as progress:
+        with saying_what_is_kept(lambda: kept_in(self.output)), Progress("comparing") as progress:
             rows = run(
                 comparison,
                 self.output,
@@ -192,11 +192,6 @@ class Compare:
             say(
                 f"note: the prompts of {self.suite} are of the toy world, and {name} is a model of another; see --suite"
             )
-
-
-def _kept_in(folder: Path) -> str:
-    there = (folder / "rows.jsonl").exists()
-    return f"what was made until then is in {folder}, and the same command goes on from there" if there else ""
 
 
 def _print_found(

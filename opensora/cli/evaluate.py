@@ -49,7 +49,7 @@ class EvaluateToyboxVae:
         autoencoder = find_part(self.autoencoder, "autoencoder").load()
         torch.nn.Module.to(autoencoder, device)
         size = (self.num_frames, self.height, self.width)
-        print_accuracy(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips, {}))
+        print_accuracy(toybox.read_gates(judge, autoencoder, size, self.seed, self.num_clips))
         print(f"PSNR: {toybox.reconstruction_psnr(autoencoder, self.num_clips, self.seed, size=size):.1f} dB")
 
 

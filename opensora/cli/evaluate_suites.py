@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from opensora import limits
 from opensora.cli.generate_options import MachineOptions, ModelOptions, SamplingOptions, SizeOptions
 from opensora.cli.options import given_options, option
-from opensora.cli.progress import Progress, quiet_libraries, say
+from opensora.cli.progress import Progress, kept_in, quiet_libraries, say
 from opensora.errors import OpenSoraError, saying_what_is_kept
 from opensora.files import check_writable
 
@@ -54,7 +54,7 @@ class SuiteOptions:
         Args:
             suite: name or file, see `evaluation.suites.read_suite`.
             num_prompts: its first so many; None for all.
-            metrics: names of those that clips are measured by, besides the judge of the toy world.
+            metrics: names of those that clips are measured by, besides the judge of the toy world; or "all".
         """
         comparison = self._comparison(suite, num_prompts, metrics)
         quiet_libraries()
@@ -63,7 +63,7 @@ class SuiteOptions:
             from opensora.lab.compare import run
             from opensora.lab.summary import results_of
 
-            with saying_what_is_kept(lambda: self._kept()), Progress("evaluating") as progress:
+            with saying_what_is_kept(lambda: kept_in(self.output)), Progress("evaluating") as progress:
                 rows = run(
                     comparison,
                     folder,
@@ -93,7 +93,8 @@ class SuiteOptions:
         print(f"page: {page}")
 
     def _comparison(self, suite: str, num_prompts: int | None, metrics: tuple[str, ...]) -> "Comparison":
-        from opensora.evaluation.metrics.catalogue import metrics_of
+        from opensora.evaluation.metrics.catalogue import METRICS, metrics_of
+        from opensora.evaluation.results import FILE
         from opensora.evaluation.suites import read_suite
         from opensora.generation.loading import locate_model
         from opensora.lab.comparable import check_comparable
@@ -104,9 +105,11 @@ class SuiteOptions:
         limits.check_count("`seeds`", self.seeds, limits.CLIPS)
         limits.check_count("`workers`", self.workers, limits.WORKERS)
         limits.check_count("`batch_size`", self.batch_size, limits.CLIPS)
+        if metrics == ("all",):
+            metrics = tuple(metric.name for metric in METRICS)
         metrics_of(metrics)
         if self.output is not None:
-            check_writable(self.output / "results.json")
+            check_writable(self.output / FILE)
         reference = () if self.reference is None else tuple(Reference(self.reference).files.values())
         prompts = tuple(read_suite(suite, num_prompts))
         request = self._request()
@@ -141,12 +144,6 @@ class SuiteOptions:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "rows"
 
-    def _kept(self) -> str:
-        """What an evaluation that ended early has made."""
-        if self.output is None or not (self.output / "rows.jsonl").exists():
-            return ""
-        return f"what was made until then is in {self.output}, and the same command goes on from there"
-
 
 @dataclass(frozen=True)
 class EvaluateToybox(SuiteOptions):
@@ -159,7 +156,7 @@ class EvaluateToybox(SuiteOptions):
 
     def run(self) -> None:
         suite = "toybox" if self.language == "en" else f"toybox-{self.language}"
-        self.evaluate(suite, self.num_prompts, _metrics(self.metrics, ()))
+        self.evaluate(suite, self.num_prompts, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -172,19 +169,11 @@ class EvaluatePrompts(SuiteOptions):
     """The first so many."""
 
     def run(self) -> None:
-        from opensora.evaluation.metrics.catalogue import METRICS
         from opensora.evaluation.suites import TOYBOX
 
         if str(self.suite) in TOYBOX:
             raise OpenSoraError(f"{self.suite} is a suite of the toy world; write opensora evaluate toybox")
-        everything = tuple(metric.name for metric in METRICS)
-        self.evaluate(str(self.suite), self.num_prompts, _metrics(self.metrics, everything))
-
-
-def _metrics(names: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-    from opensora.evaluation.metrics.catalogue import METRICS
-
-    return tuple(metric.name for metric in METRICS) if names == ("all",) else names or default
+        self.evaluate(str(self.suite), self.num_prompts, self.metrics or ("all",))
 
 
 def print_results(results: "Results") -> None:

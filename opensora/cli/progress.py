@@ -6,6 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from opensora.generation.engine import Progress as GenerationProgress
 
 
@@ -110,3 +112,10 @@ def quiet_libraries() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     standard_logging.getLogger("opensora.sampling.prompting").setLevel(standard_logging.ERROR)
+
+
+def kept_in(folder: "Path | None") -> str:
+    """What to tell of clips whose making ended early; "" where none was kept. None is no folder."""
+    if folder is None or not (folder / "rows.jsonl").exists():
+        return ""
+    return f"what was made until then is in {folder}, and the same command goes on from there"

@@ -160,17 +160,13 @@ def generate(pipeline: "OpenSoraPipeline", samples: list[Sample], **settings: An
 
 
 def read_gates(
-    judge: Judge,
-    autoencoder: Autoencoder,
-    size: tuple[int, int, int],
-    seed: int,
-    num_clips: int,
-    gates: dict[str, dict[str, float]],
+    judge: Judge, autoencoder: Autoencoder, size: tuple[int, int, int], seed: int, num_clips: int
 ) -> dict[str, dict[str, float]]:
-    """Adds to `gates` what the judge reads of real clips and of the autoencoder's reconstructions of them."""
-    gates[f"real, {num_clips} clips"] = real_accuracy(judge, num_clips, seed, size=size)
-    gates[f"autoencoder, {num_clips} clips"] = reconstruction_accuracy(autoencoder, judge, num_clips, seed, size=size)
-    return gates
+    """What the judge reads right of real clips, and of the autoencoder's reconstructions of them."""
+    return {
+        f"real, {num_clips} clips": real_accuracy(judge, num_clips, seed, size=size),
+        f"autoencoder, {num_clips} clips": reconstruction_accuracy(autoencoder, judge, num_clips, seed, size=size),
+    }
 
 
 def contact_sheet(clips: Iterable[tuple[str, Tensor]], path: Path, columns: int = 9, scale: int = 2) -> None:
