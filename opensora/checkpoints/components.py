@@ -25,7 +25,7 @@ from opensora.checkpoints.key_maps import adapt_weights, find_config
 from opensora.containers.files import is_there
 from opensora.containers.runs import described_in
 from opensora.containers.tensors import first_line
-from opensora.contents import describe_kind, describe_value, kind_of, read_object
+from opensora.contents import describe_kind, describe_value, kind_of, read_object, shown
 from opensora.errors import OpenSoraError
 from opensora.keywords import check_keywords
 from opensora.models.autoencoders.latent_space import Override, override_configured
@@ -198,12 +198,12 @@ def find_class(name: str, library: str, class_name: str) -> type:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import PreTrainedTokenizerBase
 
-    wanted = f"{name} is to be a {class_name} of {library!r}"
+    wanted = f"{name} is to be a {class_name} of {shown(repr(library))}"
     if not may_hold_components(library):
         raise OpenSoraError(f"{wanted}; components come from opensora, {' and '.join(LIBRARIES)} only")
     try:
         found = getattr(importlib.import_module(library), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, RecursionError) as error:  # the last of a name with hundreds of dots
         raise OpenSoraError(f"{wanted}, which has none") from error
     if not isinstance(found, type):
         raise OpenSoraError(f"{wanted}, which is no class")

@@ -55,7 +55,7 @@ class PortablePipelineMixin(PortableConfigMixin):
         libraries = (value[0] for value in config.values() if isinstance(value, list) and len(value) == 2)
         for library in libraries:
             if isinstance(library, str) and library not in LIBRARIES and may_hold_components(library):
-                with contextlib.suppress(ImportError):  # diffusers says what it misses
+                with contextlib.suppress(ImportError, RecursionError):  # diffusers says what it misses
                     importlib.import_module(library)
         if config.get("_class_name") == [_MODULE, cls.__name__]:
             config["_class_name"] = cls.__name__

@@ -121,6 +121,13 @@ def test_without_the_package_its_family_is_unknown():
         network_class("transformer", "TinyNet")
 
 
+@pytest.mark.parametrize("library", ["opensora.nowhere", "opensora" + ".a" * 2000])
+def test_a_module_that_does_not_exist_is_one_line_however_long_its_name(library):
+    with pytest.raises(OpenSoraError, match="which has none") as error:
+        find_class("transformer", library, "Net")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
 def test_a_package_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
     install(tmp_path, "brokenfamily", "raise RuntimeError('out of\\norder')", "brokenfamily.net:FORMAT")
     monkeypatch.syspath_prepend(str(tmp_path))
