@@ -1,5 +1,6 @@
 """docs/studies: what their analysis makes of rows whose answer is known, and both of them at a tiny size."""
 
+import dataclasses
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -190,6 +191,13 @@ def test_blocks_go_on_from_the_rows_that_are_kept(load, tmp_path, monkeypatch):
     assert set(found.sets["small"]["guidance_scale 1"]) >= {"look_kernel", "motion_frechet"}
     for name in found.rows["small"]:
         assert again.mean("small", name, "right_all") == found.mean("small", name, "right_all")
+
+    unlike = dataclasses.replace(block, sets=False, axes={"guidance_scale": [1.0, 4.0, 7.0]})
+    made: list[int] = []
+    monkeypatch.setattr(grids.Progress, "update", lambda self, done, total: made.append(done))
+    more = grids.carry_out([unlike], tmp_path / "another", 1)
+    assert (made[0], made[-1]) == (8, 12), "rows made elsewhere are not made again"
+    assert more.mean("small", "guidance_scale 4", "right_all") == found.mean("small", "guidance_scale 4", "right_all")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from opensora.evaluation.suites import read_suite
 from opensora.generation.request import ClipRequest
 from opensora.lab.compare import Comparison, run
 from opensora.lab.grid import column_name, columns_of
-from opensora.lab.rows import Row, keep_row, read_rows, write_table
+from opensora.lab.rows import Row, read_rows, write_table
 from opensora.lab.sets import Reference, reference_features, set_figures
 from opensora.tables import import_pyarrow
 
@@ -94,26 +94,22 @@ def carry_out(blocks: list[Block], folder: Path, num_workers: int, *, make: bool
     found = Found()
     for block in blocks:
         kept, comparison = STUDIES / "data" / f"{block.name}.parquet", block.comparison
-        if make:
-            rows = _made(block, comparison, folder / block.name, kept, num_workers)
-        else:
-            rows = list(_read(kept).values())
-            if len(rows) < len(comparison.cells):
+        rows = list(_read(kept).values())
+        if len(rows) < len(comparison.cells) or (block.sets and not _sets_file(block).exists()):
+            if not make:
                 continue
+            rows = _made(block, comparison, folder / block.name, kept, num_workers)
         columns: dict[str, list[Row]] = {column.name: [] for column in comparison.columns}
         for row in rows:
             columns[row["column"]].append(row)
         found.rows[block.name] = columns
         if block.sets:
-            found.sets[block.name] = _sets(block, comparison, folder / block.name, make=make)
+            found.sets[block.name] = _sets(block, comparison, folder / block.name)
     return found
 
 
 def _made(block: Block, comparison: Comparison, folder: Path, kept: Path, num_workers: int) -> list[Row]:
-    known, growing = _read(kept), folder / "rows.jsonl"
-    for name in known.keys() - read_rows(growing).keys():
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_row(growing, known[name])
+    known = _read(kept)
     with Progress(block.name) as progress:
         try:
             run(
@@ -122,10 +118,11 @@ def _made(block: Block, comparison: Comparison, folder: Path, kept: Path, num_wo
                 num_workers=num_workers,
                 keep_clips=False,
                 keep_features=block.sets,
+                known=known.values(),
                 on_progress=progress.update,
             )
         finally:
-            rows = read_rows(growing)
+            rows = known | read_rows(folder / "rows.jsonl")
             ordered = [rows[cell.name] for cell in comparison.cells if cell.name in rows]
             names = ["cell", "column", "prompt_id", *comparison.figures]
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +136,14 @@ def _read(path: Path) -> dict[str, Row]:
     return {row["cell"]: row for row in import_pyarrow()[1].read_table(path).to_pylist()}
 
 
-def _sets(block: Block, comparison: Comparison, folder: Path, *, make: bool) -> dict[str, dict[str, Interval]]:
+def _sets_file(block: Block) -> Path:
+    return STUDIES / "data" / f"{block.name}-sets.json"
+
+
+def _sets(block: Block, comparison: Comparison, folder: Path) -> dict[str, dict[str, Interval]]:
     """Kept as well, because the features they are made of are not."""
-    path = STUDIES / "data" / f"{block.name}-sets.json"
-    if make:
-        clips = block.num_prompts * block.num_seeds
+    path, clips = _sets_file(block), block.num_prompts * block.num_seeds
+    if not path.exists():
         num_frames = block.base.num_frames if isinstance(block.base.num_frames, int) else 17
         reference = reference_features(Reference("toybox", clips), folder / "features", num_frames)
         figures = set_figures(comparison.cells, folder / "features", reference)
@@ -152,8 +152,5 @@ def _sets(block: Block, comparison: Comparison, folder: Path, *, make: bool) -> 
             for column, own in zip(comparison.columns, figures, strict=True)
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
-    if not path.exists():
-        return {}
     content = json.loads(path.read_text())
-    clips = block.num_prompts * block.num_seeds
     return {column: {name: Interval(*values, clips) for name, values in own.items()} for column, own in content.items()}

@@ -1,7 +1,7 @@
 """How many calls of the network are worth it, and of which sampler: `python docs/studies/steps.py`
 
 IDDPM's ancestral sampler, DDIM and DPM-Solver++ on toybox-iddpm, rectified flow with and without a shift of time on
-toybox, from 2 to 50 steps. A step calls the network twice, once with the text and once without.
+toybox, from 2 to 32 steps. A step calls the network twice, once with the text and once without.
 
 Rows go to `docs/studies/data/steps-*.parquet`; a study that was stopped goes on. `--page` makes table and picture of
 the blocks that are whole.
@@ -19,13 +19,13 @@ STEPS = [2, 4, 8, 16, 32]
 BLOCKS = [
     Block(
         "steps-iddpm",
-        ClipRequest("", model="toybox-iddpm", cfg_channels=3),
+        ClipRequest("", model="toybox-iddpm", cfg_channels=3, dtype="bfloat16"),
         {"sampler": ["ancestral", "ddim", "dpm-solver++"], "num_inference_steps": STEPS},
         500,
     ),
     Block(
         "steps-flow",
-        ClipRequest("", model="toybox"),
+        ClipRequest("", model="toybox", dtype="bfloat16"),
         {"time_shift": [1.0, 2.0, 4.0], "num_inference_steps": STEPS},
         500,
     ),

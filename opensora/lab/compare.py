@@ -6,7 +6,7 @@ and at the end `rows.parquet` and `index.html`. An interrupted comparison is res
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def run(
     num_workers: int = 1,
     keep_clips: bool = True,
     keep_features: bool = False,
+    known: Iterable[Row] = (),
     on_progress: Progress | None = None,
 ) -> list[Row]:
     """Makes and measures the clips that are not there yet.
@@ -90,6 +91,7 @@ def run(
         num_workers: processes that make clips.
         keep_clips: save them; otherwise there are rows alone.
         keep_features: keep what figures of sets need in `features/`.
+        known: rows of cells that were made in another folder.
         on_progress: called with (clips done, clips in all).
 
     Returns:
@@ -101,6 +103,10 @@ def run(
     _claim(folder, comparison.settings())
     cells, clips = comparison.cells, folder / "clips" if keep_clips else None
     rows = read_rows(folder / "rows.jsonl")
+    for row in known:
+        if row["cell"] not in rows:
+            rows[row["cell"]] = row
+            keep_row(folder / "rows.jsonl", row)
     features = folder / "features" if keep_features else None
     done = {name for name in rows if clips is None or (clips / f"{name}.mp4").exists()}
     done = {name for name in done if features is None or (features / f"{name}.npz").exists()}
