@@ -168,6 +168,47 @@ def test_steadiness_is_compared_at_the_same_scale_and_at_equal_strength(load):
     assert "flickers more" not in study.conclusion(found)
 
 
+def test_single_channels_are_held_against_no_guidance_on_the_same_noise(load):
+    study, grids = load("channels"), load("grids")
+    main, single = study.BLOCKS[0], study.BLOCKS[2]
+
+    def rows(block, change, seeds):
+        return {
+            column.name: [
+                {"prompt_id": f"{clip}", **dict.fromkeys(study.CARRIED, clip + seed + change(column))}
+                for clip in range(20)
+                for seed in range(seeds)
+            ]
+            for column in block.comparison.columns
+        }
+
+    found = grids.Found(
+        {
+            main.name: rows(main, lambda column: 0.0, 2),
+            single.name: rows(single, lambda column: 0.5 * (column.settings["cfg_channels"] == [1]), 1),
+        }
+    )
+    changed = single.column(cfg_channels=[1], guidance_scale=7.0)
+    assert study.more_than_unguided(found, single, changed, "saturation").value == 0.5
+    lines = study.single_table(found, single).splitlines()
+    assert ["0.5000 [0.5000, 0.5000] *" in line for line in lines] == ["channel 2" in line for line in lines]
+    assert "channel 2 changes flicker most (0.500 [0.500, 0.500])" in study.conclusion(found)
+
+
+def test_other_rules_are_told_where_they_are_in(load):
+    study, grids = load("channels"), load("grids")
+    block = study.BLOCKS[4]
+    rows = {
+        column.name: [
+            {"prompt_id": f"{clip}", "flicker_levels": 0.1 * (column.settings["cfg_channels"] == 3), "right_all": 1.0}
+            for clip in range(20)
+        ]
+        for column in block.comparison.columns
+    }
+    said = study.conclusion(grids.Found({block.name: rows}))
+    assert "with apg 0.100 [0.100, 0.100] * levels of flicker and 0.0 [0.0, 0.0] points" in said
+
+
 def test_a_page_without_rows_says_so(load):
     for name in ("channels", "steps"):
         study = load(name)

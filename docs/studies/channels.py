@@ -9,7 +9,7 @@ Rows go to `docs/studies/data/channels-*.parquet`; a study that was stopped goes
 of the blocks that are whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from analysis import options_of, save_picture, shown, table, write_tables
 from grids import STUDIES, Block, Found, carry_out
 
-from opensora.evaluation.intervals import DRAWS, Interval
+from opensora.evaluation.intervals import DRAWS, Interval, mean_interval
 from opensora.generation.request import ClipRequest
 from opensora.models.guidance_strength import equivalent_scale
 
@@ -59,6 +59,18 @@ FIGURES = {
     "clipped_share": ("clipped, %", 100.0, 2),
 }
 """Figure -> its name in tables, factor and digits."""
+CARRIED = {
+    "right_all": ("all read right, %", 100.0, 1),
+    "right_shape": ("shape", 100.0, 1),
+    "right_colour": ("colour", 100.0, 1),
+    "right_size": ("size", 100.0, 1),
+    "right_motion": ("motion", 100.0, 1),
+    "right_background": ("background", 100.0, 1),
+    "flicker_levels": ("flicker, levels", 1.0, 3),
+    "saturation": ("saturation", 1.0, 4),
+    "sharpness": ("sharpness", 1.0, 4),
+}
+"""What guidance of single channels may change."""
 SETS = {
     "look_kernel": "look, kernel distance",
     "motion_frechet": "motion, Frechet distance",
@@ -85,6 +97,43 @@ def grid_table(found: Found, block: Block) -> str:
         lines.append(cells)
     head = ["settings", *(name for name, _, _ in FIGURES.values()), *(SETS.values() if block.sets else ())]
     return table(head, lines)
+
+
+def more_than_unguided(found: Found, block: Block, column: str, figure: str) -> Interval | None:
+    """What guidance of a column changes, clip by clip on the noise of the first seed; None without clips at scale 1."""
+    main = next(other for other in BLOCKS[:2] if other.base == block.base)
+    if main.name not in found.rows:
+        return None
+    unguided = found.rows[main.name][main.column(cfg_channels=3, guidance_scale=1.0)]
+    before = {row["prompt_id"]: row[figure] for row in reversed(unguided)}  # of each prompt the first seed
+    after = {row["prompt_id"]: row[figure] for row in found.rows[block.name][column]}
+    both = [name for name in after if before[name] is not None and after[name] is not None]
+    if not both:
+        return None
+    return mean_interval([after[name] - before[name] for name in both], both)
+
+
+def single_table(found: Found, block: Block) -> str:
+    """What guidance of single channels changes; a star where the interval excludes zero."""
+    if block.name not in found.rows:
+        return "Not made yet."
+    lines = []
+    for column in block.comparison.columns:
+        changes = [more_than_unguided(found, block, column.name, figure) for figure in CARRIED]
+        cells = [
+            "not told" if change is None else starred(change, digits, times)
+            for change, (_, times, digits) in zip(changes, CARRIED.values(), strict=True)
+        ]
+        lines.append([f"{_channels_in_words(column.settings)} at {column.settings['guidance_scale']:g}", *cells])
+    return table(["guided", *(name for name, _, _ in CARRIED.values())], lines)
+
+
+def _channels_in_words(settings: Mapping[str, Any]) -> str:
+    """Counted from 1."""
+    channels = settings["cfg_channels"]
+    if channels == 1:
+        return "the first"
+    return f"the first {channels}" if isinstance(channels, int) else f"channel {channels[0] + 1}"
 
 
 def means(curve: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -177,9 +226,9 @@ def steadiness_table(found: Found, block: Block) -> str:
     return table(head, lines)
 
 
-def starred(interval: Interval, digits: int) -> str:
+def starred(interval: Interval, digits: int, times: float = 1.0) -> str:
     """With a star where zero is excluded."""
-    return shown(interval, digits) + (" *" if interval.excludes_zero else "")
+    return shown(interval, digits, times) + (" *" if interval.excludes_zero else "")
 
 
 def equal_table(found: Found, block: Block) -> str:
@@ -200,8 +249,10 @@ def conclusion(found: Found) -> str:
     """What the rows carry, in a sentence or two."""
     sentences = [_of_equal_strength(found, block) for block in BLOCKS[:2] if block.name in found.rows]
     missing = [block.name for block in BLOCKS if block.name not in found.rows]
-    if not sentences:
+    if not found.rows:
         return f"0 of {len(BLOCKS)} blocks are in: nothing is said yet."
+    sentences += [_of_single_channels(found, block) for block in BLOCKS[2:4] if block.name in found.rows]
+    sentences += [_of_other_rules(found, block) for block in BLOCKS[4:] if block.name in found.rows]
     if missing:
         sentences.append(f"({len(BLOCKS) - len(missing)} of {len(BLOCKS)} blocks are in; {', '.join(missing)} not.)")
     return "\n".join(sentences)
@@ -231,6 +282,38 @@ def _of_equal_strength(found: Found, block: Block) -> str:
                 how = f"flicker{'s less' if difference.value < 0 else 's more'} than all"
             sentence += f" {words} guidance on three {how} ({shown(difference, 3)} levels)."
     return sentence
+
+
+def _of_single_channels(found: Found, block: Block) -> str:
+    """Which of the four moves what most, guided alone at the higher scale."""
+    scale, told = block.axes["guidance_scale"][-1], []
+    alone = [1, *(one for one in SINGLE if isinstance(one, list))]
+    for figure, words, digits in (("flicker_levels", "flicker", 3), ("saturation", "saturation", 4)):
+        changes = {
+            number: more_than_unguided(found, block, block.column(cfg_channels=channels, guidance_scale=scale), figure)
+            for number, channels in enumerate(alone, start=1)
+        }
+        known = {number: change for number, change in changes.items() if change is not None and change.excludes_zero}
+        if known:
+            most = max(known, key=lambda number: abs(known[number].value))
+            told.append(f"channel {most} changes {words} most ({shown(known[most], digits)})")
+    said = " and ".join(told) or "no channel changes flicker or saturation beyond chance"
+    return f"Guided alone at {scale:g} on {block.base.model_name}, {said}."
+
+
+def _of_other_rules(found: Found, block: Block) -> str:
+    """Whether three differ from all at the higher scale under another rule."""
+    scale, told = block.axes["guidance_scale"][-1], []
+    for guider in block.axes.get("guider", [None]):
+        settings = {"guidance_scale": scale} | ({} if guider is None else {"guider": guider})
+        names = [block.column(cfg_channels=channels, **settings) for channels in BOTH]
+        flicker = found.difference(block.name, *names, "flicker_levels")
+        right = found.difference(block.name, *names, "right_all")
+        rule = f"a time shift of {block.base.time_shift:g}" if guider is None else guider
+        told.append(
+            f"with {rule} {starred(flicker, 3)} levels of flicker and {starred(right, 1, 100)} points read right"
+        )
+    return f"At {scale:g} on {block.base.model_name}, three channels less all: {'; '.join(told)} (* beyond chance)."
 
 
 def draw(found: Found, block: Block, picture: Path) -> None:
@@ -266,7 +349,7 @@ def main() -> None:
     found = carry_out(BLOCKS, options.output, options.workers, make=not options.page)
     tables = {"conclusion": conclusion(found)}
     for block in BLOCKS:
-        tables[block.name] = grid_table(found, block)
+        tables[block.name] = (single_table if block in BLOCKS[2:4] else grid_table)(found, block)
     for block in BLOCKS[:2]:
         tables[f"{block.name}-equal"] = equal_table(found, block)
         tables[f"{block.name}-steadiness"] = steadiness_table(found, block)

@@ -109,13 +109,14 @@ def column_name(settings: Mapping[str, Any]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value as one would type it."""
+    """A value as one would type it; values that differ are typed otherwise."""
     if value is None:
         return "default"
     if isinstance(value, float):
-        return f"{value:g}"
+        return short if float(short := f"{value:g}") == value else repr(value)
     if isinstance(value, list | tuple):
-        return ",".join(map(shown_value, value)) or "none"
+        alone = "," if len(value) == 1 and isinstance(value[0], int) else ""  # the index 1, not the first one
+        return (",".join(map(shown_value, value)) or "none") + alone
     if hasattr(value, "path"):  # an adapter
         return f"{value.path}" if value.scale is None else f"{value.path}:{value.scale:g}"
     return str(value)

@@ -6,8 +6,8 @@ import pytest
 
 from opensora.errors import OpenSoraError
 from opensora.evaluation.suites import SuitePrompt, read_suite
-from opensora.generation.request import ClipRequest
-from opensora.lab.grid import cells_of, check_number, columns_of, columns_of_folders, num_clips_of
+from opensora.generation.request import ClipRequest, parse_cfg_channels
+from opensora.lab.grid import cells_of, check_number, columns_of, columns_of_folders, num_clips_of, shown_value
 from opensora.lab.making import batches_of
 from opensora.media.write import write_video
 
@@ -25,6 +25,14 @@ def test_every_combination_is_a_column_and_what_does_not_vary_is_in_all() -> Non
     assert last is not None
     assert (last.model, last.cfg_channels, last.guidance_scale, last.num_frames) == ("toybox-iddpm", "all", 7, 17)
     assert num_clips_of(axes, 8, 2) == len(cells_of(columns, read_suite("toybox", 8), 2)) == 64
+
+
+def test_settings_that_differ_are_told_apart_in_their_names() -> None:
+    channels = [1, 2, [1], [2], [1, 2], "all"]
+    scales = [7.0, 7.0000001, 7.000001]
+    columns = columns_of(ClipRequest(""), {"cfg_channels": channels, "guidance_scale": scales})
+    assert len({column.name for column in columns}) == len(channels) * len(scales)
+    assert [parse_cfg_channels(shown_value(value)) for value in channels] == channels
 
 
 def test_one_combination_is_named_after_its_model() -> None:
