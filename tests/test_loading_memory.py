@@ -53,7 +53,7 @@ import json, sys
 from pathlib import Path
 import torch
 sys.path[:0] = json.loads(sys.argv[1])
-from resident import forget_peak, peak_bytes, settled_bytes
+from benchmarks.tables.resident import forget_peak, peak_bytes, settled_bytes
 from opensora.checkpoints.components import load_component
 from opensora.planning.tracing import weight_bytes
 from test_loading_memory import network
@@ -74,7 +74,7 @@ def test_a_sharded_network_is_loaded_in_little_more_than_its_own_memory(tmp_path
     """What 4 layers more take at the worst moment is 1.15 times what they are, for any network of this family."""
     names = ("MMDiT", "T5", "CLIP")
     folders = [(name, str(write(name, depth, tmp_path / f"{name}{depth}"))) for name in names for depth in (4, 8)]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     command = [sys.executable, "-c", MEASURE, json.dumps(paths), json.dumps(folders)]
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}  # freed memory goes back
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # Within these bounds two batched products and a softmax take the place of the fused kernel on a CPU. Measured without
 # AMX, forward and backward: in bf16 5 to 10 times as fast from 5 to 128 keys, in float32 a little faster; from 256 keys
 # on the fused kernel wins. Where a processor has AMX it wins earlier: at 100 keys of text it takes 0.6 of the time, at
-# 30 as much, at 15 frames 1.4 (`python benchmarks/kernels.py`). The bound on all scores of a call keeps them within
+# 30 as much, at 15 frames 1.4 (`python -m benchmarks kernels`). The bound on all scores of a call keeps them within
 # 256 MiB in float32.
 SHORT_KEYS = 64 if torch.cpu._is_amx_tile_supported() else 128
 SHORT_SCORES = 2**26

@@ -2,7 +2,7 @@
 
 oneDNN applies GELU to a tile of a product while it is still in the cache, and in its full precision, before it is
 rounded. Rows are worked on in pieces, so that the wide hidden layer never leaves the cache either, nor takes memory.
-Two runs of `python benchmarks/kernels.py mlp` (both products, one thread) took, at the widths of the released models,
+Two runs of `python -m benchmarks kernels` (both products, one thread) took, at the widths of the released models,
 0.67 and 0.80 of the time in bf16, 0.87 and 0.89 in float32; at those of the bundled ones 0.70 and 0.81 in float32, and
 as long as before in bf16. Where GELU is exact, no bit of float32 changes.
 """

@@ -26,6 +26,7 @@ _SIDES: dict[Any, tuple[int, int]] = {
 """Operation -> which of its arguments are multiplied."""
 _ATTENTION_ON_CPU = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_ON_CPU_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # of `models.fused`; only torch with oneDNN has it
 _ATTENTION = {
     _ATTENTION_ON_CPU,
     _aten._scaled_dot_product_flash_attention,
@@ -43,6 +44,8 @@ def operation_flops(operation: Any, args: Sequence[Any], kwargs: Mapping[str, An
         return sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
     if packet is _ATTENTION_ON_CPU_BACKWARD:
         return 5 * sdpa_flop_count(args[1].shape, args[2].shape, args[3].shape) // 2
+    if packet is _FUSED_LINEAR:  # nor for this one
+        return 2 * args[0].numel() * len(args[1])
     formula = flop_registry.get(packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 

@@ -40,7 +40,7 @@ import json, sys
 from pathlib import Path
 import torch
 sys.path[:0] = json.loads(sys.argv[1])
-from resident import forget_peak, peak_bytes, settled_bytes
+from benchmarks.tables.resident import forget_peak, peak_bytes, settled_bytes
 from opensora.checkpoints.source import ModelSource
 from opensora.geometry import VideoSize
 from opensora.offloading import BlockStream
@@ -76,7 +76,7 @@ print(peak_bytes() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
 def test_a_process_needs_what_was_planned_however_many_blocks_there_are(tmp_path):
-    paths = json.dumps([str(Path(__file__).parents[2] / "benchmarks")])
+    paths = json.dumps([str(Path(__file__).parents[2])])
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072", "OMP_NUM_THREADS": "1"}
     sizes, peaks = [], []
     for depth in (3, 6):

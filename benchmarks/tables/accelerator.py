@@ -1,4 +1,4 @@
-"""The released models at full size on an accelerator: `python benchmarks/accelerator.py [--models opensora-1.2 ...]`.
+"""The released models at full size on an accelerator: `python -m benchmarks accelerator [--models opensora-1.2 ...]`.
 
 Weights are random numbers in bfloat16, so nothing has to be downloaded; shapes, kernels and memory are those of the
 released ones. A step is the network on all branches of guidance in one batch; decoding turns the clip's latents into
@@ -10,13 +10,13 @@ import argparse
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from full_size_step import pipeline_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.tables.full_size_step import pipeline_of
 from opensora.checkpoints.source import Part
 from opensora.geometry import VideoSize
 from opensora.pipeline import OpenSoraPipeline
@@ -79,14 +79,16 @@ def measure_model(name: str, sizes: list[tuple[int, int, int]], device: str, sta
             print(f"| {name} | {'x'.join(map(str, size))} | {stage} | {figures} |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks accelerator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--stages", nargs="+", default=["denoise", "decode"], choices=["denoise", "decode"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", type=int, nargs=3, metavar=("T", "H", "W"), help="in place of the released sizes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("| model | frames x height x width | stage | s | TFLOP | TFLOP/s | peak memory, GB |")
     print("|---|---|---|---|---|---|---|")
@@ -94,7 +96,3 @@ def main() -> None:
         sizes = SIZES[name] if args.size is None else [tuple(args.size)]
         measure_model(name, sizes, args.device, args.stages, args.repeats)
         gc.collect()  # pipelines hold themselves in circles
-
-
-if __name__ == "__main__":
-    main()

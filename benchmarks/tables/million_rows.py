@@ -1,6 +1,6 @@
 """Memory and time of `opensora data plan` and `opensora data manifest` for very many clips.
 
-    python benchmarks/million_rows.py --rows 1000000 --files 1000000
+    python -m benchmarks million-rows --rows 1000000 --files 1000000
 
 makes a table of so many rows (captions of 130 characters, files that are not there), and a folder of so many pictures
 (links to one of 16x16 pixels) with a table of captions, and prints seconds and the highest resident memory of each
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -25,12 +26,14 @@ TEXT = (
 HEADER = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks million-rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the table that is planned; 0 for none")
     parser.add_argument("--files", type=int, default=1_000_000, help="in the folder that is scanned; 0 for none")
     parser.add_argument("--recipe", default="v1_2_stage1", help="of the plan")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.rows:
             table = make_table(Path(folder), args.rows)
@@ -78,7 +81,3 @@ def measure(what: str, command: str, source: Path, more: Path | str) -> None:
     _, status, usage = os.wait4(process.pid, 0)
     took = f"{time.monotonic() - started:,.0f} s ({usage.ru_utime + usage.ru_stime:,.0f} s of a core)"
     print(f"{what}: {usage.ru_maxrss / 1024:,.0f} MB at most, {took}, exit code {os.waitstatus_to_exitcode(status)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """The tables of docs/metrics.md: what metrics of clips cost, and how they move when real clips are made worse.
 
-    python benchmarks/metrics.py figures
-    PYTHONPATH=tests python benchmarks/metrics.py moves [CLIP ...]       without clips: those that `make clips` fetches
+    python -m benchmarks metrics figures
+    PYTHONPATH=tests python -m benchmarks metrics moves [CLIP ...]       without clips: those that `make clips` fetches
 
 `figures` measures seconds of one core (of the process, so other work on the machine hardly counts) for one clip of
 noise that pans, of 17 frames of 64x64 and of 51 of 240x424; the better of two runs. `moves` takes 17 frames of each
@@ -12,7 +12,7 @@ makes of it.
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -91,18 +91,16 @@ def figure_of(name: str, made: Tensor, reference: Tensor) -> float:
     return float(fidelity(made, reference)[name]) if made.shape == reference.shape else math.nan
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=["figures", "moves"])
     parser.add_argument("clips", nargs="*", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.table == "figures":
         print_figures()
         return
     fetched = (path for suffix in ("mp4", "mpg") for path in REAL_CLIPS.rglob(f"*.{suffix}"))
     print_moves(arguments.clips or sorted(path for path in fetched if "distorted" not in path.name))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Peak memory of loading: `python benchmarks/loading.py` prints the table of docs/memory.md.
+"""Peak memory of loading: `python -m benchmarks loading` prints the table of docs/memory.md.
 
 Each row is a network of published makes, in fewer and narrower layers, with random weights in a folder of several
 files; a process of its own loads it, and the peak of resident memory that this adds (VmHWM of /proc/self/status, which
@@ -14,10 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resident import forget_peak, peak_bytes, settled_bytes
+from benchmarks.tables.resident import forget_peak, peak_bytes, settled_bytes
 
 # By default glibc keeps up to some ten megabytes of freed blocks for later.
 _RETURN_FREED_MEMORY = "glibc.malloc.mmap_threshold=131072"
@@ -70,11 +71,13 @@ def write(name: str, folder: Path, dtype: str) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks loading", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows that hold this text")
     parser.add_argument("--measure", nargs=3, metavar=("NETWORK", "FOLDER", "DTYPE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         name, folder, dtype = args.measure
         print(json.dumps(measure(name, Path(folder), dtype)))
@@ -87,12 +90,8 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             size = write(name, Path(folder), stored)
-            command = [sys.executable, __file__, "--measure", name, folder, wanted]
+            command = [sys.executable, "-m", "benchmarks", "loading", "--measure", name, folder, wanted]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         network, peak = json.loads(result.stdout.splitlines()[-1])
         cells = " | ".join(f"{value / 2**20:,.0f} MB" for value in (size, network, peak))
         print(f"| {name} | {stored} | {wanted} | {cells} | {peak / network:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

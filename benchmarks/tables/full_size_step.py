@@ -1,4 +1,4 @@
-"""One denoising step of the released transformers at full size: `python benchmarks/full_size_step.py [--threads 1]`.
+"""One denoising step of the released transformers at full size: `python -m benchmarks full-size-step [--threads 1]`.
 
 Weights are random numbers in bfloat16, sizes and samplers those the models are released with, unless others are asked
 for. A step is what the pipeline does between two timesteps: the network on all branches of guidance in one batch,
@@ -8,7 +8,7 @@ seconds, of all threads together, say what a step costs where the clock also cou
 
 Networks too large for a machine are measured with fewer of their blocks, each of full width:
 
-    python benchmarks/full_size_step.py --models opensora-2.0 --size 33x256x256 --depth 2 2 --steps 1
+    python -m benchmarks full-size-step --models opensora-2.0 --size 33x256x256 --depth 2 2 --steps 1
 """
 
 import argparse
@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MODELS = ("opensora-1.0", "opensora-1.1", "opensora-1.2", "opensora-1.3-360p")
@@ -119,15 +119,17 @@ def _random_text(conditioner: Any) -> Any:
     return dataclasses.replace(blank, states=torch.randn(blank.states.shape).to(blank.states), pooled=pooled)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks full-size-step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="the first may pay for what later ones find ready")
     parser.add_argument("--size", type=_size, metavar="FRAMESxHEIGHTxWIDTH", help="instead of the model's own")
     parser.add_argument("--depth", type=int, nargs="+", default=[], help="blocks instead of the released number")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, as JSON
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.here:
         print(json.dumps(measure(args.models[0], args.threads, args.steps, args.depth, args.size)))
         return
@@ -136,7 +138,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in args.models:
-        command = [sys.executable, *sys.argv, "--here", "--models", name]
+        command = [sys.executable, "-m", "benchmarks", "full-size-step", *argv, "--here", "--models", name]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode:
             sys.exit(result.returncode)
@@ -148,7 +150,3 @@ def main() -> None:
 
 def _size(text: str) -> list[int]:
     return [int(part) for part in text.split("x")]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Memory that a long clip takes as an input: `python benchmarks/input_memory.py` prints the table of docs/memory.md.
+"""Memory that a long clip takes as an input: `python -m benchmarks input-memory` prints the table of docs/memory.md.
 
 A clip of 2,000 frames of 1280x720 is made once; then `opensora generate` runs in a process of its own with and without
 it, and the peaks of resident memory are compared (Linux).
@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,10 +43,12 @@ def peak_mb(way: list[str], clip: Path, folder: Path) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks input-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-frames", type=int, default=2000)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         clip = Path(name) / "long.mp4"
         make_clip(clip, args.num_frames)
@@ -53,7 +56,3 @@ def main() -> None:
     print("| input | peak | more than without |\n|---|---:|---:|")
     for way, peak in peaks.items():
         print(f"| {way} | {peak:,.0f} MB | {peak - peaks['nothing']:,.0f} MB |")
-
-
-if __name__ == "__main__":
-    main()

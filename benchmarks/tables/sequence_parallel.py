@@ -1,4 +1,4 @@
-"""What sharing a clip's tokens among processes of one machine costs: `python benchmarks/sequence_parallel.py`.
+"""What sharing a clip's tokens among processes of one machine costs: `python -m benchmarks sequence-parallel`.
 
 `[--ranks 2] [--frames 16] [--side 32] [--width 384] [--depth 4] [--bf16]`. One training step (forward and backward of
 an STDiT3) alone, with one thread, and shared among processes with one thread each that talk by gloo; and the
@@ -10,7 +10,7 @@ import argparse
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,17 +67,17 @@ def measure(rank: int, args: argparse.Namespace, port: int) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks sequence-parallel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, default in (("ranks", 2), ("frames", 16), ("side", 32), ("width", 384), ("depth", 4), ("runs", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bf16", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(measure, (args, port), nprocs=args.ranks)
-
-
-if __name__ == "__main__":
-    main()

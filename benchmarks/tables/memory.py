@@ -1,4 +1,4 @@
-"""Predicted against measured memory: `python benchmarks/memory.py [--only TEXT]` prints the table of docs/memory.md.
+"""Predicted against measured memory: `python -m benchmarks memory [--only TEXT]` prints the table of docs/memory.md.
 
 Every row is one stage (or a whole clip) of a published model's configuration with random weights, in a process of its
 own: the network is built and filled, the code is warmed up on a small input, and then the peak of resident memory is
@@ -15,11 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resident import forget_peak, peak_bytes, settled_bytes
+from benchmarks.tables.resident import forget_peak, peak_bytes, settled_bytes
 
 # By default glibc keeps up to some ten megabytes of freed blocks for later, which hides what was really taken.
 _RETURN_FREED_MEMORY = "glibc.malloc.mmap_threshold=131072"
@@ -188,12 +189,14 @@ def measure(row: Row, folder: Path) -> tuple[int, int]:
     return weights, peak_bytes() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows that hold this text")
     parser.add_argument("--default-allocator", action="store_true", help="measure with glibc as it is")
     parser.add_argument("--measure", nargs=2, metavar=("ROW", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(measure(ROWS[int(args.measure[0])], Path(args.measure[1]))))
         return
@@ -206,14 +209,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_configurations(row, Path(folder))
             predicted = predict(row, Path(folder))
-            command = [sys.executable, __file__, "--measure", str(number), folder]
+            command = [sys.executable, "-m", "benchmarks", "memory", "--measure", str(number), folder]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if result.returncode:
             sys.exit(f"{row}: the measurement failed")
         measured = json.loads(result.stdout.splitlines()[-1])
         cells = [f"{value / 2**20:,.0f} MB" for pair in zip(predicted, measured, strict=True) for value in pair]
         print(f"| {row.stage} | {row} | {' | '.join(cells)} | {predicted[1] / measured[1]:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

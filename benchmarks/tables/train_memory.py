@@ -1,4 +1,4 @@
-"""Predicted against measured memory of training: `python benchmarks/train_memory.py [--only TEXT]`.
+"""Predicted against measured memory of training: `python -m benchmarks train-memory [--only TEXT]`.
 
 Every row is a short training run with random weights and empty batches on the CPU, in a process of its own (or one for
 each rank): libraries are warmed up with a tiny run, and then the peak of resident memory is read that two steps of the
@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resident import forget_peak, peak_bytes, settled_bytes
+from benchmarks.tables.resident import forget_peak, peak_bytes, settled_bytes
 
 if TYPE_CHECKING:
     from opensora.training.config import Recipe
@@ -131,11 +132,13 @@ def train(row: Row) -> None:
                 sys.exit(f"{row}: the gradient is not finite, so nothing was updated")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks train-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows that hold this text")
     parser.add_argument("--measure", type=int, metavar="ROW", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure is not None:
         added = measure(ROWS[args.measure])
         if os.environ.get("RANK", "0") == "0":  # as torchrun counts
@@ -151,7 +154,8 @@ def main() -> None:
         memory = plan(row).memory
         predicted = memory.total - memory.surcharge
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={row.ranks}"]
-        command = [sys.executable, *(several if row.ranks > 1 else []), __file__, "--measure", str(number)]
+        python = [sys.executable, *(several if row.ranks > 1 else [])]
+        command = [*python, "-m", "benchmarks", "train-memory", "--measure", str(number)]
         environment = {**os.environ, "GLIBC_TUNABLES": _RETURN_FREED_MEMORY}
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if result.returncode:
@@ -161,7 +165,3 @@ def main() -> None:
         sizes = (state, memory.gradients, memory.activations, predicted, measured)
         cells = " | ".join(f"{size / 2**20:,.0f} MB" for size in sizes)
         print(f"| {row} | {cells} | {predicted / measured:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,10 @@
-"""What makes a clip fit on a card: `python benchmarks/cards.py` prints the table of docs/memory.md.
+"""What makes a clip fit on a card: `python -m benchmarks cards` prints the table of docs/memory.md.
 
 Plans of published models, as `opensora plan --device-memory` makes them; nothing is loaded or downloaded.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -25,10 +26,12 @@ CLIPS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="clips that hold this text")
-    only = parser.parse_args().only
+    only = parser.parse_args(argv).only
     print("| model and clip | " + " | ".join(f"{size} GB" for size in CARDS_GB) + " |")
     print("|---|" + "---|" * len(CARDS_GB))
     for name, resolution, num_frames in CLIPS:
@@ -55,7 +58,3 @@ def row(name: str, resolution: str, num_frames: int) -> list[str]:
         words = choices_in_words(differing_choices(found, default)).replace("`", "").replace("_", "-")
         cells.append(f"{words or 'as it is'}: {gigabytes(planner.needed_bytes(found))}")
     return cells
-
-
-if __name__ == "__main__":
-    main()
