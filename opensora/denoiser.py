@@ -143,10 +143,20 @@ class Denoiser:
         if not names or len(set(names)) < len(names) or not set(names) <= set(self._branches):
             known = ", ".join(self._branches)
             raise OpenSoraError(f"guidance asks for the branches {list(names)}; expected one or more of {known}")
-        predictions = self._compute(
-            tuple(dict.fromkeys(self._computed[name] for name in names)), latents, timestep, frame_mask, step, num_steps
-        )
+        predictions = self._compute(self._different(names), latents, timestep, frame_mask, step, num_steps)
         return {name: predictions[self._computed[name]] for name in names}
+
+    def num_computed(self, names: Sequence[str]) -> int:
+        """How often each clip goes through the network, on this rank, for the predictions of these branches."""
+        return len(self._own(self._different(names)))
+
+    def _different(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Of branches that read the same, the first."""
+        return tuple(dict.fromkeys(self._computed[name] for name in names))
+
+    def _own(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of them that this rank computes."""
+        return self._ranks.own(names) if self._ranks is not None and len(names) > 1 else names
 
     def _compute(
         self,
@@ -158,8 +168,7 @@ class Denoiser:
         num_steps: int,
     ) -> dict[str, Tensor]:
         """Predictions of branches that differ."""
-        shared = self._ranks is not None and len(names) > 1
-        mine = self._ranks.own(names) if shared and self._ranks is not None else names
+        mine = self._own(names)
         predictions: dict[str, Tensor] = {}
         for together in [(name,) for name in mine] if self._sequential else [mine]:
             # What a cache keeps belongs to the branches of one pass.
@@ -176,9 +185,7 @@ class Denoiser:
                 )
             self.num_evaluations += len(prediction)
             predictions |= dict(zip(together, prediction.split(len(latents)), strict=True))
-        if shared and self._ranks is not None:
-            return self._ranks.exchange(predictions, names)
-        return predictions
+        return predictions if self._ranks is None or len(names) == 1 else self._ranks.exchange(predictions, names)
 
     def _context(self, names: tuple[str, ...]) -> Any:
         """Text keys and values of branches that run together, made once."""

@@ -30,7 +30,6 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import SizeRule, VideoSize
 from opensora.media.transforms import to_pixels
 from opensora.models.autoencoders.codec import VideoCodec
-from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.channel_scales import ChannelScales
 from opensora.models.clip_conditions import IMAGE_FPS, ClipConditions
 from opensora.models.guidance import (
@@ -45,14 +44,17 @@ from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_lists
 from opensora.offloading import Offloader
+from opensora.sampling.belonging import check_time_shift, check_trained_on
 from opensora.sampling.finite import check_finite
+from opensora.sampling.forecast import forecasting_of
+from opensora.sampling.forecast_plan import ForecastPlan
 from opensora.sampling.frames import begin_with, condition_on_pictures, repeat_each
 from opensora.sampling.generators import generators_per_video
 from opensora.sampling.guiding import GuidingMixin, check_guidance_options
 from opensora.sampling.habits import HabitsMixin
 from opensora.sampling.prompting import PromptingMixin
 from opensora.sampling.runs import CALLBACK_TENSORS, Run, RunsMixin
-from opensora.settings import expected_one_of
+from opensora.settings import expected_one_of, to_dict
 
 OutputType = Literal["pt", "np", "pil", "latent"]
 _OUTPUT_TYPES = ("pt", "np", "pil", "latent")
@@ -70,11 +72,13 @@ class OpenSoraPipelineOutput(BaseOutput):
             make it again.
         num_evaluations: videos that went through the transformer, each branch of guidance at each step counted by
             itself; of several ranks, those of this one.
+        num_forecast: those that were forecast in place of it, counted likewise.
     """
 
     frames: Any
     settings: dict[str, Any] = field(default_factory=dict)
     num_evaluations: int = 0
+    num_forecast: int = 0
 
 
 class OpenSoraPipeline(
@@ -199,8 +203,8 @@ class OpenSoraPipeline(
         if nominal_size is not None and (len(nominal_size) != 2 or min(nominal_size) < 1):
             raise OpenSoraError(f"nominal_size is {list(nominal_size)}; expected a height and a width in pixels")
         check_scheduler(scheduler)
-        _check_time_shift(scheduler, autoencoder)
-        _check_trained_on(trained_on, autoencoder)
+        check_time_shift(scheduler, autoencoder)
+        check_trained_on(trained_on, autoencoder)
         if isinstance(cfg_channels, NotGiven):
             cfg_channels = scheduler.default_cfg_channels(autoencoder.latent_channels)
         self.register_modules(
@@ -267,6 +271,7 @@ class OpenSoraPipeline(
         cfg_channel: CfgChannels | NotGiven = NOT_GIVEN,
         channel_scales: ChannelScales | None = None,
         guider: Any = None,
+        forecast: ForecastPlan | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         latents: Tensor | None = None,
@@ -315,6 +320,7 @@ class OpenSoraPipeline(
                 a list, or ranges ("0-2:7,3:1"). A `guider` works at these in place of its own scale.
             guider: a guider of `diffusers.guiders` in place of plain guidance, or a `GuidanceRule`; it brings its own
                 scale. A `GuidanceRule` guides all channels unless `cfg_channels` are given.
+            forecast: which predictions are forecast from those before in place of being computed; None computes all.
             num_videos_per_prompt: the videos of one prompt come one after the other.
             generator: a list holds one per video, and each video is then the one it would be alone. A single one is
                 used as it is for one video and seeds one per video for several. Seeds may stand for generators. None
@@ -343,7 +349,7 @@ class OpenSoraPipeline(
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _check_choices(output_type, tensor_inputs)
         channels = merge_cfg_channel_alias(cfg_channels, cfg_channel, default=NOT_GIVEN)
-        rule = self._guidance_rule(guider, guidance_scale, image_guidance_scale, channels, channel_scales)
+        rule = self.guidance_rule(guider, guidance_scale, image_guidance_scale, channels, channel_scales)
         prompts, negatives = as_prompt_lists(prompt, negative_prompt, num_videos_per_prompt)
         scores = self.rated_scores(scores, fps)
         size = self._size(num_frames, height, width)
@@ -351,6 +357,7 @@ class OpenSoraPipeline(
         with self._exclusive():
             device = self._execution_device
             scheduler = self._prepared_scheduler(num_inference_steps, timesteps, sigmas, clip, device)
+            foreseen = forecasting_of(forecast, len(scheduler.timesteps), self.transformer)
             text, negative = self.encode_prompt(
                 prompts,
                 negatives,
@@ -370,10 +377,10 @@ class OpenSoraPipeline(
             sample, frame_strength, known = begin_with(conditioning, noise, in_channels=in_channels)
             if self.ranks is not None:
                 sample = self.ranks.follow_first(sample, generators)
-            run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators, known)
+            run = Run(self, scheduler, rule, clip, text, negative, sample, frame_strength, generators, known, foreseen)
             self._denoise(run, callback_on_step_end, tensor_inputs)
-            sample, num_steps, num_evaluations = run.finish(), run.num_steps, run.denoiser.num_evaluations
-            del run, text, negative  # their memory is decoding's
+            sample, num_steps, counted = run.finish(), run.num_steps, run.counted
+            del run, text, negative, foreseen  # their memory is decoding's
             check_finite(sample, f"the latents after {num_steps} steps in {self.transformer.dtype}")
             frames = sample if output_type == "latent" else self.decode(sample, size.num_frames, output_type)
             self.maybe_free_model_hooks()
@@ -394,7 +401,9 @@ class OpenSoraPipeline(
         }
         if timesteps is not None or sigmas is not None:
             settings |= {"num_inference_steps": num_steps, "timesteps": scheduler.timesteps.tolist()}
-        return OpenSoraPipelineOutput(frames, settings, num_evaluations)
+        if forecast is not None:
+            settings["forecast"] = to_dict(forecast)
+        return OpenSoraPipelineOutput(frames, settings, *counted)
 
     def _denoise(self, run: "Run", callback: Callable[..., Any] | None, tensor_inputs: Sequence[str]) -> None:
         """Walks the latents of a run from noise to the clip."""
@@ -407,7 +416,7 @@ class OpenSoraPipeline(
                 frame_mask = run.begin_step(t)
                 noisy, names = scheduler.scale_model_input(run.latents, t), rule.branches(step)
                 run.guided = len(names) > 1
-                predictions = run.denoiser(names, noisy, t, frame_mask, step=i, num_steps=run.num_steps)
+                predictions = run.predict(names, noisy, frame_mask, step=i)
                 prediction = rule.combine(predictions, step)
                 run.latents = scheduler.step(
                     prediction, t, run.latents, frame_mask=frame_mask, generator=run.generators
@@ -454,11 +463,15 @@ class OpenSoraPipeline(
 
     def check_defaults(self) -> None:
         """Raises `OpenSoraError` if a call that asks for nothing but a prompt would be refused."""
-        clip = self._clip_conditions(self._size(None, None, None), None, None)
-        self._prepared_scheduler(None, None, None, clip, torch.device("cpu"))
-        self._guidance_rule(None, None, None)
+        self.schedule(None, self._size(None, None, None))
+        self.guidance_rule()
         self.spell(["rain"])
         self.text_conditioner.blank_tokens(1, "cpu")
+
+    def schedule(self, num_inference_steps: int | str | None, size: VideoSize) -> Any:
+        """A scheduler with the steps of a call laid out."""
+        clip = self._clip_conditions(size, None, None)
+        return self._prepared_scheduler(num_inference_steps, None, None, clip, torch.device("cpu"))
 
     def _clip_conditions(
         self, size: VideoSize, nominal_size: Sequence[int] | None, fps: float | None
@@ -599,7 +612,7 @@ class OpenSoraPipeline(
         `tile_frames` is there where the autoencoder was set to work in other tiles than its own.
         """
         names = ("num_frames", "height", "width", "fps", "frame_interval", "num_inference_steps")
-        rule = self._guidance_rule(None, None, None)
+        rule = self.guidance_rule()
         tile_frames = getattr(self.autoencoder, "tile_sample_frames", None)
         own_tiles = tile_frames == self.autoencoder.config.get("tile_sample_frames")
         return {
@@ -610,26 +623,6 @@ class OpenSoraPipeline(
             "scheduler": _describe_object(self.scheduler),
             "latent_space": self.autoencoder.latent_space.to_dict(),
         }
-
-
-def _check_time_shift(scheduler: Any, autoencoder: VideoCodec) -> None:
-    """A time shift counts latent frames; it must count them as the autoencoder makes them."""
-    if not getattr(scheduler, "use_timestep_transform", False):
-        return
-    for name in ("temporal_factor", "micro_frame_size"):
-        ours, theirs = getattr(scheduler, name), getattr(autoencoder, name)
-        if ours != theirs:
-            raise OpenSoraError(
-                f"the scheduler shifts its timesteps for {name}={ours}, but the autoencoder has {theirs}; "
-                f"make the scheduler with {name}={theirs}"
-            )
-
-
-def _check_trained_on(trained_on: Mapping[str, Any] | None, autoencoder: Any) -> None:
-    """A transformer works on the latents it was trained on, unless a user overrides what they stand for."""
-    if trained_on and "latent_space" in trained_on and not autoencoder.latent_space.overridden:
-        wanted = LatentSpace.from_dict(trained_on["latent_space"])
-        wanted.check_same(autoencoder.latent_space, here="the transformer's training", there="the autoencoder")
 
 
 def _describe_object(configured: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def measure(name: str, threads: int, steps: int, depths: list[int], sizes: list[
     latent_size = pipeline.autoencoder.latent_size((size.num_frames, size.height, size.width))
     clip = pipeline._clip_conditions(size, None, None)
     scheduler = pipeline._prepared_scheduler(None, None, None, clip, torch.device("cpu"))
-    rule = pipeline._guidance_rule(None, None, None, NOT_GIVEN)
+    rule = pipeline.guidance_rule(None, None, None, NOT_GIVEN)
 
     with torch.inference_mode():
         text, null = (_random_text(conditioner) for _ in range(2))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _AXES = (
     *("model", "adapter", "sampler", "num_inference_steps", "guidance_scale", "image_guidance_scale"),
-    *("cfg_channels", "channel_scales", "guider", "time_shift", "latent_space", "negative_prompt", "dtype"),
+    *("cfg_channels", "channel_scales", "guider", "time_shift", "fast", "latent_space", "negative_prompt", "dtype"),
 )
 _SIZES = ("num_frames", "resolution", "fps")
 _OF_GRIDS = (*_AXES, *_SIZES, "suite", "prompts", "seeds", "batch_size", "device", "rows_only")
@@ -57,6 +57,8 @@ class Compare:
     """How predictions with and without the text are combined: cfg, apg, cfg:guidance_rescale=0.7, ..."""
     time_shift: Annotated[tuple[float, ...], option("S ...", "the model's")] = ()
     """For rectified flow: above 1 more of the steps are spent at noisier times."""
+    fast: Annotated[tuple[str, ...], option("none|quality|balanced|draft ...", "none")] = ()
+    """How much of the network's work is forecast in place of being computed."""
     latent_space: Annotated[tuple[str, ...], option("X|JSON ...", "as declared")] = ()
     """What latents stand for: a scaling factor, or fields of the autoencoder's latent_space; declared for its own."""
     negative_prompt: Annotated[tuple[str, ...], option("TEXT ...", "none")] = ()
@@ -172,6 +174,7 @@ class Compare:
             "sampler": lambda text: None if text == "model" else text,
             "num_inference_steps": parse_steps,
             "cfg_channels": parse_cfg_channels,
+            "fast": lambda text: None if text == "none" else text,
             "latent_space": lambda text: None if text == "declared" else text,
             "negative_prompt": lambda text: text or None,
         }

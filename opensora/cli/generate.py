@@ -199,6 +199,9 @@ class Generate:
         from opensora.generation.measure import peak_memory, process_seconds
 
         sampling = clips[0].sampling
+        if made.num_forecast:
+            computed, how = made.num_evaluations, f"fast {sampling.fast}" if sampling.fast else "by a plan of its own"
+            say(f"made with {computed} of {computed + made.num_forecast} evaluations of the network, {how}")
         say(
             f"{'' if len(clips) == 1 else f'{len(clips)} times '}{size}; {sampling.file_fps:g} fps, "
             f"{sampling.num_inference_steps} steps: {process_seconds():.1f} s from start to end, "

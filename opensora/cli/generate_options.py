@@ -16,6 +16,7 @@ from opensora.generation.loading import parse_adapter
 from opensora.generation.request import DEFAULT_MODEL, split_paths
 from opensora.models.guiders import GUIDERS
 from opensora.models.schedulers import SAMPLERS
+from opensora.sampling.forecast_plan import FAST
 
 if TYPE_CHECKING:
     from opensora.refinement import Refiner
@@ -112,6 +113,10 @@ class SamplingOptions(GuidanceOptions):
     """For models that predict noise; dpm-solver++ guides all channels unless told otherwise."""
     time_shift: Annotated[float | None, option("S")] = None
     """For rectified flow: above 1 more of the steps are spent at noisier times, 1 spreads them evenly."""
+    fast: Annotated[str | None, option("|".join(FAST), "exact")] = None
+    """Compute fewer predictions of the network and forecast the others; what that costs says docs/performance.md."""
+    calibration: Annotated[Path | None, option("FILE", "the model's own, if it fits")] = None
+    """File of opensora calibrate, which says what --fast forecasts."""
     latent_space: Annotated[str | None, option("X|JSON", "as declared")] = None
     """Take latents for other numbers than the autoencoder declares: a scaling factor, or fields of its latent_space."""
 

@@ -26,6 +26,7 @@ from opensora.errors import OpenSoraError, Terminated, is_out_of_memory
 
 COMMANDS = {
     "generate": "turn a prompt into a video",
+    "calibrate": "find out what of a model's work generate --fast may forecast",
     "data": "make a table of clips, and see what training will make of it",
     "train": "train a model by a recipe",
     "evaluate": "measure what a model can do",

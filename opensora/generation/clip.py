@@ -27,11 +27,14 @@ class Clip:
         frames: uint8, (T, H, W, 3).
         fps: frames per second.
         record: how the clip was made, enough to make it again; None if nobody knows.
+        num_evaluations, num_forecast: see `OpenSoraPipelineOutput`; of this clip, 0 if nobody knows.
     """
 
     frames: np.ndarray
     fps: float
     record: Record | None = None
+    num_evaluations: int = 0
+    num_forecast: int = 0
 
     @classmethod
     def of(cls, output: "OpenSoraPipelineOutput", fps: float | None = None, number: int = 0) -> "Clip":

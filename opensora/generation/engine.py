@@ -16,6 +16,7 @@ import torch
 
 from opensora.errors import OpenSoraError, is_out_of_memory
 from opensora.generation.clip import Clip, to_uint8
+from opensora.generation.fast import with_forecast
 from opensora.generation.guidance import equal_strength_note, pipeline_guidance
 from opensora.generation.inputs import (
     InputFiles,
@@ -205,6 +206,7 @@ class Engine:
                 inputs = placed_by_type(pipeline, inputs, files, request, sampling)
             if not self._allows_idle:
                 check_effects(request, sampling, sequential_guidance=pipeline.sequential_guidance)
+            sampling, unfit = with_forecast(pipeline, request, sampling, self.model)
             num_frames = total_frames(pipeline, sampling)  # refuses frames to be carried over that are too many
             rates = (sampling.input_fps, sampling.file_fps)
             key = (inputs, sampling.size, sampling.num_loops, sampling.condition_frames, *rates)
@@ -215,6 +217,7 @@ class Engine:
             texts, negatives = request.texts(), [request.negative_prompt] if request.negative_prompt else []
             notes = [*former_name(request.cond_type), *pipeline.text_notes(texts, negatives, sampling.scores)]
             notes += equal_strength_note(pipeline, request)
+            notes += unfit
             notes += notes_on_files(inputs, files, sampling)
             spelled = pipeline.spell(texts, sampling.scores)
             negative = next(iter(pipeline.spell_negative(negatives)), None)
@@ -265,8 +268,9 @@ class Engine:
                 "choose fewer `num_frames`, or a smaller `resolution` or `height` and `width`"
             ) from error
         watch.check()
+        counted = (output.num_evaluations // len(prepared), output.num_forecast // len(prepared))
         return [
-            Clip(to_uint8(frames), sampling.file_fps, self._record(clip, output.settings))
+            Clip(to_uint8(frames), sampling.file_fps, self._record(clip, output.settings), *counted)
             for frames, clip in zip(output.frames, prepared, strict=True)
         ]
 
@@ -383,5 +387,6 @@ def _sample(prepared: Sequence[PreparedClip], watch: _Watch) -> "OpenSoraPipelin
         scores=sampling.scores,
         num_inference_steps=sampling.num_inference_steps,
         **pipeline_guidance(sampling),
+        forecast=sampling.forecast,
         callback_on_step_end=watch.step_done,
     )

@@ -25,12 +25,14 @@ class LoadedModel:
         sha256: over weights and configuration, see `checkpoints.source.ModelSource.hash`.
         components: parts that took the place of the model's own, by the name of their file or folder.
         adapters: merged into the transformer.
+        folder: where it lies, which no record tells; None for a published model, whose parts lie apart.
     """
 
     name: str
     sha256: str
     components: dict[str, str] = dataclasses.field(default_factory=dict)
     adapters: tuple[UsedAdapter, ...] = ()
+    folder: Path | None = None
 
 
 def locate_model(
@@ -97,7 +99,8 @@ def load_model(
 
     check_dtype(request.dtype)
     device = loading.choose_device(request.device)
-    found = ModelSource.find(request.model_name, request.components).hash()
+    source = ModelSource.find(request.model_name, request.components)
+    found = source.hash()
     if record is not None:
         check_same_model(record, found)
     adapters = used_adapters(request, record)
@@ -112,7 +115,8 @@ def load_model(
     )
     pipe.set_progress_bar_config(disable=True)
     components = {name: path.name for name, path in request.components.items()}
-    return pipe, LoadedModel(_recorded_name(request.model_name), found, components, tuple(adapters.values()))
+    name = _recorded_name(request.model_name)
+    return pipe, LoadedModel(name, found, components, tuple(adapters.values()), source.folder)
 
 
 def used_adapters(request: ClipRequest, record: Record | None = None) -> dict[Path, UsedAdapter]:

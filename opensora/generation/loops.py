@@ -54,8 +54,8 @@ def generate_loops(
             `return_dict`.
 
     Returns:
-        As the pipeline, with frames (B, T, 3, H, W) of the whole videos, without `still_frames`, and the settings of
-        the first loop, but for `prompt` and `negative_prompt`, which are as given here.
+        As the pipeline, with frames (B, T, 3, H, W) of the whole videos, without `still_frames`, evaluations of all
+        loops, and the settings of the first, but for `prompt` and `negative_prompt`, which are as given here.
 
     Raises:
         OpenSoraError: as the pipeline; fewer than one loop, or more frames carried over than a clip has to spare.
@@ -84,6 +84,7 @@ def generate_loops(
     clips: list[Tensor] = []
     given: list[FrameConditioning | None] = []
     settings: dict[str, Any] = {}
+    num_evaluations = num_forecast = 0
     for loop in range(num_loops):
         if on_loop is not None:
             on_loop(loop)
@@ -109,6 +110,7 @@ def generate_loops(
         )
         clips.append(output.frames)
         settings = settings or output.settings
+        num_evaluations, num_forecast = num_evaluations + output.num_evaluations, num_forecast + output.num_forecast
     if in_latents:
         latents = torch.cat([clips[0], *(clip[:, :, carried:] for clip in clips[1:])], dim=2)
         frames = _decoded(pipeline, latents, latent_frames)
@@ -117,7 +119,7 @@ def generate_loops(
     head, tail = still_frames(pipeline, size, given)
     frames = frames[:, head : frames.shape[1] - tail]
     said = {"prompt": prompts, "negative_prompt": negative_prompt}
-    return OpenSoraPipelineOutput(frames, {**settings, **said})
+    return OpenSoraPipelineOutput(frames, {**settings, **said}, num_evaluations, num_forecast)
 
 
 def goes_on_in_latents(pipeline: OpenSoraPipeline, size: VideoSize, carried: int) -> bool:

@@ -18,6 +18,7 @@ from opensora.generation.request import ClipRequest, DType, ImageOrigin
 from opensora.geometry import VideoSize
 from opensora.media.read import read_metadata
 from opensora.media.write import frames_folder
+from opensora.sampling.forecast_plan import ForecastPlan
 from opensora.settings import from_dict, to_dict
 
 # Libraries whose version can change the numbers.
@@ -44,6 +45,8 @@ class Sampling:
         guider: as `models.guiders` reads it; None for the model's own rule.
         sampler: as `use_sampler` takes it; None for the model's own.
         time_shift: as `use_time_shift` takes it; None for the model's own.
+        fast: how much was forecast, as it was asked for; None for nothing, or for a plan of one's own.
+        forecast: what was forecast in place of being computed; None for nothing.
         scores: that the prompt ended in, by name.
         num_loops: clips that the video was made of.
         condition_frames: latent frames carried from loop to loop, or taken over from a clip that is extended; None for
@@ -73,6 +76,8 @@ class Sampling:
     channel_scales: list[float] | None = None
     guider: str | None = None
     time_shift: float | None = None
+    fast: str | None = None
+    forecast: ForecastPlan | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -268,6 +273,8 @@ def request_of(record: Record, files: Mapping[InputFile, Path]) -> ClipRequest:
         guider=sampling.guider if sampling.is_guided else None,
         sampler=sampling.sampler,
         time_shift=sampling.time_shift,
+        fast=sampling.fast,
+        forecast=sampling.forecast,
         latent_space=_overriding_space(record),
         scores=sampling.scores or {},
         image=place(named.image),

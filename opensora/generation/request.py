@@ -24,6 +24,7 @@ from opensora.models.guiders import parse_guider
 from opensora.models.schedulers import SAMPLERS
 from opensora.models.text.condition_types import check_condition_type
 from opensora.models.text.prompts import parse_mask_strategy, split_loops, split_references
+from opensora.sampling.forecast_plan import FAST, ForecastPlan
 from opensora.settings import from_dict, nearest_name, to_dict
 
 DEFAULT_MODEL = "toybox"
@@ -121,6 +122,10 @@ class ClipRequest:
             model's own rule.
         sampler: as `OpenSoraPipeline.use_sampler` takes it.
         time_shift: of rectified flow, as `OpenSoraPipeline.use_time_shift` takes it.
+        fast: how much of the network's work is left out and forecast instead: "quality", "balanced", "draft"; None for
+            nothing, see `generation.fast`.
+        calibration: file of `opensora calibrate` that says where; None for the model's own, if it has one that fits.
+        forecast: the plan of that itself, in place of what `fast` would choose.
         latent_space: what latents stand for, in place of what the autoencoder declares: a scaling factor, or fields of
             its `latent_space` (an object, or its JSON), what they leave out staying as declared.
         scores: in place of the model's defaults, by name; None switches one off.
@@ -173,6 +178,9 @@ class ClipRequest:
     guider: str | None = None
     sampler: str | None = None
     time_shift: float | None = None
+    fast: str | None = None
+    calibration: Path | None = None
+    forecast: ForecastPlan | None = None
     latent_space: float | str | dict[str, Any] | None = None
     scores: dict[str, float | str | None] = field(default_factory=dict)
 
@@ -394,6 +402,10 @@ def _check_sampling(request: ClipRequest) -> None:
             raise OpenSoraError("`guider` knows text alone; leave out `image_guidance_scale`")
     if request.time_shift is not None and not 0 < request.time_shift < math.inf:
         raise OpenSoraError(f"`time_shift` is {request.time_shift:g}, expected a number above 0 (1 shifts nothing)")
+    if request.fast is not None and request.fast not in FAST:
+        raise OpenSoraError(f"unknown `fast` {request.fast!r}{nearest_name(request.fast, FAST)}")
+    if request.calibration is not None and request.fast is None:
+        raise OpenSoraError("`calibration` says what `fast` leaves out; give `fast`, or leave out `calibration`")
     if request.latent_space is not None:
         from opensora.models.autoencoders.latent_space import parse_override  # which needs torch
 

@@ -126,6 +126,8 @@ def resolve(pipe: "OpenSoraPipeline", request: ClipRequest, edited_frames: Edite
         guider=request.guider,
         sampler=request.sampler,
         time_shift=request.time_shift,
+        fast=request.fast,
+        forecast=request.forecast,
         scores={**(config.scores or {}), **(pipe.rated_scores(request.scores, request.fps) or {})} or None,
         num_loops=request.num_loops,
         condition_frames=request.condition_frame_length,

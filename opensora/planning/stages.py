@@ -104,7 +104,7 @@ def branches_of(pipeline: OpenSoraPipeline, clip: Clip) -> tuple[str, ...]:
     """Branches of guidance in the first step, in which no model's own rule leaves any out."""
     if not clip.guided:
         return ("text",)
-    rule = pipeline._guidance_rule(None, None, None)
+    rule = pipeline.guidance_rule()
     return rule.branches(GuidanceStep(0, 1000, 1000.0, clip.conditioned))
 
 

@@ -55,11 +55,11 @@ class GuidingMixin:
         """Which channels are guided unless a call says otherwise: the model's, but all with DPM-Solver++."""
         return None if self.scheduler.guides_all_channels else self.config.cfg_channels
 
-    def _guidance_rule(
+    def guidance_rule(
         self,
-        guider: Any,
-        guidance_scale: float | None,
-        image_guidance_scale: float | None,
+        guider: Any = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         cfg_channels: CfgChannels | NotGiven = NOT_GIVEN,
         channel_scales: ChannelScales | None = None,
     ) -> GuidanceRule:
@@ -81,8 +81,8 @@ class GuidingMixin:
 
             def rule_at(scale: float, channels: Sequence[int]) -> GuidanceRule:
                 if guider is None:
-                    return self._guidance_rule(None, scale, image_guidance_scale, channels)
-                return self._guidance_rule(at_scale(guider, scale), None, None, channels)
+                    return self.guidance_rule(None, scale, image_guidance_scale, channels)
+                return self.guidance_rule(at_scale(guider, scale), None, None, channels)
 
             return ChannelScaleGuidance(resolve_channel_scales(channel_scales, latent_channels), rule_at)
         if is_rule(guider):

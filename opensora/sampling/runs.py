@@ -6,7 +6,7 @@ and caches ask for it: `num_timesteps`, `guidance_scale`, `current_timestep`, `i
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,7 @@ from opensora.models.clip_conditions import ClipConditions
 from opensora.models.guidance import GuidanceRule, GuidanceStep
 from opensora.models.schedulers.frames import choose_frames
 from opensora.models.text.conditioner import TextStates
+from opensora.sampling.forecast import Forecast
 from opensora.sampling.frames import renoise_known_frames
 
 CALLBACK_TENSORS = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
@@ -41,6 +42,7 @@ class Run:
         frame_strength: (B, T'), the denoising strength of each frame; None for 1.
         generators: one per clip.
         channels: known frames in channels beside the noise; None for none.
+        forecast: what is forecast in place of being computed; None for nothing.
         clips_known: for each clip, whether several of these follow each other.
         denoiser: the network and the branches of guidance.
         timestep: of the present step.
@@ -58,6 +60,7 @@ class Run:
     frame_strength: Tensor | None
     generators: list[torch.Generator]
     channels: ChannelConditioning | None = None
+    forecast: Forecast | None = None
     clips_known: tuple[bool, ...] = field(init=False)
     denoiser: Denoiser = field(init=False)
     timestep: Tensor | None = None
@@ -82,6 +85,8 @@ class Run:
             sequential=pipeline.sequential_guidance,
             ranks=pipeline.ranks,
         )
+        if self.forecast is not None:
+            self.forecast.forget()
 
     def guidance_step(self, index: int) -> GuidanceStep:
         """A step as the rule of guidance sees it."""
@@ -101,11 +106,24 @@ class Run:
             )
         return frame_mask
 
+    def predict(self, names: Sequence[str], latents: Tensor, frame_mask: Tensor | None, step: int) -> dict[str, Tensor]:
+        """The predictions of some branches, see `Denoiser.__call__`; some may be forecast."""
+        assert self.timestep is not None
+        where: dict[str, int] = {"step": step, "num_steps": self.num_steps}
+        if self.forecast is None:
+            return self.denoiser(names, latents, self.timestep, frame_mask, **where)
+        return self.forecast(self.denoiser, names, latents, self.timestep, frame_mask, **where)
+
     def finish(self) -> Tensor:
         """The latents after the last step, with pictures put back if the model's are kept."""
         if self.channels is None or self.pipeline.config.known_frames != "pictures kept":
             return self.latents
         return choose_frames(self.channels.single_frames, self.channels.latents, self.latents)
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """Evaluations that were made so far, and those that were forecast, on this rank."""
+        return self.denoiser.num_evaluations, 0 if self.forecast is None else self.forecast.num_saved
 
     @property
     def guidance_scale(self) -> float | None:
@@ -140,7 +158,10 @@ class Run:
             if value is not None and (shape is None or shape[: len(wanted)] != wanted):
                 found = type(value).__name__ if shape is None else tuple(shape)
                 raise OpenSoraError(f"a callback returned {name} of {found}; this run's begin with {tuple(wanted)}")
-        self.latents = changes.get("latents", self.latents).to(self.latents)
+        latents = changes.get("latents", self.latents).to(self.latents)
+        if self.forecast is not None and latents is not self.latents:
+            self.forecast.forget()
+        self.latents = latents
         text = self._read(changes.get("prompt_embeds", self.text), self.text)
         negative = self._read(changes.get("negative_prompt_embeds", self.negative), self.negative)
         if text is not self.text or negative is not self.negative:

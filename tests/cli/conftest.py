@@ -88,7 +88,8 @@ class NoisePipeline:
             callback_on_step_end(self, step, step, {})
         size = (1, sampling["num_frames"], 3, sampling["height"], sampling["width"])
         frames = torch.rand(size, generator=generator[0])
-        return SimpleNamespace(frames=frames * (np.nan if self.nan else 1), settings={"dtype": "float32"})
+        frames = frames * (np.nan if self.nan else 1)
+        return SimpleNamespace(frames=frames, settings={"dtype": "float32"}, num_evaluations=6, num_forecast=0)
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def pipe(monkeypatch, tmp_path):
     def find(name, components=None, *, download=False):
         if name not in ("toybox", "toybox-iddpm", "other", "/home/somebody/other"):
             raise OpenSoraError(f"unknown model {name!r}; known are toybox, toybox-iddpm")
-        return SimpleNamespace(hash=lambda: fake.hash)
+        return SimpleNamespace(hash=lambda: fake.hash, folder=None)
 
     def load_pipeline(name, *, device, dtype, override_latent_space, components, adapters, offload):
         fake.asked = SimpleNamespace(name=name, device=str(device), dtype=dtype, components=components)
