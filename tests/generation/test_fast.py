@@ -88,7 +88,7 @@ def test_a_clip_is_made_again_from_its_record(engine: Engine, asked: ClipRequest
     (tmp_path / "found.json").unlink()
     again = request_of(read_record(path), {})
     assert again.fast == "quality" and again.forecast == PLANS[1].plan
-    again = dataclasses.replace(again, model=asked.model)
+    again = dataclasses.replace(again, model=asked.model, dtype=None)
     assert np.array_equal(engine.generate(again).frames, clip.frames)
     assert json.loads(path.with_name("clip.mp4.json").read_text())["sampling"]["forecast"]["steps"]
 
@@ -133,7 +133,7 @@ def test_calibrated_and_generated(engine: Engine, tmp_path: Path, capsys: pytest
     """The whole way: a model in a folder, its calibration beside it, clips that say what they cost."""
     model, clip = tmp_path / "model", str(tmp_path / "clip.mp4")
     make_pipeline("iddpm", num_inference_steps=6).save_pretrained(model)
-    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na large blue cube spins\n")
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na large blue ring spins\n")
     asked = ["calibrate", str(model), "--prompts", "2", "--device", "cpu"]
     assert main(asked) == 2
     assert "which prompts is" in capsys.readouterr().err and not (model / FOLDER).exists()
@@ -160,4 +160,5 @@ def test_bundled_models_bring_a_calibration_of_their_default_steps() -> None:
         assert source.folder is not None
         found = Calibration.read(source.folder / FOLDER / "default.json")
         assert found.model_hash == source.hash() and found.num_steps == steps
-        assert [found.rated(fast).evaluations for fast in FAST] == [int(2 * steps * share) for share in FAST.values()]
+        for fast, share in FAST.items():
+            assert 0.9 * share < found.rated(fast).evaluations / (2 * steps) <= share

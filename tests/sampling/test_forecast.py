@@ -202,7 +202,7 @@ def test_frames_that_begin_later_are_computed_first() -> None:
 @pytest.mark.parametrize("name", ["latents", "prompt_embeds"])
 def test_what_a_callback_changes_is_computed_next(name: str) -> None:
     pipe = make_pipeline()
-    other, _ = pipe.encode_prompt("a large blue cube")
+    other, _ = pipe.encode_prompt("a large blue ring")
 
     def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         changed = tensors["latents"] + 1 if name == "latents" else other
