@@ -1,4 +1,4 @@
-"""What `generate --fast` costs: `python benchmarks/fast.py ROWS.jsonl [--model toybox] [--prompts 200]`.
+"""What `generate --fast` costs: `python -m benchmarks fast ROWS.jsonl` makes a table of docs/performance.md.
 
 Clips of held-out toy prompts are made exactly, with every way of --fast, and with as few steps as cost as much, all
 from the same noise. Told are evaluations of the network, decibels against the exact clip, and what the judge reads
@@ -7,6 +7,7 @@ right; 95 % intervals. ROWS.jsonl is kept batch by batch, and the same command g
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from opensora.evaluation.intervals import mean_interval
@@ -51,14 +52,16 @@ def rows_of(engine: Engine, judge, prompts: list[SuitePrompt], requests: dict[st
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks fast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path)
     parser.add_argument("--model", default="toybox")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     engine, judge = Engine.load(ClipRequest("", model=args.model, dtype=args.dtype)), load_judge()
     prompts, requests = read_suite("toybox", args.prompts), columns(engine)
     for start in range(0, len(prompts), args.batch_size):
@@ -77,7 +80,3 @@ def main() -> None:
         worst = sorted(decibels)[len(decibels) // 20]
         shares = mean_interval([100 * value for value in right], ids)
         print(f"{name:10}  {rows[0]['evaluations']:11}  {mean_interval(decibels, ids)!s:20}  {worst:11.1f}  {shares}")
-
-
-if __name__ == "__main__":
-    main()
