@@ -13,6 +13,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from opensora.models.pieces import in_cache, is_hooked
+
 # Within these bounds two batched products and a softmax take the place of the fused kernel on a CPU. Measured without
 # AMX, forward and backward: in bf16 5 to 10 times as fast from 5 to 128 keys, in float32 a little faster; from 256 keys
 # on the fused kernel wins. Where a processor has AMX it wins earlier: at 100 keys of text it takes 0.6 of the time, at
@@ -181,12 +183,20 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     def attend_all(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Every token attends to all, (3, B, H, N, d) to (B, H, N, d); `rope` holds tables of the N positions."""
         query, key, value = qkv.unbind()
-        if rope is not None and self.rotate_before_norm:
-            query, key = rotate(query, rope), rotate(key, rope)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if rope is not None and not self.rotate_before_norm:
-            query, key = rotate(query, rope), rotate(key, rope)
+        query, key = self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope)
         return attend(query, key, value, backend=self.processor)
+
+    def _placed(self, states: Tensor, norm: nn.Module, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries or keys (B, H, N, d), normed and turned by their positions."""
+
+        def placed(states: Tensor) -> Tensor:
+            if rope is None:
+                return norm(states)
+            return norm(rotate(states, rope)) if self.rotate_before_norm else rotate(norm(states), rope)
+
+        if is_hooked(norm) or (rope is None and isinstance(norm, nn.Identity)):
+            return placed(states)
+        return in_cache(placed, states)
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):

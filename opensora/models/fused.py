@@ -10,6 +10,9 @@ as long as before in bf16. Where GELU is exact, no bit of float32 changes.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from opensora.models.pieces import is_hooked, is_whole
 
 ROWS = 1024
 """Of a piece: enough for the products to be as quick as in one, few enough for the cache."""
@@ -41,7 +44,7 @@ def gelu_mlp(hidden_states: Tensor, fc1: nn.Module, fc2: nn.Module, approximate:
     """
     if type(fc1) is not GELULinear:
         return fc2(F.gelu(fc1(hidden_states), approximate=approximate))
-    if type(fc2) is not nn.Linear or _is_hooked(fc1) or _is_hooked(fc2) or not _is_fused(fc1, hidden_states):
+    if type(fc2) is not nn.Linear or is_hooked(fc1) or is_hooked(fc2) or not _is_fused(fc1, hidden_states):
         return fc2(fc1(hidden_states, approximate))
     rows = hidden_states.reshape(-1, fc1.in_features)
     made = torch.cat([fc2(fc1(piece, approximate)) for piece in rows.split(ROWS)])
@@ -52,16 +55,15 @@ def _is_fused(linear: nn.Linear, hidden_states: Tensor) -> bool:
     """Whether oneDNN computes the product and GELU at once: dense weights on a CPU, no gradients, nothing compiled."""
     if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or not hidden_states.numel():
         return False
-    if not _HAS_ONEDNN or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not _HAS_ONEDNN or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_whole():
         return False
     weight = linear.weight
-    is_dense = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == hidden_states.dtype
+    is_dense = (
+        type(weight.data) in (Tensor, FakeTensor)
+        and weight.device.type == "cpu"
+        and weight.dtype == hidden_states.dtype
+    )
     return is_dense and (
         weight.dtype == torch.float32
         or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    """Whether something does more at every call, such as bringing weights in."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))

@@ -6,6 +6,7 @@ to bring them in; tiles that overlap are decoded without knowing of each other; 
 eight bits round more. So they are tried in this order: what costs less comes first.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from opensora.containers.tensors import PORTION_BYTES
 from opensora.models.autoencoders.tiles import TiledCodec
 from opensora.models.int8 import linear_layers, saved_bytes
 from opensora.models.network import blocks_of
+from opensora.models.pieces import in_whole
 from opensora.offloading import Offload
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, alike, network_of, run_stage
@@ -43,8 +45,8 @@ class Surcharge:
         return weight_bytes + round(activation_bytes * (1 + self.share_of_activations)) + self.fixed_bytes
 
 
-# Python and the libraries, estimated; freed memory goes back to the system.
-CPU = Surcharge(fixed_bytes=800 * 2**20, share_of_activations=0.0)
+# Python and the libraries (`benchmarks/max_memory.py`); freed memory goes back to the system.
+CPU = Surcharge(fixed_bytes=600 * 2**20, share_of_activations=0.0)
 # Not measured: the driver's context and its libraries' workspaces, and a margin for the caching allocator.
 ACCELERATOR = Surcharge(fixed_bytes=700 * 2**20, share_of_activations=0.1)
 
@@ -160,9 +162,10 @@ class Planner:
 
     def _trace(self, stage: str, choices: Choices) -> StageMemory:
         network = network_of(self._pipeline, stage, choices)
-        activation_bytes = self._tracer.peak_bytes(
-            lambda: run_stage(self._pipeline, stage, self._clip, choices), alike(self._pipeline, stage)
-        )
+        with contextlib.nullcontext() if self.surcharge is CPU else in_whole():
+            activation_bytes = self._tracer.peak_bytes(
+                lambda: run_stage(self._pipeline, stage, self._clip, choices), alike(self._pipeline, stage)
+            )
         if stage == "decode":
             return StageMemory(stage, weight_bytes(network), weight_bytes(network), activation_bytes)
         networks = list(network) if isinstance(network, nn.ModuleList) else [network]

@@ -64,21 +64,14 @@ def default(planner: Planner) -> Choices:
     ids=["float32", "bfloat16", "in portions"],
 )
 def test_tensors_without_data_take_what_real_ones_take(planner, stage, choices):
-    """The same code, once on networks without data and once on real ones, counted the same way.
-
-    Real ones on a CPU take less for an MLP, which is worked on in pieces: plans are for accelerators, too.
-    """
+    """The same code, once on networks without data and once on real ones, counted the same way."""
     predicted = next(memory for memory in planner.stages(choices) if memory.name == stage)
     pipeline = make_wide_pipeline()
     network = network_of(pipeline, stage, choices)
     memory = LiveMemory()
     with memory:
         run_stage(pipeline, stage, Clip(SIZE), choices)
-    assert (
-        0.97 * memory.peak_bytes
-        <= predicted.activation_bytes
-        <= (1.1 if stage == "denoise" else 1.03) * memory.peak_bytes
-    )
+    assert 0.97 * memory.peak_bytes <= predicted.activation_bytes <= 1.03 * memory.peak_bytes
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*network.parameters(), *network.buffers())}
     assert predicted.weight_bytes == sum(tensors.values())
 
@@ -114,7 +107,7 @@ def test_windows_can_be_planned(tmp_path):
     text, denoise, decode = planner.stages(default(planner))
     assert min(text.activation_bytes, denoise.activation_bytes, decode.activation_bytes) > 0
     longer = Planner(tracer, meta_pipeline(tracer, tmp_path).pipeline, Clip(VideoSize(33, 48, 64)))
-    assert longer.stages(default(planner))[1].activation_bytes > 1.5 * denoise.activation_bytes
+    assert longer.stages(default(planner))[1].activation_bytes > 1.3 * denoise.activation_bytes
 
 
 def test_an_autoencoder_that_works_in_tiles_may_have_smaller_ones(tmp_path):
@@ -212,3 +205,12 @@ def test_measured_peaks_are_near(tmp_path):
     assert result.returncode == 0, result.stderr
     row = result.stdout.splitlines()[-1]
     assert 0.85 < float(row.split("|")[-2]) < 1.15, row
+
+
+def test_what_a_cpu_does_in_pieces_an_accelerator_does_in_whole(folder):
+    tracer, choices = Tracer(), Choices(torch.float32)
+    pipeline = meta_pipeline(tracer, folder).pipeline
+    peaks = [
+        Planner(tracer, pipeline, Clip(SIZE), where).stages(choices)[1].activation_bytes for where in (CPU, ACCELERATOR)
+    ]
+    assert peaks[0] < peaks[1]
