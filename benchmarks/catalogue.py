@@ -24,6 +24,7 @@ TABLES = {
     "sequence-parallel": "what sharing a clip's tokens among processes costs",
     "cards": "what makes a clip fit on cards of 8 to 80 GB (docs/memory.md)",
     "memory": "predicted against measured memory of a clip's stages (docs/memory.md)",
+    "max-memory": "whether --max-memory keeps its word (docs/memory.md)",
     "train-memory": "the same of training (docs/memory.md)",
     "loading": "peak memory of loading (docs/memory.md)",
     "input-memory": "memory that a long clip takes as an input (docs/memory.md)",

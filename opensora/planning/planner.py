@@ -45,7 +45,7 @@ class Surcharge:
         return weight_bytes + round(activation_bytes * (1 + self.share_of_activations)) + self.fixed_bytes
 
 
-# Python and the libraries (`benchmarks/max_memory.py`); freed memory goes back to the system.
+# Python and the libraries (`python -m benchmarks max-memory`); freed memory goes back to the system.
 CPU = Surcharge(fixed_bytes=600 * 2**20, share_of_activations=0.0)
 # Not measured: the driver's context and its libraries' workspaces, and a margin for the caching allocator.
 ACCELERATOR = Surcharge(fixed_bytes=700 * 2**20, share_of_activations=0.1)

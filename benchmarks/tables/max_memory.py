@@ -1,4 +1,4 @@
-"""Whether `--max-memory` keeps its word: `python benchmarks/max_memory.py` prints the table of docs/memory.md.
+"""Whether `--max-memory` keeps its word: `python -m benchmarks max-memory` prints the table of docs/memory.md.
 
 Every row is a clip of a published model at its full width and depth, or with fewer layers where the row says so, with
 random weights in a folder (up to 3 GB in the system's folder for temporary files, removed afterwards), made by
@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import PROMPT, Row, write_configurations
 from safetensors.torch import save_file
 
+from benchmarks.tables.memory import PROMPT, Row, write_configurations
 from opensora.planning.meta_pipeline import meta_pipeline
 from opensora.planning.tracing import Tracer
 from opensora.toybox.captions import build_tokenizer
@@ -106,10 +107,12 @@ def options(size: tuple[int, int, int]) -> list[Any]:
     return ["--num-frames", frames, "--height", height, "--width", width, "--num-inference-steps", 1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks max-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows that hold this text")
-    only = parser.parse_args().only
+    only = parser.parse_args(argv).only
     print("| configuration | allowed | chosen | predicted | measured | with mapped files | measured / predicted |")
     print("|---|---:|---|---:|---:|---:|---:|", flush=True)
     made: tuple[Row, tempfile.TemporaryDirectory[str]] | None = None
@@ -133,7 +136,3 @@ def main() -> None:
         print(f"| {one} | {allowed} | {told[1]} | {' | '.join(cells)} | {own / GB / predicted:.2f} |", flush=True)
     if made is not None:
         made[1].cleanup()
-
-
-if __name__ == "__main__":
-    main()
