@@ -61,7 +61,7 @@ class Way:
 
     Attributes:
         seconds: of each round, by the clock.
-        cpu_seconds: of each round, of all threads of this process together.
+        cpu_seconds: of each round, of all threads of this process and of those it started.
         figures: what the way itself reported, by name, of each round.
         counts: floating-point operations, bytes, operations, copies and tensors made; empty where it is not counted.
     """
@@ -80,6 +80,7 @@ class Measured:
         case, size, name: what it is.
         ways: by name.
         ratios: "a / b" -> a's seconds over b's, of each round.
+        cpu_ratios: the same of seconds of a core, which other work on the machine changes less.
         probe_tflops: what a product of matrices reached just before and just after, 10^12 operations a second.
         note: of the comparison.
         conclusion: of `Comparison.conclude`.
@@ -90,6 +91,7 @@ class Measured:
     name: str
     ways: dict[str, Way]
     ratios: dict[str, list[float]]
+    cpu_ratios: dict[str, list[float]]
     probe_tflops: tuple[float, float]
     note: str = ""
     conclusion: "Conclusion | None" = None

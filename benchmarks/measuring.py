@@ -1,6 +1,7 @@
 """Measures a comparison on a machine that may be shared: all ways in every round, and ratios within a round."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def measure(case: str, size: str, comparison: Comparison, rounds: int, dtype: to
         size,
         comparison.name,
         ways,
-        {f"{a} / {b}": ratios(ways[a], ways[b]) for a, b in pairs},
+        {f"{a} / {b}": ratios(ways[a].seconds, ways[b].seconds) for a, b in pairs},
+        {f"{a} / {b}": ratios(ways[a].cpu_seconds, ways[b].cpu_seconds) for a, b in pairs},
         (before, after),
         comparison.note,
     )
@@ -52,9 +54,9 @@ def measure(case: str, size: str, comparison: Comparison, rounds: int, dtype: to
     return measured
 
 
-def ratios(first: Way, second: Way) -> list[float]:
+def ratios(first: list[float], second: list[float]) -> list[float]:
     """Seconds of one way over those of another, round by round."""
-    return [a / b for a, b in zip(first.seconds, second.seconds, strict=True)]
+    return [a / b for a, b in zip(first, second, strict=True)]
 
 
 def probe(dtype: torch.dtype, runs: int = 8) -> float:
@@ -102,9 +104,15 @@ def _floor(counted: Counted, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def _time(run: Run, way: Way) -> None:
-    cpu_started, started = time.process_time(), time.perf_counter()
+    cpu_started, started = _cpu_seconds(), time.perf_counter()
     made = run()
     way.seconds.append(time.perf_counter() - started)
-    way.cpu_seconds.append(time.process_time() - cpu_started)
+    way.cpu_seconds.append(_cpu_seconds() - cpu_started)
     for name, value in made.items() if isinstance(made, Figures) else ():
         way.figures.setdefault(name, []).append(value)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it started that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system

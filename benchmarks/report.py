@@ -27,7 +27,7 @@ def print_table(measured: Measured) -> None:
     for name, way in measured.ways.items():
         print(f"| {name} | {' | '.join(_cells(way))} |")
     for name, values in measured.ratios.items():
-        print(f"{name}: {median_and_range(values)}")
+        print(f"{name}: {median_and_range(values)}; of a core {median_and_range(measured.cpu_ratios[name])}")
     for name, way in measured.ways.items():
         for figure, values in way.figures.items():
             print(f"{name}, {figure}: {median_and_range(values)}")
@@ -71,7 +71,7 @@ def draw(found: Sequence[Measured], path: Path) -> None:
     figure = import_matplotlib()(figsize=(8, 2.6 * len(found) + 0.4), layout="constrained")
     panels = figure.subplots(len(found), squeeze=False)
     for panel, measured in zip(panels[:, 0], found, strict=True):
-        panel.set_title(f"{measured.case} {measured.size}: {measured.name}", fontsize=10)
+        panel.set_title(f"{measured.case} {measured.size}: {measured.name}", fontsize=9, loc="left")
         line = (measured.conclusion.figures if measured.conclusion else {}).get("line")
         if line is None:
             _bars(panel, measured)

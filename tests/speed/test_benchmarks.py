@@ -156,6 +156,7 @@ def test_an_allocator_is_there_from_the_start(allocator, before, tmp_path):
 def test_ways_take_turns_and_ratios_are_those_of_a_round(monkeypatch):
     clock, order = [0.0], []
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring, "_cpu_seconds", lambda: 10 * clock[0])
     monkeypatch.setattr(measuring, "probe", lambda dtype: 1.0)
 
     def way(name, seconds):
@@ -170,7 +171,8 @@ def test_ways_take_turns_and_ratios_are_those_of_a_round(monkeypatch):
     measured = measuring.measure("case", "size", comparison, 3, torch.float32)
     assert sorted(order[:2]) == ["one", "two"]  # warming up
     assert order[2:] == ["one", "two", "two", "one", "one", "two"]
-    assert measured.ratios == {"one / two": [2.0, 2.0, 2.0]}
+    assert measured.ratios == measured.cpu_ratios == {"one / two": [2.0, 2.0, 2.0]}
+    assert measured.ways["two"].cpu_seconds == [10 * seconds for seconds in measured.ways["two"].seconds]
     assert measured.ways["one"].figures == {"part": [2.0, 2.0, 2.0]}
 
 
@@ -182,7 +184,7 @@ def test_the_straight_line_and_what_is_furthest_from_it():
             f"{n}": Way(seconds=[s], counts={"flops": int(w)})
             for n, (w, s) in enumerate(zip(work, seconds, strict=True))
         }
-        return straight_line(Measured("scaling", "tiny", "a", ways, {}, (1.0, 1.0)))
+        return straight_line(Measured("scaling", "tiny", "a", ways, {}, {}, (1.0, 1.0)))
 
     exact = measured([3.5, 4.0, 5.0, 11.0])
     assert exact.figures["line"] == pytest.approx({"seconds": 3.0, "seconds per TFLOP": 0.5})
