@@ -44,7 +44,7 @@ from opensora.models.schedulers.base import check_scheduler
 from opensora.models.text.conditioner import TextStates
 from opensora.models.text.prompts import as_prompt_lists
 from opensora.offloading import Offloader
-from opensora.sampling.belonging import check_time_shift, check_trained_on
+from opensora.sampling.belonging import check_distilled_from, check_time_shift, check_trained_on, describe_object
 from opensora.sampling.finite import check_finite
 from opensora.sampling.forecast import forecasting_of
 from opensora.sampling.forecast_plan import ForecastPlan
@@ -138,6 +138,7 @@ class OpenSoraPipeline(
             "pictures kept", those with no known neighbour are put back after the last step.
         trained_on: what the transformer's latents were: `latent_space` (see `LatentSpace`) and `autoencoder`, a hash of
             its weights; None if nobody knows.
+        distilled_from: whose path was learnt in `num_steps`, see `training.diffusion.few_steps`; None for nobody's.
 
     Raises:
         OpenSoraError: two components are not of one model: transformer and autoencoder disagree on the number of latent
@@ -184,6 +185,7 @@ class OpenSoraPipeline(
         condition_frames: int = 2,
         known_frames: str = "free",  # likewise, of a Literal
         trained_on: dict[str, Any] | None = None,
+        distilled_from: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(autoencoder, VideoCodec):
@@ -205,6 +207,7 @@ class OpenSoraPipeline(
         check_scheduler(scheduler)
         check_time_shift(scheduler, autoencoder)
         check_trained_on(trained_on, autoencoder)
+        check_distilled_from(distilled_from)
         if isinstance(cfg_channels, NotGiven):
             cfg_channels = scheduler.default_cfg_channels(autoencoder.latent_channels)
         self.register_modules(
@@ -239,6 +242,7 @@ class OpenSoraPipeline(
             condition_frames=condition_frames,
             known_frames=known_frames,
             trained_on=trained_on,
+            distilled_from=distilled_from,
         )
         self.offloader: Offloader | None = None
         self.sequential_guidance = False
@@ -620,16 +624,10 @@ class OpenSoraPipeline(
             **({} if own_tiles else {"tile_frames": tile_frames}),
             **rule.describe(),
             "dtype": "int8" if is_int8(self.transformer) else str(self.transformer.dtype).removeprefix("torch."),
-            "scheduler": _describe_object(self.scheduler),
+            "scheduler": describe_object(self.scheduler),
             "latent_space": self.autoencoder.latent_space.to_dict(),
+            **({"distilled_from": origin} if (origin := self.config.distilled_from) else {}),
         }
-
-
-def _describe_object(configured: Any) -> dict[str, Any]:
-    """Class and configuration of a diffusers object, without the libraries' own notes and other classes' options."""
-    known = inspect.signature(type(configured).__init__).parameters
-    options = {name: value for name, value in dict(configured.config).items() if name in known}
-    return {"class": type(configured).__name__, **options}
 
 
 def _repeated(texts: Sequence[str] | None, times: int) -> list[str] | None:

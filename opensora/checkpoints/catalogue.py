@@ -132,6 +132,7 @@ def settings_in_words(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sampler", f"{scheduler['class']}{f' ({options})' if options else ''}"),
         ("steps", str(defaults["num_inference_steps"])),
         ("guidance", f"scale {defaults['guidance_scale']:g} on {guided}"),
+        *([("distilled from", _teacher(distilled))] if (distilled := defaults.get("distilled_from")) else []),
         ("video", frames),
         ("aspect ratios", f"written {defaults.get('aspect_ratio_order', 'width:height')}"),
         ("latent space", _latent_space(described["latent_space"])),
@@ -164,3 +165,9 @@ def _text(tokens: int, defaults: Mapping[str, Any]) -> str:
         others = [name for name, value in scores.items() if value is None]
         text += f"; conditioned on the scores {', '.join(known)}" + (f"; knows {', '.join(others)}" if others else "")
     return text
+
+
+def _teacher(distilled_from: Mapping[str, Any]) -> str:
+    """Whose path was learnt in few steps."""
+    steps, scale = distilled_from["teacher_steps"], distilled_from["guidance_scale"]
+    return f"{distilled_from['teacher']}, its {steps} steps at guidance {scale:g}"

@@ -119,6 +119,7 @@ def defaults_lines(defaults: dict[str, Any]) -> Lines:
     return [
         ("makes", "{num_frames} frames of {width}x{height} at {fps:g} fps".format(**defaults)),
         ("samples", "{num_inference_steps} steps, guidance {guidance_scale:g} on ".format(**defaults) + guided),
+        *([("distilled", describe_config(distilled))] if (distilled := defaults.get("distilled_from")) else []),
     ]
 
 

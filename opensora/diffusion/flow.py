@@ -57,6 +57,23 @@ def towards_data(prediction: Tensor, velocity: Velocity) -> Tensor:
     return prediction if velocity == "data - noise" else -prediction
 
 
+def ends_of_line(
+    sample: Tensor, velocity: Tensor, t: Tensor | float, *, sigma_min: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Clean latents x and noise e of the line that is at x_t at time ``t`` and has this velocity towards the data.
+
+    ``interpolate`` mixes them to x_t again, and their ``velocity_target`` is v: e = x_t - (1 - t) v, x = v + (1 - s) e.
+
+    Args:
+        sample: x_t, (B, C, T, H, W).
+        velocity: v, same shape.
+        t: in [0, 1], a number or (B,).
+        sigma_min: s.
+    """
+    noise = sample - (1 - _per_sample(t, sample)) * velocity
+    return velocity + (1 - sigma_min) * noise, noise
+
+
 def euler_step(sample: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:
     """Walk from time ``t`` to the earlier time ``t_next`` along the velocity: x_s = x_t + (t - s) v.
 

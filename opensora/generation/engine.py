@@ -17,7 +17,7 @@ import torch
 from opensora.errors import OpenSoraError, is_out_of_memory
 from opensora.generation.clip import Clip, to_uint8
 from opensora.generation.fast import with_forecast
-from opensora.generation.guidance import equal_strength_note, pipeline_guidance
+from opensora.generation.guidance import equal_strength_note, few_steps_note, pipeline_guidance
 from opensora.generation.inputs import (
     InputFiles,
     Inputs,
@@ -216,7 +216,7 @@ class Engine:
             num_frames -= sum(still_frames(pipeline, sampling.size, encoded[key]))
             texts, negatives = request.texts(), [request.negative_prompt] if request.negative_prompt else []
             notes = [*former_name(request.cond_type), *pipeline.text_notes(texts, negatives, sampling.scores)]
-            notes += equal_strength_note(pipeline, request)
+            notes += [*equal_strength_note(pipeline, request), *few_steps_note(pipeline, sampling)]
             notes += unfit
             notes += notes_on_files(inputs, files, sampling)
             spelled = pipeline.spell(texts, sampling.scores)
@@ -308,7 +308,10 @@ class Engine:
             sampling=prepared.sampling,
             device=str(self.pipeline.device),
             dtype=settings["dtype"],
-            pipeline={name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
+            pipeline={
+                **{name: settings.get(name) for name in ("scheduler", "guider", "latent_space")},
+                **({"distilled_from": settings["distilled_from"]} if "distilled_from" in settings else {}),
+            },
             versions=versions(),
             refined_prompt=request.refined_prompt,
             spelled_prompt=prepared.spelled,

@@ -73,6 +73,22 @@ def equal_strength_note(pipe: "OpenSoraPipeline", request: ClipRequest) -> list[
     return [note]
 
 
+def few_steps_note(pipe: "OpenSoraPipeline", sampling: Sampling) -> list[str]:
+    """That a model which learnt to be sampled in few steps is asked for something else; a line or none."""
+    distilled = pipe.config.distilled_from
+    if not distilled:
+        return []
+    steps, made_for = sampling.num_inference_steps, distilled["num_steps"]
+    asked = [] if steps == made_for else [f"{steps} steps"]
+    asked += ["guidance"] if sampling.is_guided else []
+    if not asked:
+        return []
+    return [
+        f"this model was distilled to be sampled in {made_for} steps without guidance; it is asked for "
+        f"{' and '.join(asked)}, which it did not learn"
+    ]
+
+
 def _as_asked(pipe: "OpenSoraPipeline", request: ClipRequest) -> dict[str, Any]:
     """What the request says of scales and channels, or the model."""
     config, channels = pipe.config, request.cfg_channels

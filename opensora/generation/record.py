@@ -167,7 +167,7 @@ class Record:
         sampling: the resolved settings.
         device: where it ran.
         dtype: the numbers the networks computed in.
-        pipeline: what the pipeline says of itself: scheduler, guider, latent space.
+        pipeline: what the pipeline says of itself: scheduler, guider, latent space, and whose path it learnt, if any.
         versions: of this package, Python, the libraries and the operating system.
         refined_prompt: what a language model made of the prompt; then the clip shows this.
         spelled_prompt: what the text encoder was given, for each text of the prompt: cleaned, with scores.

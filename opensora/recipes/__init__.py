@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from opensora.errors import OpenSoraError
+from opensora.recipes.distill import distill_toybox, distill_toybox_two, distill_v1_2
 from opensora.recipes.lora import toybox_lora, v1_2_lora, v2_0_lora
 from opensora.recipes.motion_encoder import motion_encoder
 from opensora.recipes.overfit import overfit
@@ -104,6 +105,8 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     toybox_iddpm_taught,
     toybox_iddpm_finished,
     toybox_lora,
+    distill_toybox,
+    distill_toybox_two,
     v1_0_16x256x256,
     v1_0_16x256x256_hq,
     v1_0_16x512x512,
@@ -121,6 +124,7 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     v1_2_stage2,
     v1_2_stage3,
     v1_2_lora,
+    distill_v1_2,
     v1_2_debug,
     v1_3_adapt,
     v1_3_stage1,

@@ -115,9 +115,20 @@ class GuidingMixin:
                     "the noise and cannot be guided by them: leave it out"
                 )
             options["image_guidance_scale"] = image_guidance_scale
-        if options:
-            return TextImageGuidance(scale, **options)
-        return DistilledGuidance(scale) if self.transformer.reads_guidance else default_guider(scale)
+        return own_rule(self.transformer, scale, options)
+
+
+def own_rule(transformer: Any, scale: float, options: Mapping[str, Any]) -> Any:
+    """How a model guides by itself, as a guider of diffusers or a rule, for the transformer's `guidance_rule`.
+
+    Args:
+        transformer: of the model.
+        scale: of guidance.
+        options: keywords of `TextImageGuidance`; none for plain guidance.
+    """
+    if options:
+        return TextImageGuidance(scale, **options)
+    return DistilledGuidance(scale) if transformer.reads_guidance else default_guider(scale)
 
 
 def at_scale(guider: Any, scale: float) -> Any:

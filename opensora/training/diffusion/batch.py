@@ -1,7 +1,8 @@
 """What one step of a diffusion transformer learns from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from opensora.data.batch import LatentBatch
@@ -35,3 +36,28 @@ class DiffusionBatch:
     frame_mask: Tensor | None = None
     channels: ChannelConditioning | None = None
     worse: Tensor | None = None
+
+    def repeated(self, times: int) -> "DiffusionBatch":
+        """All clips so often, one whole batch after the other; their text is encoded."""
+        clips, text, channels = self.clips, self.text, self.channels
+        assert isinstance(text, TextStates)
+
+        def again(value: Tensor | None) -> Tensor | None:
+            return None if value is None else torch.cat([value] * times)
+
+        return replace(
+            self,
+            clips=replace(
+                clips,
+                latents=torch.cat([clips.latents] * times),
+                captions=clips.captions * times,
+                conditions=clips.conditions.repeat(times),
+                object_mask=again(clips.object_mask),
+            ),
+            noise=torch.cat([self.noise] * times),
+            t=torch.cat([self.t] * times),
+            text=TextStates.cat([text] * times),
+            drop_text=again(self.drop_text),
+            frame_mask=again(self.frame_mask),
+            channels=None if channels is None else ChannelConditioning.cat([channels] * times),
+        )

@@ -16,6 +16,7 @@ from opensora.geometry import VideoSize
 from opensora.pipeline import OpenSoraPipeline
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained
 from opensora.training.diffusion.export import origin_of_latents
+from opensora.training.diffusion.few_steps import GuidedTeacher
 from opensora.training.diffusion.lora import LoRAConfig, add_adapter
 from opensora.training.diffusion.settings import DiffusionSettings
 from opensora.training.diffusion.teacher import Teacher
@@ -38,6 +39,7 @@ class DiffusionNetworks:
         frozen: the others, by name.
         known_alone: frames are shown that were encoded alone.
         teacher: whose answers are learnt; None where the clips are.
+        walker: a teacher whose path is learnt in few steps; None for none.
         defaults: how a pipeline of these networks samples, as keywords of `OpenSoraPipeline`.
         scheduler: samples from the transformer.
         noise_process: what the transformer is trained with.
@@ -86,7 +88,13 @@ class DiffusionNetworks:
             dtype=frozen_dtype,
         )
         self.teacher: Teacher | None = None
-        if settings.teacher is not None:
+        self.walker: GuidedTeacher | None = None
+        if settings.teacher is not None and settings.few_steps is not None:
+            self.walker = GuidedTeacher(
+                settings.teacher, settings.few_steps, self.scheduler, made, device=device, dtype=frozen_dtype
+            )
+            self.defaults |= self.walker.defaults()
+        elif settings.teacher is not None:
             trains_text = self.captions.trained
             self.teacher = Teacher(settings.teacher, trains_text=trains_text, device=device, dtype=frozen_dtype)
         if isinstance(settings.train, LoRAConfig):
@@ -101,8 +109,8 @@ class DiffusionNetworks:
             raise OpenSoraError(
                 f"a {type(self.transformer).__name__} learns one null text; leave objective.drop_pooled out"
             )
-        if self.teacher is not None:
-            self.frozen["teacher"] = self.teacher.networks
+        if (teacher := self.walker or self.teacher) is not None:
+            self.frozen["teacher"] = teacher.networks
 
     def _check_size(self) -> None:
         """Finds before the first step that the clips of the exported pipeline would have an impossible size.

@@ -33,6 +33,11 @@ class DiffusionPlan(TaskPlan):
         return self.settings.data.shapes()
 
     def meta_batch(self, shape: BatchShape) -> DiffusionBatch:
+        walker, batch = self.networks.walker, self._drawn(shape)
+        return batch if walker is None else batch.repeated(walker.settings.num_steps)
+
+    def _drawn(self, shape: BatchShape) -> DiffusionBatch:
+        """A batch of clips; what a teacher makes of it is more."""
         networks = self.networks
         device = next(networks.transformer.parameters()).device
         clips = LatentBatch.meta(shape, networks.autoencoder, device)
@@ -78,4 +83,11 @@ class DiffusionPlan(TaskPlan):
         if isinstance(self.settings.text, FrozenText):
             tokens = networks.captions.conditioner.blank_tokens(shape.batch_size, device)
             workloads["text_encoder"] = lambda: networks.captions.encode(tokens)
+        if (walker := networks.walker) is not None:
+            batch, nothing = self._drawn(shape), networks.captions.null_prompt
+            blank = networks.captions.conditioner.blank_states
+            null = None if nothing is None else blank(1, device, torch.float32)
+            size = {"height": shape.height, "width": shape.width, "num_frames": shape.num_frames}
+            timesteps = walker.timesteps(**size, num_latents=batch.noise.shape[2])
+            workloads["teacher"] = lambda: walker.walk(batch, null, timesteps)
         return workloads

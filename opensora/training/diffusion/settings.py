@@ -15,6 +15,7 @@ from opensora.errors import OpenSoraError
 from opensora.models.format import Part
 from opensora.pipeline import OpenSoraPipeline
 from opensora.settings import build_value, nearest_name
+from opensora.training.diffusion.few_steps import FewSteps
 from opensora.training.diffusion.lora import LoRAConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import HeldOutLosses, JudgedPrompts, Prompts
@@ -37,6 +38,8 @@ class DiffusionSettings:
         new_parts: parts of the transformer that may be missing there and are initialised, see `adaptation.start_from`.
         teacher: a model of rectified flow whose answers to the same noisy latents are learnt in place of the clips, see
             `training.diffusion.teacher`; None for the clips.
+        few_steps: the guided path of `teacher` is learnt in few steps, see `training.diffusion.few_steps`; None for its
+            answers.
         train: "all" of it, what attends along time alone ("temporal"), all the rest ("spatial"), or an adapter beside
             it, which alone is exported then.
         freeze_text_embedder: leave the layers that take in the text as they are.
@@ -71,6 +74,7 @@ class DiffusionSettings:
     init_from: str | None = None
     new_parts: tuple[Part, ...] = ()
     teacher: str | None = None
+    few_steps: FewSteps | None = None
     train: Literal["all", "temporal", "spatial"] | LoRAConfig = "all"
     freeze_text_embedder: bool = False
     sample_posterior: bool = True
@@ -102,6 +106,8 @@ class DiffusionSettings:
             )
         if self.degradation is not None and not isinstance(self.diffusion, Flow):
             raise OpenSoraError("objective.degradation is for rectified flow alone; use objective.diffusion.type=Flow")
+        if self.few_steps is not None:
+            self._check_few_steps()
         if isinstance(self.train, LoRAConfig):
             if self.init_from is None:
                 raise OpenSoraError("an adapter is trained beside a model: name it by objective.init_from")
@@ -109,6 +115,25 @@ class DiffusionSettings:
                 raise OpenSoraError("an adapter changes the transformer alone; freeze the text encoder: objective.text")
             if self.new_parts:
                 raise OpenSoraError("an adapter is trained beside whole weights; leave objective.new_parts out")
+
+    def _check_few_steps(self) -> None:
+        """Raises `OpenSoraError` for settings that the path of a teacher has no place for."""
+        if self.teacher is None:
+            raise OpenSoraError("objective.few_steps are those of a teacher; name the model by objective.teacher")
+        if not isinstance(self.diffusion, Flow):
+            raise OpenSoraError("objective.few_steps is for rectified flow alone; use objective.diffusion.type=Flow")
+        if isinstance(self.text, TrainedText):
+            raise OpenSoraError(
+                "objective.few_steps reads captions as the teacher does; freeze the text encoder: "
+                "objective.text.type=FrozenText"
+            )
+        if self.drop_text or self.drop_of_known or self.drop_pooled:
+            raise OpenSoraError(
+                "objective.few_steps is sampled without guidance, so nothing is dropped; give objective.drop_text=0, "
+                "and leave objective.drop_pooled and objective.drop_of_known out"
+            )
+        if self.degradation is not None:
+            raise OpenSoraError("objective.few_steps learns of no clips; leave objective.degradation out")
 
     @property
     def takes_pixels(self) -> tuple[str, str] | None:
@@ -135,6 +160,10 @@ class DiffusionSettings:
             idle["sample_posterior"] = "the latents of the toybox's clips are means"
         if isinstance(self.diffusion, Flow) and not self.diffusion.time_shift:
             idle["diffusion.shift_ratio"] = "times are not shifted without objective.diffusion.time_shift"
+        if self.few_steps is not None:
+            times = "times are those of the steps of objective.few_steps"
+            idle |= {f"diffusion.{name}": times for name in ("loc", "scale", "uniform_above")}
+            idle["object_weight"] = "objects are not where they are in the clips; a teacher's path is learnt"
         if not self.known_frames:
             idle["drop_of_known"] = "no frames are known without objective.known_frames"
         return idle
@@ -143,8 +172,9 @@ class DiffusionSettings:
 def check_pipeline_defaults(defaults: Mapping[str, Any]) -> None:
     """Raises `OpenSoraError` for keywords that `OpenSoraPipeline` does not take, or not with that value."""
     hints = typing.get_type_hints(OpenSoraPipeline.__init__)
-    parts = ("transformer", "scheduler", "autoencoder", "text_encoder", "tokenizer", "trained_on", "return")
-    known = {name: hint for name, hint in hints.items() if name not in parts}
+    parts = ("transformer", "scheduler", "autoencoder", "text_encoder", "tokenizer")
+    not_settings = (*parts, "trained_on", "distilled_from", "return")
+    known = {name: hint for name, hint in hints.items() if name not in not_settings}
     for name, value in defaults.items():
         if name not in known:
             hint = nearest_name(name, known).replace("did you mean ", "did you mean objective.defaults.")

@@ -24,6 +24,7 @@ from opensora.data.batch import LatentBatch
 from opensora.data.degradation import degrade, mix_noise
 from opensora.data.encoding import encode_again, encode_ends
 from opensora.denoiser import predict
+from opensora.diffusion.process import RectifiedFlowProcess
 from opensora.distributed.seeding import BatchKey
 from opensora.errors import OpenSoraError
 from opensora.files import replacing_folder
@@ -34,6 +35,7 @@ from opensora.settings import save_settings, to_dict
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.data import LatentData
 from opensora.training.diffusion.export import copies, origin_of_latents, save_pipeline
+from opensora.training.diffusion.few_steps import GuidedTeacher, pieces
 from opensora.training.diffusion.lora import LoRAConfig, export_adapter, without_adapter
 from opensora.training.diffusion.networks import DiffusionNetworks
 from opensora.training.diffusion.settings import DiffusionSettings
@@ -72,7 +74,7 @@ class DiffusionTask(TrainingTask):
         drop_text = torch.rand(size, generator=key.generator("drop")) < settings.drop_text
         channels, drop_text = self.known_frames(clips, drop_text, key)
         text, drop_text = self.text(clips, drop_text, key)
-        return DiffusionBatch(
+        batch = DiffusionBatch(
             replace(clips, video=None),
             noise=noise.to(device),
             t=self.networks.noise_process.draw_times(
@@ -89,6 +91,20 @@ class DiffusionTask(TrainingTask):
             channels=channels,
             worse=self.worse(clips, key),
         )
+        return batch if self.networks.walker is None else self.in_few_steps(batch, self.networks.walker)
+
+    def in_few_steps(self, batch: DiffusionBatch, teacher: GuidedTeacher) -> DiffusionBatch:
+        """The path that a teacher takes from the noise of a batch, cut into the student's steps."""
+        process, captions, conditions = self.networks.noise_process, self.networks.captions, batch.clips.conditions
+        assert isinstance(process, RectifiedFlowProcess)
+        timesteps = teacher.timesteps(
+            height=float(conditions.height[0]),  # type: ignore[index]
+            width=float(conditions.width[0]),  # type: ignore[index]
+            num_frames=int(conditions.num_frames),
+            num_latents=batch.noise.shape[2],
+        )
+        null = None if captions.null_prompt is None else captions.null().to(self.device)
+        return pieces(batch, teacher.walk(batch, null, timesteps), timesteps[:: teacher.every], process)
 
     def worse(self, clips: LatentBatch, key: BatchKey) -> Tensor | None:
         """Latents of the clips, some of which were made worse; None where they are left as they are."""
@@ -269,6 +285,7 @@ class DiffusionTask(TrainingTask):
             "drop_text": settings.drop_text,
             **({"drop_pooled": settings.drop_pooled} if settings.drop_pooled is not None else {}),
             "trained_on": origin_of_latents(self.networks.autoencoder),
+            **({"distilled_from": walker.describe()} if (walker := self.networks.walker) else {}),
         }
         base = str(settings.init_from)  # a name, or a folder, of which the last part is told
         base = base if base in BUNDLED else published_name(base) or Path(base).name

@@ -82,4 +82,4 @@ class Teacher:
             batch.channels,
         )
         velocity = flow.towards_data(prediction[:, : noisy.shape[1]], self.process.velocity)
-        return latents + t * velocity, latents - (1 - t) * velocity
+        return flow.ends_of_line(latents, velocity, t.flatten())
