@@ -46,24 +46,24 @@ def _toybox(teacher: str, few_steps: FewSteps) -> DiffusionTaskConfig:
 
 
 def _toybox_loop(steps: int) -> LoopConfig:
-    optimizer = OptimizerConfig(muon_lr=0.015, lr=7e-4, warmup_steps=10, decay=0.9)
+    optimizer = OptimizerConfig(muon_lr=0.006, lr=3e-4, warmup_steps=5, decay=0.9)
     return LoopConfig(steps=steps, ema_decay=0.97, log_every=5, checkpoint_every=10, optimizer=optimizer)
 
 
 def distill_toybox() -> Recipe:
     """The bundled model in four evaluations in place of twenty-four: toybox-fast."""
     objective = _toybox("toybox", FewSteps(num_steps=4, teacher_steps=12))
-    return Recipe("distill_toybox", objective, _toybox_loop(150))
+    return Recipe("distill_toybox", objective, _toybox_loop(120))
 
 
 def distill_toybox_two() -> Recipe:
     """Half as many steps, of the student of four."""
     objective = _toybox(str(RUNS / "distill_toybox" / "model"), FewSteps(num_steps=2, teacher_steps=4))
-    return Recipe("distill_toybox_two", objective, _toybox_loop(150))
+    return Recipe("distill_toybox_two", objective, _toybox_loop(120))
 
 
 def distill_v1_2() -> Recipe:
-    """Open-Sora 1.2 in eight evaluations in place of sixty, on pictures and clips of 480p and 720p."""
+    """Open-Sora 1.2 in four evaluations in place of sixty, on pictures and clips of 480p and 720p."""
     buckets = {
         "480p": {"1": (1.0, 16), "51": (0.5, 1), "102": (0.5, 1)},
         "720p": {"1": (0.3, 8), "51": (0.2, 1)},
@@ -74,7 +74,7 @@ def distill_v1_2() -> Recipe:
         DIFFUSION,
         init_from=_V1_2,
         teacher=_V1_2,
-        few_steps=FewSteps(num_steps=8, teacher_steps=32),
+        few_steps=FewSteps(num_steps=4, teacher_steps=28),
         frame_masks=FRAME_MASKS_STAGE3,
         drop_text=0.0,
         freeze_text_embedder=True,

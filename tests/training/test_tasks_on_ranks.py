@@ -8,11 +8,14 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny_pipeline import make_pipeline
 from tiny_tasks import diffusion_config, family_config, vae_config, write_clips
 
 from opensora.recipes import find_recipe
 from opensora.training.config import LoopConfig, Recipe, TaskConfig
+from opensora.training.diffusion.few_steps import FewSteps
 from opensora.training.diffusion.lora import LoRAConfig
+from opensora.training.diffusion.text import FrozenText
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.trainer import Trainer
 from opensora.training.vae.clips import Cut
@@ -96,6 +99,19 @@ def test_an_adapter_on_two_ranks(tmp_path: Path, ranks: dict, version: str) -> N
     run_ranks(2, train, objective, tmp_path / "ranks", ranks)
     assert_same_run(tmp_path / "one", tmp_path / "ranks")
     assert any(line.get("change", 0) > 0 for line in map(json.loads, (tmp_path / "ranks" / "metrics.jsonl").open()))
+
+
+@pytest.mark.parametrize("ranks", [{"sharding": "full"}, {"sequence_parallel": 2, "microbatches": 2}], ids=str)
+def test_few_steps_on_two_ranks(tmp_path: Path, ranks: dict) -> None:
+    """Each rank walks the teacher's path of its own clips, or all of one that it shares."""
+    make_pipeline().save_pretrained(tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher")
+    start = {"autoencoder": teacher, "init_from": teacher, "transformer": None, "text": FrozenText(teacher)}
+    learnt = {"teacher": teacher, "few_steps": FewSteps(2, 4), "drop_text": 0.0, "preview": None}
+    objective = diffusion_config("flow", tmp_path, **start, **learnt, frame_masks={"image_head": 0.5})
+    train(objective, tmp_path / "one", {"microbatches": 2})
+    run_ranks(2, train, objective, tmp_path / "ranks", ranks)
+    assert_same_run(tmp_path / "one", tmp_path / "ranks")
 
 
 @pytest.mark.parametrize("sharding", ["full", "none"])

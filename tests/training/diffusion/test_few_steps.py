@@ -23,6 +23,8 @@ from opensora.models.clip_conditions import ClipConditions
 from opensora.models.guidance import ChannelGuidance
 from opensora.models.text.conditioner import T5Conditioner
 from opensora.pipeline import OpenSoraPipeline
+from opensora.planning.devices import find_device
+from opensora.recipes import find_recipe
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.batch import DiffusionBatch
 from opensora.training.diffusion.config import DiffusionTaskConfig
@@ -32,9 +34,11 @@ from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.task import DiffusionTask
 from opensora.training.diffusion.text import FrozenText, TrainedText
 from opensora.training.optimizer import OptimizerConfig
+from opensora.training.plan import TrainingPlan
 from opensora.training.trainer import Trainer
 from opensora.weights import fingerprint
 
+CPU = find_device("cpu")
 KEY = BatchKey(0, 0)
 PROMPTS = ["a small red ball rolls left over the grass", "a large blue square grows on white"]
 
@@ -282,7 +286,7 @@ def test_other_steps_or_guidance_are_made_and_noted(student: Path, asked: dict[s
 
 def test_a_model_that_says_nothing_of_its_steps_is_refused() -> None:
     for said in ({}, {"num_steps": 0}, {"num_steps": "4"}):
-        with pytest.raises(OpenSoraError, match="distilled_from is .*expected an object whose num_steps"):
+        with pytest.raises(OpenSoraError, match=r"distilled_from is .*expected an object whose num_steps"):
             make_pipeline(distilled_from=said)
 
 
@@ -292,8 +296,13 @@ def test_what_a_model_was_distilled_from_is_told_in_words() -> None:
         "latent_space": {"scaling_factor": 0.5},
         "text_tokens": 24,
         "defaults": {
-            **{"num_frames": 5, "height": 16, "width": 24, "fps": 8, "cfg_channels": None},
-            **{"num_inference_steps": 2, "guidance_scale": 1.0},
+            "num_frames": 5,
+            "height": 16,
+            "width": 24,
+            "fps": 8,
+            "cfg_channels": None,
+            "num_inference_steps": 2,
+            "guidance_scale": 1.0,
             "distilled_from": {"teacher": "toybox", "teacher_steps": 20, "guidance_scale": 2.5, "num_steps": 2},
         },
     }
@@ -315,6 +324,39 @@ def test_an_adapter_learns_few_steps_and_says_so(teacher: Path, tmp_path: Path) 
     train(config, tmp_path / "run", steps=1)
     pipeline = opensora.load_pipeline(teacher, adapters={tmp_path / "run" / "model": 1.0})
     assert torch.isfinite(latents_of(pipeline, num_inference_steps=2, guidance_scale=1.0)).all()
+
+
+# --- before it starts -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_the_teachers_work_and_memory(teacher: Path, tmp_path: Path) -> None:
+    """Clips go through the teacher twice a step of its own, and through the student once a piece."""
+    plans = [
+        TrainingPlan(Recipe("tiny", student_config(teacher, tmp_path, FewSteps(2, steps)), LoopConfig(steps=2)), CPU)
+        for steps in (4, 8)
+    ]
+    four, eight = ((plan, plan.cost(plan.networks.shapes[0])) for plan in plans)
+    assert four[1].flops == eight[1].flops and four[1].tokens == 2 * 3 * 2 * 2  # pieces, clips, frames, patches
+    a_clip_once = four[0].networks.work(four[0].networks.shapes[0]).forward / (2 * 3)
+    four_steps_more = eight[1].frozen_flops - four[1].frozen_flops
+    assert 0.4 * 4 * 2 * 3 * a_clip_once < four_steps_more < 4 * 2 * 3 * a_clip_once  # the text is read in once
+    without = dataclasses.replace(student_config(teacher, tmp_path, FewSteps(2, 4)), few_steps=None, teacher=None)
+    plain = TrainingPlan(Recipe("tiny", without, LoopConfig(steps=2)), CPU).memory
+    weights = sum(p.numel() * 4 for p in make_pipeline().transformer.parameters())
+    assert four[0].memory.frozen == pytest.approx(plain.frozen + weights, rel=0.01)
+    assert four[0].memory.activations > plain.activations
+
+
+@pytest.mark.parametrize("name", ["distill_toybox", "distill_v1_2"])
+def test_recipes_are_planned_without_a_file(name: str) -> None:
+    plan = find_recipe(name).objective.plan()  # type: ignore[attr-defined]
+    shape = min(plan.shapes(), key=lambda shape: shape.batch_size * shape.num_frames * shape.height)
+    walker = plan.networks.walker
+    assert walker is not None and next(walker.transformer.parameters()).is_meta
+    assert len(plan.meta_batch(shape).noise) == walker.settings.num_steps * shape.batch_size
+    assert plan.networks.defaults["num_inference_steps"] == walker.settings.num_steps == 4
+    assert plan.networks.defaults["guidance_scale"] == 1 != walker.guidance_scale
+    assert "teacher" in plan.frozen_workloads(shape)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
