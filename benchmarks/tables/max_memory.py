@@ -51,6 +51,7 @@ def fill(folder: Path) -> None:
     """Writes random weights beside the configurations of a folder."""
     index = json.loads((folder / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    index.pop("scores", None)  # numbers are no words of this tokenizer's
     (folder / "model_index.json").write_text(json.dumps(index))
     build_tokenizer().save_pretrained(folder / "tokenizer")
     pipeline = meta_pipeline(Tracer(), folder).pipeline
