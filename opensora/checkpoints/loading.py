@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from opensora.adapters.adapter import read_adapter
+from opensora.checkpoints.precision import dtype_named
 from opensora.checkpoints.source import ModelSource, Part
 from opensora.errors import OpenSoraError
 from opensora.offloading import STREAMED, BlockStream, Offload, Offloader, stream_to_accelerator
@@ -64,7 +65,7 @@ def load_pipeline(
     if offload not in (None, False, True, *get_args(Offload)):
         raise OpenSoraError(f"`offload` is {offload!r}, {expected_one_of(offload, get_args(Offload))}")
     device = resolve_device(device)
-    dtype = dtype or usual_dtype(on_cpu=device.type == "cpu")
+    dtype = dtype or dtype_named(None, on_cpu=device.type == "cpu")
     merged = [(read_adapter(path), scale) for path, scale in (adapters or {}).items()]
     for adapter, _ in merged:
         adapter.log_notes()
@@ -112,11 +113,6 @@ def choose_device(name: str | None) -> torch.device:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return resolve_device(name or accelerator or "cpu")
-
-
-def usual_dtype(*, on_cpu: bool) -> torch.dtype:
-    """The precision of networks where none was asked for."""
-    return torch.float32 if on_cpu else torch.bfloat16
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

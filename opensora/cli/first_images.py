@@ -76,9 +76,8 @@ class Artist:
         Raises:
             OpenSoraError: see `draw_first_images`, or a size that the clips' model cannot make.
         """
-        import torch
-
-        from opensora.checkpoints.loading import choose_device, usual_dtype
+        from opensora.checkpoints.loading import choose_device
+        from opensora.checkpoints.precision import dtype_named
         from opensora.generation.resolve import resolve_size
         from opensora.models.int8 import computing_dtype
         from opensora.planning.meta_pipeline import meta_pipeline
@@ -88,8 +87,7 @@ class Artist:
         clips = meta_pipeline(Tracer(), request.model_name, request.components).pipeline
         size = resolve_size(request, clips.config, clips.size_rule())
         device = choose_device(request.device)
-        asked_for = None if request.dtype is None else getattr(torch, request.dtype)
-        dtype = computing_dtype(asked_for or usual_dtype(on_cpu=device.type == "cpu"))
+        dtype = computing_dtype(dtype_named(request.dtype, on_cpu=device.type == "cpu"))
 
         def draw() -> list[ClipRequest]:
             drawn = []

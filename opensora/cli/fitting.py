@@ -22,8 +22,7 @@ def predict(
         memory_bytes: what it has; None for a plan that asks for no verdict.
         known_frames: the clip is made from pictures or clips too.
     """
-    import torch
-
+    from opensora.checkpoints.precision import dtype_named
     from opensora.planning.meta_pipeline import meta_pipeline
     from opensora.planning.report import plan_clip
     from opensora.planning.stages import Clip
@@ -34,7 +33,7 @@ def predict(
     sampling = resolve(meta.pipeline, request)
     conditioned = known_frames and meta.pipeline.transformer.reads_channels
     clip = Clip(sampling.size, guided=sampling.is_guided, conditioned=conditioned)
-    dtype = None if request.dtype is None else getattr(torch, request.dtype)
+    dtype = None if request.dtype is None else dtype_named(request.dtype, on_cpu=device == "cpu")
     plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
     return {**plan, "clip": describe_size(clip.size, sampling.nominal_size)}
 

@@ -91,9 +91,8 @@ def load_model(
     Raises:
         OpenSoraError: damaged files, an absent device, an unknown dtype, or another model than the recorded one.
     """
-    import torch
-
     from opensora.checkpoints import loading
+    from opensora.checkpoints.precision import dtype_named
     from opensora.checkpoints.source import ModelSource
     from opensora.models.autoencoders.latent_space import parse_override
 
@@ -107,7 +106,7 @@ def load_model(
     pipe = loading.load_pipeline(
         request.model_name,
         device=device,
-        dtype=getattr(torch, request.dtype) if request.dtype else None,
+        dtype=dtype_named(request.dtype, on_cpu=device.type == "cpu"),
         override_latent_space=None if request.latent_space is None else parse_override(request.latent_space),
         components=request.components,
         adapters={path: used.scale for path, used in adapters.items()},

@@ -33,7 +33,9 @@ DEFAULT_SEED = 42
 StoredDType = Literal["float32", "bfloat16", "float16"]
 """Numbers that weights are written in."""
 DType = Literal[StoredDType, "int8"]
-DTYPES: tuple[str, ...] = get_args(DType)
+"""What networks compute in."""
+AskedDType = Literal[DType, "auto"]
+DTYPES: tuple[str, ...] = get_args(AskedDType)
 OF_THE_MODEL = ("model", "components", "adapters", "latent_space", "device", "dtype")
 """Fields that a model is loaded for."""
 _MOST_CHARACTERS = 1_000  # of a text that says numbers
@@ -98,7 +100,7 @@ class ClipRequest:
         adapters: merged into the transformer.
         device: where it is made; None for an accelerator if there is one.
         dtype: numbers the networks compute in; None for float32 on a CPU, else bfloat16. int8 is bfloat16 with weights
-            in eight bits.
+            in eight bits; "auto" the faster of float32 and bfloat16 on this machine.
         num_frames: of each loop: a number, or as its users say it ("4s", "2x").
         resolution: named number of pixels, such as "240p".
         aspect_ratio: "16:9", in the order in which the model's users write it.
@@ -156,7 +158,7 @@ class ClipRequest:
     components: dict[str, Path] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     device: str | None = None
-    dtype: DType | None = None
+    dtype: AskedDType | None = None
 
     num_frames: int | str | None = None
     resolution: str | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from opensora.checkpoints.loading import usual_dtype
+from opensora.checkpoints.precision import dtype_named
 from opensora.planning.meta_pipeline import MetaPipeline
 from opensora.planning.planner import ACCELERATOR, CPU, OFFLOADS, Planner
 from opensora.planning.stages import COMPONENT_OF, Choices, Clip, branches_of
@@ -38,7 +38,7 @@ def plan_clip(
     on_cpu = device == "cpu"
     planner = Planner(tracer, meta.pipeline, clip, CPU if on_cpu else ACCELERATOR)
 
-    chosen = dtype or usual_dtype(on_cpu=on_cpu)
+    chosen = dtype or dtype_named(None, on_cpu=on_cpu)
     default = planner.default(chosen)
     smallest = planner.smallest(default)
     ways = dict.fromkeys([*(replace(default, offload=offload) for offload in OFFLOADS), smallest])

@@ -30,6 +30,7 @@ class NoisePipeline:
             guidance_options=None,
             cfg_channels=None,
             frame_interval=1,
+            distilled_from=None,
             nominal_size=None,
             aspect_ratio_order="width:height",
             clip_frames=None,
