@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from opensora.checkpoints.published import BUNDLED, published_name
 from opensora.checkpoints.source import ModelSource
+from opensora.containers.runs import MODEL
 from opensora.denoiser import Denoiser
 from opensora.diffusion import flow
 from opensora.diffusion.process import RectifiedFlowProcess
@@ -68,7 +69,7 @@ class GuidedTeacher:
         origin: a model's name, or a pipeline's folder.
         settings: how far apart the student's steps are, and how strongly the teacher is guided.
         scheduler: of the student; its timesteps are walked.
-        latent_channels: C.
+        student: the transformer that learns.
         device: where it goes.
         dtype: precision of its weights, in which it computes.
 
@@ -76,7 +77,8 @@ class GuidedTeacher:
         networks: what is frozen: its transformer.
 
     Raises:
-        OpenSoraError: a model of another noise process, or one that is told the scale of its guidance.
+        OpenSoraError: a model of another noise process, of other latents or texts than the student's, or one whose
+            guidance is not that of branches.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class GuidedTeacher:
         origin: Origin,
         settings: FewSteps,
         scheduler: Scheduler,
-        latent_channels: int,
+        student: Any,
         *,
         device: str,
         dtype: torch.dtype,
@@ -105,12 +107,24 @@ class GuidedTeacher:
                 f"objective.teacher {origin} is told the scale of its guidance, which was distilled into it; "
                 "objective.few_steps takes a teacher that is guided by its branches"
             )
-        self.latent_channels, defaults = latent_channels, source.defaults
-        scale = settings.guidance_scale
-        self.guidance_scale: float = defaults.get("guidance_scale", 7.0) if scale is None else scale
+        for name, what in (("in_channels", "latent channels"), ("caption_channels", "channels of text")):
+            own, other = self.transformer.config.get(name), student.config.get(name)
+            if own != other:
+                raise OpenSoraError(
+                    f"objective.teacher {origin} reads {own} {what}, the transformer to be trained {other}; name a "
+                    "teacher of the same latents and the same text"
+                )
+        defaults, scale = source.defaults, settings.guidance_scale
+        if scale is None and "guidance_scale" not in defaults:
+            raise OpenSoraError(
+                f"objective.teacher {origin} does not say how strongly it is guided; give "
+                "objective.few_steps.guidance_scale"
+            )
+        self.guidance_scale: float = defaults["guidance_scale"] if scale is None else scale
         self.guidance_options: Mapping[str, Any] = defaults.get("guidance_options") or {}
-        channels = defaults.get("cfg_channels", self.scheduler.default_cfg_channels(latent_channels))
-        self.cfg_channels = list(resolve_cfg_channels(channels, latent_channels))
+        self.latent_channels: int = student.config.in_channels
+        channels = defaults.get("cfg_channels", self.scheduler.default_cfg_channels(self.latent_channels))
+        self.cfg_channels = list(resolve_cfg_channels(channels, self.latent_channels))
         self.rule()  # refuses a scale that is none
 
     def rule(self) -> GuidanceRule:
@@ -120,10 +134,9 @@ class GuidedTeacher:
 
     def describe(self) -> dict[str, Any]:
         """What a pipeline says of the one it was distilled from, as plain JSON values."""
-        name = str(self.origin)
         on_meta = next(self.transformer.parameters()).is_meta
         return {
-            "teacher": name if name in BUNDLED else published_name(name) or Path(name).name,
+            "teacher": name_of(self.origin),
             "fingerprint": None if on_meta else fingerprint(self.transformer.state_dict()),
             "teacher_steps": self.settings.teacher_steps,
             "guidance_scale": self.guidance_scale,
@@ -215,3 +228,10 @@ def pieces(
     learnt = batch.repeated(len(path) - 1)
     # Where objects are in the clips says nothing of where the teacher draws them.
     return replace(learnt, clips=replace(learnt.clips, latents=clean, object_mask=None), noise=noise, t=begun)
+
+
+def name_of(origin: Origin) -> str:
+    """A model's name, or that of its folder; of a run's model, the name of the run."""
+    known = str(origin) if str(origin) in BUNDLED else published_name(str(origin))
+    path = Path(origin)
+    return known or (path.parent.name if path.name == MODEL else path.name)

@@ -91,7 +91,12 @@ class DiffusionNetworks:
         self.walker: GuidedTeacher | None = None
         if settings.teacher is not None and settings.few_steps is not None:
             self.walker = GuidedTeacher(
-                settings.teacher, settings.few_steps, self.scheduler, made, device=device, dtype=frozen_dtype
+                settings.teacher,
+                settings.few_steps,
+                self.scheduler,
+                self.transformer,
+                device=device,
+                dtype=frozen_dtype,
             )
             self.defaults |= self.walker.defaults()
         elif settings.teacher is not None:

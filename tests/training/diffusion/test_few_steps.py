@@ -21,6 +21,7 @@ from opensora.generation.engine import Engine
 from opensora.generation.request import ClipRequest
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.guidance import ChannelGuidance
+from opensora.models.stdit3 import STDiT3
 from opensora.models.text.conditioner import T5Conditioner
 from opensora.pipeline import OpenSoraPipeline
 from opensora.planning.devices import find_device
@@ -103,7 +104,9 @@ def test_the_path_is_that_of_the_teachers_pipeline_bit_for_bit(steps: tuple[int,
     options: dict[str, Any] = {"num_inference_steps": teacher_steps, "latents": noise, "generator": seeded(0, 1)}
     pipeline(PROMPTS, **options, output_type="latent", callback_on_step_end=keep)
     settings = FewSteps(num_steps, teacher_steps)
-    walker = GuidedTeacher(teacher, settings, pipeline.scheduler, 4, device="cpu", dtype=torch.float32)
+    walker = GuidedTeacher(
+        teacher, settings, pipeline.scheduler, pipeline.transformer, device="cpu", dtype=torch.float32
+    )
     path = walker.walk(batch_of(pipeline, noise), None, walker.timesteps(**SIZE))
     assert torch.equal(path[0], noise) and len(path) == num_steps + 1
     for reached, sampled in zip(path[1:], seen[walker.every - 1 :: walker.every], strict=True):
@@ -111,10 +114,11 @@ def test_the_path_is_that_of_the_teachers_pipeline_bit_for_bit(steps: tuple[int,
 
 
 def test_a_student_visits_the_timesteps_where_pieces_begin(teacher: Path) -> None:
-    scheduler = opensora.load_pipeline(teacher).scheduler
+    pipeline = opensora.load_pipeline(teacher)
+    scheduler = pipeline.scheduler
     for num_steps, teacher_steps in ((4, 20), (3, 21), (7, 49)):
         settings = FewSteps(num_steps, teacher_steps)
-        walker = GuidedTeacher(teacher, settings, scheduler, 4, device="cpu", dtype=torch.float32)
+        walker = GuidedTeacher(teacher, settings, scheduler, pipeline.transformer, device="cpu", dtype=torch.float32)
         scheduler.set_timesteps(num_steps, **SIZE)
         assert walker.timesteps(**SIZE)[:: walker.every] == scheduler.timesteps.tolist()
 
@@ -142,7 +146,9 @@ def test_of_a_linear_velocity_the_student_is_known_in_closed_form(teacher: Path)
     """Euler steps of length d multiply by 1 + d a each, with a the guided factor; so pieces are known, and learnt."""
     pipeline = make_pipeline()
     settings = FewSteps(num_steps=2, teacher_steps=6, guidance_scale=2.0)
-    walker = GuidedTeacher(teacher, settings, pipeline.scheduler, 4, device="cpu", dtype=torch.float32)
+    walker = GuidedTeacher(
+        teacher, settings, pipeline.scheduler, pipeline.transformer, device="cpu", dtype=torch.float32
+    )
     walker.transformer = LinearVelocity(text=0.5, null=-0.25)
     guided = -0.25 + 2.0 * (0.5 - -0.25)
     noise = torch.randn(2, 4, 2, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -262,7 +268,7 @@ def test_a_student_samples_in_its_steps_and_says_whose_it_is(student: Path, teac
     pipeline.set_progress_bar_config(disable=True)
     assert (pipeline.config.num_inference_steps, pipeline.config.guidance_scale) == (2, 1.0)
     weights = load_file(next((teacher / "transformer").glob("*.safetensors")))
-    expected = {"teacher": "model", "teacher_steps": 4, "guidance_scale": 3.0, "num_steps": 2}
+    expected = {"teacher": teacher.parent.name, "teacher_steps": 4, "guidance_scale": 3.0, "num_steps": 2}
     said = pipeline.config.distilled_from
     assert expected.items() <= said.items() and said["cfg_channels"] == [0, 1, 2, 3]
     assert said["fingerprint"] == fingerprint({**pipeline.transformer.state_dict(), **weights})
@@ -382,6 +388,17 @@ def test_wrong_settings_are_refused_in_a_line(
             changes = {"few_steps": FewSteps(*changes["args"])}
         dataclasses.replace(student_config(teacher, tmp_path, FewSteps(2, 4)), **changes).build("cpu")
     assert "\n" not in str(raised.value)
+
+
+def test_a_teacher_of_other_latents_or_texts_is_refused(teacher: Path, tmp_path: Path) -> None:
+    config = student_config(teacher, tmp_path, FewSteps(2, 4))
+    sizes = dict(make_pipeline().transformer.config)
+    for name, what in (("in_channels", "latent channels"), ("caption_channels", "channels of text")):
+        student = STDiT3(**{**sizes, name: 8})
+        pipeline = opensora.load_pipeline(teacher)
+        with pytest.raises(OpenSoraError, match=rf"reads \d+ {what}, the transformer to be trained 8; name a teacher"):
+            assert config.few_steps is not None
+            GuidedTeacher(teacher, config.few_steps, pipeline.scheduler, student, device="cpu", dtype=torch.float32)
 
 
 def test_a_teacher_of_another_process_is_refused(teacher: Path, tmp_path: Path) -> None:
