@@ -81,7 +81,7 @@ class ForecastPlan:
         """The plan of a model of which nothing is known: all branches at that share of the steps, evenly spread."""
         number = max(2, min(num_steps, int(share * num_steps)))
         steps = [round(i * (num_steps - 1) / (number - 1)) for i in range(number)]
-        return cls.computing(num_steps, steps, steps)
+        return cls.computing(num_steps, steps, steps, 1, 1)
 
     def check_steps(self, num_steps: int) -> None:
         """Raises `OpenSoraError` for a run of another number of steps."""

@@ -46,7 +46,9 @@ def calibration(engine: Engine, **other: object) -> Calibration:
 
 def test_without_a_calibration_steps_are_spread_evenly(engine: Engine, asked: ClipRequest) -> None:
     (clip,) = engine.prepare([dataclasses.replace(asked, fast="quality")])
-    assert clip.sampling.forecast == ForecastPlan.even(5, FAST["quality"]) == ForecastPlan("all none all none all")
+    assert (
+        clip.sampling.forecast == ForecastPlan.even(5, FAST["quality"]) == ForecastPlan("all none all none all", 1, 1)
+    )
     assert any("no calibration of this model fits 5 steps" in note for note in clip.notes)
     made, exact = engine.make(clip), engine.generate(asked)
     assert (made.num_evaluations, made.num_forecast) == (6, 4)
@@ -150,6 +152,16 @@ def test_calibrated_and_generated(engine: Engine, tmp_path: Path, capsys: pytest
     assert main(["generate", PROMPT, "--model", str(model), *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--calibration" in line and "is for 6 steps (this clip takes 7)" in line
+
+
+def test_ways_of_fast_are_an_axis_of_a_comparison(asked: ClipRequest, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n")
+    given = ["--model", asked.model_name, "--suite", str(tmp_path / "prompts.txt"), "--prompts", "1", "--device", "cpu"]
+    given += ["--metrics", "colour", "--output", str(tmp_path / "found")]
+    assert main(["compare", *given, "--fast", "none", "quality"]) == 0
+    exact, fast = (read_record(tmp_path / "found" / "clips" / f"00{column}-0000-000.mp4") for column in range(2))
+    assert exact.sampling.forecast is None and fast.sampling.fast == "quality"
+    assert fast.sampling.forecast == ForecastPlan.even(5, FAST["quality"]) and fast.seed == exact.seed
 
 
 def test_bundled_models_bring_a_calibration_of_their_default_steps() -> None:
