@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="of `list`; all of them when left out")
     parser.add_argument("--size", help="of `list`; each case's first when left out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of each process; as many as are free")
-    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="5")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of each process; as many as it may use")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="how often each way runs (5)")
     parser.add_argument("--compile", action="store_true", help="measure compiled blocks, too (a minute more a case)")
     parser.add_argument(
         "--allocator", choices=list(ALLOCATORS), help="glibc as it is, or as the program sets it; as the environment is"

@@ -140,6 +140,14 @@ def test_a_picture_of_all_comparisons(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["step", "train"])
+def test_compiled_blocks_are_measured_where_that_is_asked(name, tmp_path):
+    (comparison,) = run(tmp_path, name, "--compile", rounds=1)["comparisons"]
+    assert comparison["ways"]["ours, compiled"]["counts"] == {}  # nothing is dispatched that could be counted
+    assert {"ours, compiled / ours", "ours, compiled / plain"} <= comparison["ratios"].keys()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc reads its settings")
 @pytest.mark.parametrize(("allocator", "before"), [("tuned", None), ("default", LARGE_PAGES)])
 def test_an_allocator_is_there_from_the_start(allocator, before, tmp_path):

@@ -25,7 +25,7 @@ def test_blocks_move_no_more_memory_than_before():
     assert counts.grown(kept[counts.torch_version()], counts.operations_of_blocks()) == [], ADVICE
 
 
-def test_what_is_kept_is_what_is_counted(monkeypatch):
+def test_what_is_kept_is_what_is_counted():
     """No count is kept that nothing makes any more."""
     counted, kept = counts.operations_of_blocks(), counts.kept()
     assert all(version.keys() == counted.keys() for version in kept["operations"].values())
