@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipeline import make_pipeline, seeded
-from tiny_tasks import diffusion_config
+from tiny_tasks import diffusion_config, family_config, write_clips
 from torch import Tensor, nn
 
 import opensora
@@ -250,6 +250,25 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
     changed.save_pretrained(other)
     with pytest.raises(OpenSoraError, match="began with other contents of: teacher"):
         train(config, tmp_path / "run", steps=4)
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3", "2.0"])
+def test_every_generation_of_rectified_flow_learns_few_steps(version: str, tmp_path: Path) -> None:
+    """With known frames beside the noise and in its place, null texts that are learnt and that are encoded."""
+    first = family_config(version, write_clips(tmp_path / "clips"), export_dtype="float32")
+    whole: Any = first.build("cpu").task
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in whole.module.parameters():  # as it is initialised, a network answers zero
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    whole.export(whole.module, tmp_path / "teacher")
+    start = {"transformer": None, "init_from": str(tmp_path / "teacher"), "teacher": str(tmp_path / "teacher")}
+    undropped: dict[str, Any] = {"drop_text": 0.0, "drop_pooled": None, "drop_of_known": {}}
+    task = task_of(dataclasses.replace(first, few_steps=FewSteps(2, 4), **start, **undropped), tmp_path)
+    for position in range(3):
+        batch = task.prepare(BatchKey(0, position))
+        loss = task.loss(batch, KEY)["velocity"]
+        assert len(batch.noise) == len(loss) == 4 and torch.isfinite(loss).all() and loss.min() > 0
 
 
 # --- the student ------------------------------------------------------------------------------------------------------
