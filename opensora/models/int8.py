@@ -4,14 +4,17 @@
 
 Rounding to the nearest of 255 steps is an error of s / 4 on average, in all layers of a network's blocks; what is small
 and decides much (embedders, norms, the last layer) stays as it was. Weights are made anew at every call, one layer at a
-time. This is absmax quantisation by rows without its outliers (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339).
+time, and once more in a backward pass, for the gradient of x. This is absmax quantisation by rows without its outliers
+(Dettmers et al. 2022, https://arxiv.org/abs/2208.07339).
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from opensora.models.fused import GELULinear
 from opensora.models.network import blocks_of
@@ -39,9 +42,41 @@ class Int8Linear(nn.Linear):
         self.weight_scale = nn.Parameter(torch.empty(len(weight), device="meta"), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the input's precision."""
-        weight = self.weight.to(input.dtype).mul_(self.weight_scale[:, None])
-        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+        """(..., in) -> (..., out), see `int8_linear`."""
+        return int8_linear(input, self.weight, self.weight_scale, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """y = x (q s)^T + b, which keeps q and s for its backward pass and not the weight that is made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(input, dequantize_rows(weight, scale, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (needs_input, _, _, needs_bias), (weight, scale) = ctx.needs_input_grad, ctx.saved_tensors
+        to_input = gradient @ dequantize_rows(weight, scale, gradient.dtype) if needs_input else None
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
+        return to_input, None, None, to_bias
+
+
+def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (q s)^T + b in the precision of x, or in that of autocast; gradients reach x and b.
+
+    Args:
+        input: x, (..., in).
+        weight: q, int8 (out, in).
+        scale: s, float32 (out,).
+        bias: b, (out,).
+    """
+    if has_torch_function_unary(input):  # so that plans can tell it from other products, as they do torch's functions
+        return handle_torch_function(int8_linear, (input,), input, weight, scale, bias)
+    device, dtype = input.device.type, input.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return _Product.apply(input.to(dtype), weight, scale, None if bias is None else bias.to(dtype))
 
 
 class Int8Weights(Mapping[str, Tensor]):
@@ -83,6 +118,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
 
 
+def dequantize_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q s in a precision; (out, in)."""
+    return weight.to(dtype).mul_(scale[:, None])
+
+
 def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     """Name -> linear layer of a block: what eight bits are for."""
     return {
@@ -103,8 +143,19 @@ def use_int8(network: nn.Module) -> None:
     """Puts an `Int8Linear` without data in the place of every linear layer of a network's blocks."""
     for block in blocks_of(network).values():
         for name, layer in linear_layers(block).items():
-            parent, _, child = name.rpartition(".")
-            setattr(block.get_submodule(parent), child, Int8Linear(layer))
+            block.set_submodule(name, Int8Linear(layer))
+
+
+def round_to_int8(network: nn.Module) -> None:
+    """Puts the weights of a network's blocks into eight bits where they are, layer by layer; trained ones stay."""
+    for block in blocks_of(network).values():
+        for name, layer in linear_layers(block).items():
+            if layer.weight.requires_grad:
+                continue
+            rounded = Int8Linear(layer)
+            weight, scale = quantize_rows(layer.weight.detach())
+            rounded.weight, rounded.weight_scale = nn.Parameter(weight, False), nn.Parameter(scale, False)
+            block.set_submodule(name, rounded)
 
 
 def is_int8(network: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from opensora.models.int8 import int8_linear
+
 _aten: Any = torch.ops.aten
 
 
@@ -38,6 +40,7 @@ _BFLOAT16: frozenset[Any] = frozenset(
         *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
         *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
         F.scaled_dot_product_attention,
+        int8_linear,
     ]
 )
 _FLOAT32_ON_ACCELERATORS: frozenset[Any] = frozenset(

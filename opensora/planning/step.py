@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from opensora.models.int8 import int8_linear
 from opensora.planning.autocast import MetaAutocast
 from opensora.planning.flops import CountedFlops
 from opensora.planning.tracing import LiveMemory, replaced
@@ -155,6 +158,7 @@ def count_work(compute_loss: Callable[[], Tensor], *stacks: Sequence[nn.Module])
         for count in counts:
             count.watch(stack)
         stack.enter_context(MetaAutocast(enabled=False, on_accelerator=False))
+        stack.enter_context(_PlainProducts())
         stack.enter_context(counted)
         stack.enter_context(torch.enable_grad())
         compute_loss()
@@ -165,6 +169,18 @@ def count_work(compute_loss: Callable[[], Tensor], *stacks: Sequence[nn.Module])
         in_layers=sum(len(count.layers) * count.of_one(0) for count in counts),
         tokens=counts[0].tokens if counts else None,
     )
+
+
+class _PlainProducts(TorchFunctionMode):
+    """Products with weights in eight bits as those with others: in a function of its own none has a gradient to see."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is int8_linear:
+            input, weight, _, bias = args
+            return F.linear(input, weight.to(input.dtype), bias)
+        return func(*args, **(kwargs or {}))
 
 
 class _CountedStack:

@@ -1,4 +1,7 @@
-"""What the checkpoints of a run lack of a model, written when it begins: see `containers.runs`."""
+"""The weights of a module that are not trained: told from others, and, as checkpoints lack them, written beside a run.
+
+See `containers.runs`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +11,12 @@ from torch import nn
 
 from opensora.containers.runs import ABOUT, FROZEN_WEIGHTS, FrozenParts
 from opensora.settings import save_settings
+from opensora.weights import fingerprint
+
+
+def fingerprint_of_frozen(module: nn.Module) -> str:
+    """What tells the weights of a module that are not trained from others."""
+    return fingerprint({name: p for name, p in module.named_parameters() if not p.requires_grad})
 
 
 def save_frozen_part(

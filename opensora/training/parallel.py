@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from opensora.distributed.mesh import Mesh
 from opensora.distributed.shards import whole
+from opensora.models.int8 import Int8Linear
 from opensora.training.task import TrainingSetup
 
 aten = torch.ops.aten
@@ -80,17 +81,24 @@ def shard(setup: TrainingSetup, mesh: Mesh, precision: Literal["fp32", "bf16"]) 
     """Gives each rank its share of the module's weights.
 
     Weights, gradients' sums and optimiser state stay float32; with "bf16" they are gathered in bfloat16, which halves
-    what is sent.
+    what is sent. Weights in eight bits are gathered as they are, and every rank has all their scales.
     """
     assert mesh.weights is not None
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     root = Root(setup.task.module)
+    scales = {m.weight_scale for m in root.modules() if isinstance(m, Int8Linear)}  # few, and would be rounded
     for part in (*setup.partition.gathered, root):
         # A critic's losses use the module without a backward pass, after which the root's weights would stay gathered.
         stay_gathered = part is root and setup.critic is None
-        fully_shard(part, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=not stay_gathered)
+        fully_shard(
+            part,
+            mesh=mesh.weights,
+            mp_policy=policy,
+            reshard_after_forward=not stay_gathered,
+            ignored_params=scales,
+        )
     return root
 
 

@@ -235,7 +235,7 @@ class TrainingPlan:
     def _can_recompute(self, what: str) -> bool:
         """Whether that would be computed again that is not yet."""
         order = ("none", "selective", "full")
-        return bool(self.networks.block_numbers) and order.index(what) > order.index(self.loop.activation_checkpointing)
+        return bool(self.networks.blocks) and order.index(what) > order.index(self.loop.activation_checkpointing)
 
     def smaller_batches(self) -> dict[str, int]:
         """Clips that the largest batches may have at most, by label, where they have more; 0 if even one is too much.
@@ -259,12 +259,11 @@ class TrainingPlan:
         the block that is done and of the one before, on their way in float32."""
         if self.world_size == 1:
             return 0
-        networks, gathered = self.networks, self._gathered_bytes
+        networks = self.networks
         if not self.is_sharded:
             return min(2**24, networks.trained_numbers) * FLOAT32
-        block = networks.largest_block
-        outside = networks.module_numbers - networks.block_numbers
-        return outside * gathered + block * (3 * gathered + gathered + 2 * FLOAT32)
+        module, blocks = networks.gathered_bytes(self._gathered_bytes)
+        return module - sum(blocks) + 4 * max(blocks, default=0) + 2 * networks.largest_trained_block * FLOAT32
 
     @property
     def _gathered_bytes(self) -> int:
@@ -330,8 +329,9 @@ class TrainingPlan:
         others, networks, many = (self.world_size - 1) / self.world_size, self.networks, self.loop.microbatches
         if not self.is_sharded:
             return round(2 * others * networks.trained_numbers * FLOAT32)  # ring: scatter, then gather
-        gathered = networks.module_numbers + networks.block_numbers  # blocks once more for the backward pass
-        return round(others * (many * gathered * self._gathered_bytes + networks.trained_numbers * FLOAT32))
+        module, blocks = networks.gathered_bytes(self._gathered_bytes)
+        gathered = module + sum(blocks)  # blocks once more for the backward pass
+        return round(others * (many * gathered + networks.trained_numbers * FLOAT32))
 
     def _sending_s(self, cost: BatchCost) -> float | None:
         weights_gb_s = self.device.slowest_link_gb_s(self.world_size)

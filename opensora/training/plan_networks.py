@@ -50,10 +50,8 @@ class PlannedNetworks:
         self.blocks = self.setup.partition.blocks
         self.module = module = self.setup.task.module
         self.module_bytes = weight_bytes(module)
-        self.module_numbers = sum(p.numel() for p in module.parameters())
-        self.trained_numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in self.blocks]
-        self.block_numbers, self.largest_block = sum(blocks), max(blocks, default=0)
+        self.trained_numbers = _trained_numbers(module)
+        self.largest_trained_block = max((_trained_numbers(block) for block in self.blocks), default=0)
         self.depth = sum(len(layers_of(stack)) for stack in self.setup.partition.stacks)
         self.critic = None if self.setup.critic is None else self.setup.critic.module
         self.frozen = self.setup.frozen
@@ -70,10 +68,22 @@ class PlannedNetworks:
         networks = {**dict(self.module.named_children()), **self.frozen, **critic}
         counted = []
         for name, network in networks.items():
-            trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            trained = _trained_numbers(network)
             everything = sum(p.numel() for p in network.parameters())
             counted.append(Parameters(name, trained, everything - trained))
         return counted
+
+    def gathered_bytes(self, of_one: int) -> tuple[int, list[int]]:
+        """Of the module and of each of its blocks when ranks have gathered it: eight bits stay eight bits.
+
+        Args:
+            of_one: bytes of any other weight then.
+        """
+
+        def of(module: nn.Module) -> int:
+            return sum(p.numel() * (of_one if p.is_floating_point() else 1) for p in module.parameters())
+
+        return of(self.module), [of(block) for block in self.blocks]
 
     def optimizer_numbers(self, loop: LoopConfig) -> int:
         """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest."""
@@ -145,6 +155,10 @@ class PlannedNetworks:
         return torch.stack([term.mean() for name, term in terms.items() if not name.startswith("_")]).sum()
 
 
+def _trained_numbers(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
 def repeatable(work: Work) -> int:
     """The forward pass of layers, or of everything where there are none that are alike."""
     return work.in_layers or work.forward
@@ -163,8 +177,8 @@ def _recomputing(blocks: Sequence[nn.Module], what: Any) -> Iterator[None]:
 
 @contextmanager
 def _gathered(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights in the precision in which they are gathered."""
-    before = [(parameter, parameter.data) for parameter in module.parameters()]
+    """Weights in the precision in which they are gathered; those in eight bits are gathered as they are."""
+    before = [(parameter, parameter.data) for parameter in module.parameters() if parameter.is_floating_point()]
     for parameter, data in before:
         parameter.data = data.to(dtype)
     try:

@@ -14,6 +14,7 @@ from opensora.manifest import tables_of
 from opensora.overrides import apply_overrides
 from opensora.settings import flatten, save_settings, to_dict
 from opensora.training.config import LoopConfig, Recipe
+from opensora.training.frozen_parts import fingerprint_of_frozen
 from opensora.training.task import TrainingSetup
 from opensora.weights import fingerprint
 
@@ -62,6 +63,7 @@ RECORDED_WHEN_CHANGED = (
 """Settings that decide the steps to come and not those that were done: free to change, and kept in `HISTORY`."""
 
 FROZEN = "frozen.json"
+_FROZEN_PART = "the frozen part of what is trained"
 _MOST_CHANGES = 3
 
 Changes = dict[str, tuple[Any, Any]]
@@ -144,10 +146,9 @@ def record_frozen(recipe: Recipe, setup: TrainingSetup, path: Path, mesh: Mesh) 
     """
     if not mesh.is_first:
         return
-    parameters = setup.task.module.named_parameters()
-    parts = {"the frozen part of what is trained": {n: p for n, p in parameters if not p.requires_grad}}
-    parts |= {name: network.state_dict() for name, network in setup.frozen.items()}
-    now = {name: fingerprint(weights) for name, weights in parts.items() if weights}
+    now = {name: fingerprint(network.state_dict()) for name, network in setup.frozen.items()}
+    if any(not parameter.requires_grad for parameter in setup.task.module.parameters()):
+        now[_FROZEN_PART] = setup.frozen_fingerprint or fingerprint_of_frozen(setup.task.module)
     for name, value in flatten(to_dict(recipe)).items():
         if name.endswith(".manifest") and value and not name.startswith(FREE_TO_CHANGE):
             tables = [table for table, _ in tables_of(value) if table.is_file()]

@@ -138,6 +138,8 @@ class TrainingSetup:
         partition: how its module is divided.
         not_matrices: names of matrix parameters that AdamW takes (first and last layers, embeddings).
         frozen: networks that are used and not trained, by name; never sharded, saved or averaged.
+        frozen_fingerprint: of what is not trained of the task's module, where that lies in memory otherwise than it was
+            read; None where it does not.
         critic: trained against the task's module; None for none.
         preview: how the training is watched; None for not at all.
         groups: what each of a batch's samples belongs to, for figures by group: {"bucket": [...], "t": [...]}.
@@ -148,6 +150,7 @@ class TrainingSetup:
     partition: Partition = field(default_factory=Partition)
     not_matrices: set[str] = field(default_factory=set)
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    frozen_fingerprint: str | None = None
     critic: Critic | None = None
     preview: Preview | None = None
     groups: Callable[[Any], dict[str, list[str]]] = no_groups

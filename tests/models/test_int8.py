@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_pipeline import make_pipeline, seeded
 from tiny_two_encoders import pipeline_of
 from torch import nn
 
 from opensora import ClipRequest, Engine, load_pipeline
-from opensora.models.int8 import Int8Linear, is_int8, quantize_rows
+from opensora.models.int8 import Int8Linear, is_int8, quantize_rows, round_to_int8
 from opensora.models.network import blocks_of
 from opensora.planning.meta_pipeline import meta_pipeline
 from opensora.planning.planner import stored_weight_bytes
@@ -103,3 +104,66 @@ def test_a_clip_is_made_again_in_eight_bits(folder, tmp_path):
     request = ClipRequest(PROMPT, model=str(folder), dtype="int8", num_inference_steps=1, device="cpu")
     clip = Engine.load(request).generate(request)
     assert clip.record is not None and clip.record.dtype == "int8"
+
+
+def rounded(layer: nn.Linear) -> tuple[Int8Linear, torch.Tensor]:
+    """A layer in eight bits, and the weight that it has then."""
+    q, scale = quantize_rows(layer.weight.detach())
+    eight = Int8Linear(layer)
+    eight.weight, eight.weight_scale = nn.Parameter(q, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+    return eight, q * scale[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_weights_that_are_meant(dtype, bias):
+    layer = nn.Linear(40, 6, bias=bias)
+    eight, weight = rounded(layer)
+    found, expected = (torch.randn(2, 3, 40, generator=seeded(0)[0]).to(dtype).requires_grad_() for _ in range(2))
+    towards = torch.randn(2, 3, 6, generator=seeded(1)[0]).to(dtype)
+    (eight(found) * towards).sum().backward()
+    to_bias = None if layer.bias is None else layer.bias.grad
+    layer.zero_grad()
+    (
+        F.linear(expected, weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)) * towards
+    ).sum().backward()
+    assert torch.equal(found.grad, expected.grad) and found.grad.any()
+    assert to_bias is None if layer.bias is None else torch.equal(to_bias, layer.bias.grad)
+
+
+def test_nothing_but_the_eight_bits_is_kept_for_a_backward_pass():
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    layer = nn.Linear(256, 128)
+    eight, _ = rounded(layer)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        eight(torch.randn(4, 256, requires_grad=True))
+    assert sum(kept.values()) == weight_bytes(eight) - layer.bias.nbytes == 256 * 128 + 4 * 128
+
+
+def test_layers_follow_autocast():
+    eight, weight = rounded(nn.Linear(40, 6))
+    inputs = torch.randn(3, 40, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, expected = eight(inputs), F.linear(inputs, weight, eight.bias)
+    assert result.dtype == torch.bfloat16 and torch.equal(result, expected)
+    result.sum().backward()
+    assert inputs.grad.dtype == torch.float32
+
+
+def test_weights_that_are_trained_are_not_rounded():
+    model = make_pipeline().transformer.requires_grad_(False)
+    first, second = list(blocks_of(model).values())[:2]
+    second.requires_grad_(True)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    round_to_int8(model)
+    assert all(type(m) is not nn.Linear for m in first.modules()) and not is_int8(second)
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            weight = before.pop(f"{name}.weight")
+            assert (module.weight * module.weight_scale[:, None] - weight).abs().max() <= weight.abs().max() / 250
+    assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in before.items())

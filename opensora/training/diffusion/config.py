@@ -44,6 +44,7 @@ class DiffusionTaskConfig(DiffusionSettings):
             TransformerPartition(networks.transformer),
             not_matrices=networks.not_matrices,
             frozen=networks.frozen,
+            frozen_fingerprint=networks.frozen_fingerprint,
             preview=preview,
             groups=task.groups,
         )

@@ -2,7 +2,8 @@
 
 A linear layer W learns W + alpha / r * B A, with A (r, in) drawn at random and B (out, r) zero at first, so that a run
 begins at the base. Only A and B are trained, averaged, kept in checkpoints and exported. A run may also begin at an
-adapter that is there, whatever tool wrote it: its layers, ranks and alphas are taken over.
+adapter that is there, whatever tool wrote it: its layers, ranks and alphas are taken over. The base may lie in eight
+bits meanwhile, as in QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), which has four.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class LoRAConfig:
             learnt where it is, and the rest stays. It takes a forward pass more.
         init_adapter: file or folder of an adapter to begin with, of any layout that is read. Rank, alpha and layers are
             its own then; a log line says so where `rank`, `alpha` or `targets` say otherwise.
+        base_dtype: how the weights of the base lie in memory: "int8" keeps the linear layers of its blocks in eight
+            bits (see `models.int8`) and takes a quarter of their memory; the adapter stays in float32. The base is
+            rounded after it was read, so what is exported belongs to the base as it is.
     """
 
     rank: int = 16
@@ -51,6 +55,7 @@ class LoRAConfig:
     dropout: float = 0.0
     preserve: float = 0.0
     init_adapter: str | None = None
+    base_dtype: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -158,8 +163,20 @@ def adapter_layers(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def base_fingerprint(transformer: SpaceTimeTransformer) -> str:
+    """What tells the weights beside an adapter from others, see `fingerprint_of_layers`."""
+    layers, stored = adapter_layers(transformer), transformer.state_dict()
+    return fingerprint_of_layers({f"{name}.weight": stored[f"{name}.base_layer.weight"] for name in layers}, layers)
+
+
 def export_adapter(
-    transformer: SpaceTimeTransformer, config: LoRAConfig, folder: Path, *, base: str, training: Mapping[str, Any]
+    transformer: SpaceTimeTransformer,
+    config: LoRAConfig,
+    folder: Path,
+    *,
+    base: str,
+    training: Mapping[str, Any],
+    fingerprint: str | None = None,
 ) -> Path:
     """Writes the adapter of a transformer as the file that `load_pipeline(adapters=...)` and diffusers read.
 
@@ -169,15 +186,14 @@ def export_adapter(
         folder: where.
         base: name of the model that it was trained on.
         training: how, as plain values.
+        fingerprint: of that model's weights, see `base_fingerprint`; None for those that lie beside the adapter.
     """
     layers = adapter_layers(transformer)
-    stored = transformer.state_dict()
-    weights = {f"{name}.weight": stored[f"{name}.base_layer.weight"] for name in layers}
     origin = AdapterOrigin(
         base=base,
         class_name=type(transformer).__name__,
         config={key: value for key, value in dict(transformer.config).items() if not key.startswith("_")},
-        fingerprint=fingerprint_of_layers(weights, layers),
+        fingerprint=base_fingerprint(transformer) if fingerprint is None else fingerprint,
         training={**training, **_start_of(config)},
     )
     in_float32 = {name: (a.to(torch.float32), b.to(torch.float32)) for name, (a, b) in layers.items()}

@@ -13,17 +13,18 @@ from opensora.data.clips import ManifestClips
 from opensora.errors import OpenSoraError
 from opensora.files import replacing_folder
 from opensora.geometry import VideoSize
+from opensora.models.int8 import round_to_int8
 from opensora.pipeline import OpenSoraPipeline
 from opensora.training.diffusion.adaptation import build_transformer, choose_trained
 from opensora.training.diffusion.export import origin_of_latents
 from opensora.training.diffusion.few_steps import GuidedTeacher
-from opensora.training.diffusion.lora import LoRAConfig, add_adapter
+from opensora.training.diffusion.lora import LoRAConfig, add_adapter, base_fingerprint
 from opensora.training.diffusion.settings import DiffusionSettings
 from opensora.training.diffusion.teacher import Teacher
 from opensora.training.diffusion.text import Captions
-from opensora.training.frozen_parts import save_frozen_part
+from opensora.training.frozen_parts import fingerprint_of_frozen, save_frozen_part
 from opensora.training.muon import hidden_matrices
-from opensora.training.parts import build_part
+from opensora.training.parts import META, build_part
 from opensora.training.task import Partition
 
 
@@ -43,6 +44,9 @@ class DiffusionNetworks:
         defaults: how a pipeline of these networks samples, as keywords of `OpenSoraPipeline`.
         scheduler: samples from the transformer.
         noise_process: what the transformer is trained with.
+        base_fingerprint: of the weights that an adapter is trained beside, as they were read.
+        frozen_fingerprint: of all weights of `module` that are not trained, as they were read; both are None where
+            those lie in memory as they were read.
     """
 
     def __init__(self, settings: DiffusionSettings, device: str) -> None:
@@ -116,6 +120,13 @@ class DiffusionNetworks:
             )
         if (teacher := self.walker or self.teacher) is not None:
             self.frozen["teacher"] = teacher.networks
+        self.base_fingerprint: str | None = None
+        self.frozen_fingerprint: str | None = None
+        if isinstance(settings.train, LoRAConfig) and settings.train.base_dtype == "int8":
+            if device != META:
+                self.base_fingerprint = base_fingerprint(self.transformer)
+                self.frozen_fingerprint = fingerprint_of_frozen(self.module)
+            round_to_int8(self.transformer)
 
     def _check_size(self) -> None:
         """Finds before the first step that the clips of the exported pipeline would have an impossible size.

@@ -289,7 +289,8 @@ class DiffusionTask(TrainingTask):
         }
         base = str(settings.init_from)  # a name, or a folder, of which the last part is told
         base = base if base in BUNDLED else published_name(base) or Path(base).name
-        export_adapter(module["transformer"], lora, folder, base=base, training=training)
+        fingerprint = self.networks.base_fingerprint
+        export_adapter(module["transformer"], lora, folder, base=base, training=training, fingerprint=fingerprint)
 
 
 def _named(captions: Sequence[str]) -> str:
