@@ -82,6 +82,7 @@ def draw(found: Found, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    calls = [2 * steps for steps in STEPS]
     figure, panels = plt.subplots(1, len(FIGURES), figsize=(3.4 * len(FIGURES), 3.2))
     for panel, (name, (title, times, _)) in zip(panels, FIGURES.items(), strict=True):
         for block in BLOCKS:
@@ -92,9 +93,13 @@ def draw(found: Found, picture: Path) -> None:
                 columns = [block.column(**{varying: value, "num_inference_steps": steps}) for steps in STEPS]
                 means = [found.mean(block.name, column, name) for column in columns]
                 label = f"{varying.replace('_', ' ')} {value}"
-                panel.plot([2 * steps for steps in STEPS], [times * mean.value for mean in means], "o-", label=label)
+                (line,) = panel.plot(calls, [times * mean.value for mean in means], "o-", label=label)
+                low, high = ([times * getattr(mean, bound) for mean in means] for bound in ("low", "high"))
+                panel.fill_between(calls, low, high, color=line.get_color(), alpha=0.2)
         panel.set(xlabel="calls of the network", xscale="log", title=title)
-    panels[0].legend(fontsize=7)
+        panel.set_xticks(calls, calls)
+        panel.minorticks_off()
+    panels[-1].legend(fontsize=7, loc="lower right")
     save_picture(figure, picture)
 
 
