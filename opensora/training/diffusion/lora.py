@@ -44,9 +44,9 @@ class LoRAConfig:
             learnt where it is, and the rest stays. It takes a forward pass more.
         init_adapter: file or folder of an adapter to begin with, of any layout that is read. Rank, alpha and layers are
             its own then; a log line says so where `rank`, `alpha` or `targets` say otherwise.
-        base_dtype: how the weights of the base lie in memory: "int8" keeps the linear layers of its blocks in eight
-            bits (see `models.int8`) and takes a quarter of their memory; the adapter stays in float32. The base is
-            rounded after it was read, so what is exported belongs to the base as it is.
+        base_dtype: how the weights of the base lie in memory, None for float32: "int8" keeps the linear layers of its
+            blocks in eight bits (see `models.int8`) and takes a quarter of their memory; the adapter stays in float32.
+            The base is rounded after it was read, so what is exported belongs to the base as it is.
     """
 
     rank: int = 16
@@ -55,7 +55,7 @@ class LoRAConfig:
     dropout: float = 0.0
     preserve: float = 0.0
     init_adapter: str | None = None
-    base_dtype: Literal["float32", "int8"] = "float32"
+    base_dtype: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:

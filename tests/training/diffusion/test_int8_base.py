@@ -67,7 +67,7 @@ def losses(folder: Path) -> torch.Tensor:
 
 def held_out_loss(place: Path, cache: Path, adapter: Path | None) -> float:
     """Of the base in float32 with an adapter, on noise and times that no run has seen."""
-    setup = recipe(place, "float32", adapter).objective.build("cpu")
+    setup = recipe(place, None, adapter).objective.build("cpu")
     setup.data.open(cache)
     keys = [BatchKey(1, position, 0) for position in range(16)]
     with torch.no_grad():
@@ -82,22 +82,22 @@ def changes(adapter: Path) -> torch.Tensor:
 
 
 def test_an_adapter_learns_what_it_learns_beside_the_base_as_it_is(place, tmp_path):
-    made = {dtype: train(recipe(place, dtype, steps=40), tmp_path / dtype) for dtype in ("float32", "int8")}
-    one, other = (losses(tmp_path / dtype) for dtype in made)
+    made = {dtype: train(recipe(place, dtype, steps=40), tmp_path / str(dtype)) for dtype in (None, "int8")}
+    one, other = (losses(tmp_path / str(dtype)) for dtype in made)
     assert 0 < (one - other).abs().max() < 0.005 * one.mean() and one[-10:].mean() < 0.95 * one[:10].mean()
-    assert torch.cosine_similarity(changes(made["float32"]), changes(made["int8"]), dim=0) > 0.9
+    assert torch.cosine_similarity(changes(made[None]), changes(made["int8"]), dim=0) > 0.9
     before = held_out_loss(place, tmp_path / "cache", None)
     better = {dtype: before - held_out_loss(place, tmp_path / "cache", path) for dtype, path in made.items()}
-    assert better["int8"] > 0.95 * better["float32"] > 0.02 * before
+    assert better["int8"] > 0.95 * better[None] > 0.02 * before
     load_pipeline(place / "tiny", adapters={made["int8"]: 1.0})  # it belongs to the base that was read, and says how
     origin = read_adapter(made["int8"]).origin
     assert origin is not None and origin.training["lora"]["base_dtype"] == "int8"
 
 
 def test_a_run_is_bound_to_the_base_as_it_was_read(place, tmp_path):
-    for dtype in ("float32", "int8"):
-        Trainer(recipe(place, dtype), tmp_path / dtype)
-    frozen = [(tmp_path / dtype / "frozen.json").read_text() for dtype in ("float32", "int8")]
+    for dtype in (None, "int8"):
+        Trainer(recipe(place, dtype), tmp_path / str(dtype))
+    frozen = [(tmp_path / str(dtype) / "frozen.json").read_text() for dtype in (None, "int8")]
     assert frozen[0] == frozen[1] and "the frozen part of what is trained" in json.loads(frozen[0])
 
 
@@ -107,8 +107,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path):
     trainer.stop_requested = True
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    with pytest.raises(OpenSoraError, match=r"objective\.train\.base_dtype=float32 \(was int8\)"):
-        Trainer(recipe(place, "float32", checkpoint_every=1), tmp_path / "stopped")
+    with pytest.raises(OpenSoraError, match=r"objective\.train\.base_dtype=None \(was int8\)"):
+        Trainer(recipe(place, None, checkpoint_every=1), tmp_path / "stopped")
     resumed = train(recipe(place, "int8", checkpoint_every=1), tmp_path / "stopped")
     first, second = load_file(whole / ADAPTER_FILE), load_file(resumed / ADAPTER_FILE)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -134,7 +134,7 @@ def test_ranks_train_what_one_rank_trains(place, tmp_path, sharding, precision):
 
 
 def test_a_plan_counts_eight_bits_and_the_same_work(place):
-    whole, eight = (TrainingPlan(recipe(place, dtype), H100) for dtype in ("float32", "int8"))
+    whole, eight = (TrainingPlan(recipe(place, dtype), H100) for dtype in (None, "int8"))
     network = recipe(place, "int8").objective.build("cpu").task.module
     assert is_int8(network) and eight.memory.weights == weight_bytes(network) < 0.6 * whole.memory.weights
     shape = eight.networks.shapes[0]
