@@ -88,6 +88,22 @@ class Counted(TorchDispatchMode):
         self.products.update(_products(packet, args))
         return result
 
+    def traffic(self) -> dict[str, int]:
+        """What passed through memory, by the names of tables and files."""
+        return {
+            "operations": self.operations,
+            "copies": self.copies,
+            "tensors made": self.made,
+            "bytes": self.bytes,
+        }
+
+
+def counted_in(work: Callable[[], object]) -> Counted:
+    """What a call computes."""
+    with Counted() as counted:
+        work()
+    return counted
+
 
 def floor(products: Mapping[Product, int], dtype: torch.dtype) -> Callable[[], None]:
     """All products and convolutions of a computation, and nothing else."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.comparison import FLOOR, OURS, Comparison, Figures, Measured, Run, Way
-from benchmarks.counting import Counted, floor
+from benchmarks.counting import Counted, counted_in, floor
 
 PROBE_SIDE = 1024
 
@@ -26,8 +26,8 @@ def measure(case: str, size: str, comparison: Comparison, rounds: int, dtype: to
     with torch.set_grad_enabled(comparison.gradients):
         ways, runs = {name: Way() for name in comparison.ways}, dict(comparison.ways)
         for name in comparison.counted:
-            counted = _count(runs[name])
-            ways[name].counts = _counts(counted)
+            counted = counted_in(runs[name])
+            ways[name].counts = {"flops": counted.flops, **counted.traffic()}
             if name == OURS:
                 ways[FLOOR], runs[FLOOR] = Way(counts={"flops": counted.flops}), _floor(counted, dtype)
         for name in [name for name in runs if name not in comparison.counted]:
@@ -75,22 +75,6 @@ def median_and_range(values: list[float], digits: int = 3) -> str:
     """Such as "1.31 (1.25 to 1.40)", to so many significant digits."""
     middle, least, most = (f"{value:.{digits}g}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({least} to {most})"
-
-
-def _count(run: Run) -> Counted:
-    with Counted() as counted:
-        run()
-    return counted
-
-
-def _counts(counted: Counted) -> dict[str, int]:
-    return {
-        "flops": counted.flops,
-        "bytes": counted.bytes,
-        "operations": counted.operations,
-        "copies": counted.copies,
-        "tensors made": counted.made,
-    }
 
 
 def _floor(counted: Counted, dtype: torch.dtype) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import opensora
 from benchmarks.cases.layers import SIZES, Pair
-from benchmarks.counting import Counted
+from benchmarks.counting import counted_in
 from opensora.files import replacing
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.guiders import GUIDERS, make_guider
@@ -47,8 +47,8 @@ def flops_of_networks() -> Counts:
             "toybox, one step": lambda: transformer(latents, 500.0, clip_conditions=clip, text_context=context),
             "toybox, decoding 17 frames": lambda: autoencoder.decode_latents(latents[:1], 17),
         }
-        counts = {name: {"flops": _counted(work).flops} for name, work in works.items()}
-    training = _counted(lambda: pair.run_ours(keep_text=False).sum().backward())
+        counts = {name: {"flops": counted_in(work).flops} for name, work in works.items()}
+    training = counted_in(lambda: pair.run_ours(keep_text=False).sum().backward())
     return counts | {"a small layer pair, forward and backward": {"flops": training.flops}}
 
 
@@ -78,11 +78,11 @@ def operations_of_blocks() -> Counts:
     with torch.no_grad():
         kept_space, kept_time = pair.context.keys_values
         counts = {
-            "block in space": _operations(_counted(lambda: forward(space, kept_space))),
-            "block in time": _operations(_counted(lambda: forward(time, kept_time, rope))),
+            "block in space": counted_in(lambda: forward(space, kept_space)).traffic(),
+            "block in time": counted_in(lambda: forward(time, kept_time, rope)).traffic(),
         }
-    training = _counted(lambda: pair.run_ours(keep_text=False).sum().backward())
-    return counts | {"layer pair, forward and backward": _operations(training)}
+    training = counted_in(lambda: pair.run_ours(keep_text=False).sum().backward())
+    return counts | {"layer pair, forward and backward": training.traffic()}
 
 
 def torch_version() -> str:
@@ -156,18 +156,3 @@ def _calls(pipeline: Any, options: dict[str, Any]) -> dict[str, int]:
         for hook in hooks:
             hook.remove()
     return counts
-
-
-def _counted(work: Callable[[], object]) -> Counted:
-    with Counted() as counted:
-        work()
-    return counted
-
-
-def _operations(counted: Counted) -> dict[str, int]:
-    return {
-        "operations": counted.operations,
-        "copies": counted.copies,
-        "tensors made": counted.made,
-        "bytes": counted.bytes,
-    }
