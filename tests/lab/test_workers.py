@@ -29,7 +29,7 @@ def test_one_worker_is_this_process_and_keeps_the_order() -> None:
 @pytest.mark.parametrize(
     ("start", "kind", "words"),
     [
-        (lab_work.start_refusing, OpenSoraError, "0 is no good"),
+        (lab_work.start_refusing, OpenSoraError, "^[01] is no good$"),
         (lab_work.start_dying, OpenSoraError, "ended from outside"),
         (lab_work.start_failing, RuntimeError, "ZeroDivisionError"),
     ],
