@@ -1,41 +1,12 @@
-"""What a clip of `opensora generate` will take, and the choices that make it fit into a given memory."""
+"""The choices that make a clip of `opensora generate` fit into a given memory."""
 
 import dataclasses
-from typing import Any
 
 from opensora.cli.generate_options import MachineOptions, MemoryOptions
 from opensora.cli.options import flag, given_options, with_flags
 from opensora.cli.progress import say
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
-from opensora.generation.resolve import describe_size, resolve
-
-
-def predict(
-    request: ClipRequest, *, device: str, memory_bytes: int | None = None, known_frames: bool = False
-) -> dict[str, Any]:
-    """The plan of a clip, see `planning.report.plan_clip`; configurations are read, weights are not.
-
-    Args:
-        request: model, size, guidance and precision.
-        device: "cpu", or the kind of an accelerator.
-        memory_bytes: what it has; None for a plan that asks for no verdict.
-        known_frames: the clip is made from pictures or clips too.
-    """
-    from opensora.checkpoints.precision import dtype_named
-    from opensora.planning.meta_pipeline import meta_pipeline
-    from opensora.planning.report import plan_clip
-    from opensora.planning.stages import Clip
-    from opensora.planning.tracing import Tracer
-
-    tracer = Tracer()
-    meta = meta_pipeline(tracer, request.model_name, request.components)
-    sampling = resolve(meta.pipeline, request)
-    conditioned = known_frames and meta.pipeline.transformer.reads_channels
-    clip = Clip(sampling.size, guided=sampling.is_guided, conditioned=conditioned)
-    dtype = None if request.dtype is None else dtype_named(request.dtype, on_cpu=device == "cpu")
-    plan = plan_clip(tracer, meta, clip, device=device, dtype=dtype, memory_bytes=memory_bytes)
-    return {**plan, "clip": describe_size(clip.size, sampling.nominal_size)}
 
 
 def fitted(request: ClipRequest, memory: MemoryOptions) -> tuple[str | None, MemoryOptions]:
@@ -47,6 +18,7 @@ def fitted(request: ClipRequest, memory: MemoryOptions) -> tuple[str | None, Mem
     from opensora.checkpoints.loading import choose_device
     from opensora.planning.devices import parse_memory
     from opensora.planning.report import choices_in_words, gigabytes, verdict_of
+    from opensora.planning.request import plan_request
 
     assert memory.max_memory is not None
     made = [name for name, _ in given_options(memory) if name != "max_memory"]
@@ -56,7 +28,7 @@ def fitted(request: ClipRequest, memory: MemoryOptions) -> tuple[str | None, Mem
         raise OpenSoraError("--max-memory cannot tell how long an edited clip is; see opensora plan --num-frames N")
     memory_bytes = parse_memory(memory.max_memory, "max_memory")
     device = choose_device(request.device).type
-    plan = predict(request, device=device, memory_bytes=memory_bytes, known_frames=request.shows_frames)
+    plan = plan_request(request, device=device, memory_bytes=memory_bytes, known_frames=request.shows_frames)
     if not plan["fits"]:
         raise OpenSoraError(with_flags(verdict_of(plan), MachineOptions(), memory))
     choices, needed = dict(plan["with"]["choices"]), gigabytes(plan["with"]["needed_bytes"])

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from opensora.cli.fitting import predict
 from opensora.cli.generate_options import GuidanceOptions, MachineOptions, MemoryOptions, ModelOptions, SizeOptions
 from opensora.cli.options import FLAG, given_options, option, with_flags
 from opensora.errors import OpenSoraError
@@ -41,9 +40,10 @@ class Plan:
 
         memory_bytes = None if self.device_memory is None else parse_memory(self.device_memory)
         from opensora.planning.report import plan_lines
+        from opensora.planning.request import plan_request
 
         device, known_frames = self._device(), self.known_frames
-        plan = predict(self.request, device=device, memory_bytes=memory_bytes, known_frames=known_frames)
+        plan = plan_request(self.request, device=device, memory_bytes=memory_bytes, known_frames=known_frames)
         if self.json:
             print(json.dumps(_with_options(plan), indent=2))
         else:

@@ -9,10 +9,11 @@ wait runs it in a thread (`await asyncio.to_thread(engine.generate, request, can
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from opensora.errors import OpenSoraError, is_out_of_memory
 from opensora.generation.clip import Clip, to_uint8
@@ -53,6 +54,7 @@ class Progress:
         num_steps: steps of the loop; 0 while it is not known.
         loop: number of the loop, from 0.
         num_loops: of a long video; 1 for a clip.
+        latents: (B, C, T, H, W) after a step of the loop; None at other times.
     """
 
     stage: Stage
@@ -60,6 +62,7 @@ class Progress:
     num_steps: int
     loop: int
     num_loops: int
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Cancelled(Exception):
@@ -340,10 +343,10 @@ class _Watch:
         if self.cancelled is not None and self.cancelled():
             raise Cancelled("the clip was cancelled")
 
-    def tell(self, stage: Stage, step: int, num_steps: int) -> None:
+    def tell(self, stage: Stage, step: int, num_steps: int, latents: Tensor | None = None) -> None:
         self.check()
         if self.on_progress is not None:
-            self.on_progress(Progress(stage, step, num_steps, self.loop, self.num_loops))
+            self.on_progress(Progress(stage, step, num_steps, self.loop, self.num_loops, latents))
 
     def loop_begins(self, loop: int) -> None:
         self.loop = loop
@@ -351,7 +354,7 @@ class _Watch:
 
     def step_done(self, pipe: "OpenSoraPipeline", step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         num_steps = pipe.num_timesteps or 0
-        self.tell("denoising", step + 1, num_steps)
+        self.tell("denoising", step + 1, num_steps, values["latents"])
         if step + 1 == num_steps:
             self.tell("decoding", num_steps, num_steps)
         return values
