@@ -26,7 +26,7 @@ JOBS = sql.Table(
     sql.Column("parent", sql.String),
     sql.Column("state", sql.String, nullable=False),
     sql.Column("priority", sql.Integer, nullable=False),
-    sql.Column("position", sql.Float(53), nullable=False),
+    sql.Column("position", sql.Float(53)),
     sql.Column("is_held", sql.Boolean, nullable=False),
     sql.Column("attempt", sql.Integer, nullable=False),
     sql.Column("num_lost", sql.Integer, nullable=False),
@@ -77,8 +77,9 @@ class Database:
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         try:
             self._make_tables()
-        except StoreAway as error:
-            raise OpenSoraError(f"the store {shown_url(url)} cannot be used: {error}") from error
+        except (StoreAway, exc.DatabaseError) as error:
+            reason = error if isinstance(error, StoreAway) else error.orig
+            raise OpenSoraError(f"the store {shown_url(url)} cannot be used: {reason}") from error
 
     def close(self) -> None:
         """Gives connections back."""
@@ -141,7 +142,8 @@ class Database:
 
     def put(self, connection: sql.Connection, job: Job) -> Job:
         """Writes a job under the next version."""
-        job = replace(job, version=self.next_version(connection))
+        version = self.next_version(connection)
+        job = replace(job, version=version, position=float(version) if job.position is None else job.position)
         connection.execute(sql.update(JOBS).where(JOBS.c.id == job.id).values(values_of(job)))
         return job
 

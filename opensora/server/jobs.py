@@ -90,7 +90,7 @@ class Job:
         parent: the job that it came from, if it did.
         state: "cancelled" as soon as somebody says so; its worker notices at the next step.
         priority: higher ones are made first,
-        position: of those alike the one with the least.
+        position: of those alike the one with the least; None for the end of the queue, where it is given a number.
         is_held: it waits until somebody lets it go.
         attempt: how often a worker began it,
         num_lost: and how often it was lost meanwhile.
@@ -109,7 +109,7 @@ class Job:
     parent: str | None = None
     state: State = "queued"
     priority: int = 0
-    position: float = 0.0
+    position: float | None = None
     is_held: bool = False
     attempt: int = 0
     num_lost: int = 0

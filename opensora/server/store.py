@@ -89,10 +89,9 @@ class JobStore(Database):
                         )
                     return earlier
             self._check_room(connection, job.owner)
-            job = replace(job, created_at=now, position=job.position or now)
-            values = values_of(job) | {"idempotency_key": idempotency_key, "version": self.next_version(connection)}
-            connection.execute(sql.insert(JOBS).values(values))
-            return replace(job, version=values["version"])
+            job = replace(job, created_at=now)
+            connection.execute(sql.insert(JOBS).values(values_of(job) | {"idempotency_key": idempotency_key}))
+            return self.put(connection, job)
 
     def get(self, job_id: str) -> Job | None:
         """The job, unless there is none or it was deleted."""
@@ -183,7 +182,7 @@ class JobStore(Database):
                 raise NotPossible(f"the job is {job.state.replace('_', ' ')}; only one that failed can be tried again")
             fresh = Job(job.id, job.request, job.owner, job.kind, job.format, job.parent, priority=job.priority)
             # The number of attempts goes on, so that a worker that has not noticed yet cannot finish this one.
-            return replace(fresh, position=now, attempt=job.attempt, created_at=job.created_at)
+            return replace(fresh, attempt=job.attempt, created_at=job.created_at)
 
         return self.change(job_id, again)
 
@@ -211,21 +210,17 @@ class JobStore(Database):
         """
         queue = [job for job in self.queue() if job.state == "queued" and job.id != job_id]
         if before is None:
-            last = queue[-1] if queue else None
-
-            def to_the_end(job: Job, now: float) -> Job:
-                priority = last.priority if last else job.priority
-                return replace(
-                    _queued(job, "moved"), priority=priority, position=max(now, last.position if last else 0)
-                )
-
-            return self.change(job_id, to_the_end)
+            priority = queue[-1].priority if queue else 0
+            return self.change(
+                job_id, lambda job, now: replace(_queued(job, "moved"), priority=priority, position=None)
+            )
         place = next((number for number, job in enumerate(queue) if job.id == before), None)
         if place is None:
             raise NotPossible(f"the job {before} does not wait; name one that does")
         behind = queue[place]
+        end = behind.position or 0.0
         ahead = queue[place - 1] if place and queue[place - 1].priority == behind.priority else None
-        position = behind.position - 1 if ahead is None else (ahead.position + behind.position) / 2
+        position = end - 1 if ahead is None else ((ahead.position or 0.0) + end) / 2
         return self.change(
             job_id, lambda job, now: replace(_queued(job, "moved"), priority=behind.priority, position=position)
         )

@@ -28,6 +28,7 @@ class _Place:
     """A process that should always run, and the one that does."""
 
     module: str
+    is_worker: bool
     device: str = ""
     process: subprocess.Popen[bytes] | None = None
     name: str = ""
@@ -42,15 +43,25 @@ class Supervisor:
     Args:
         settings: of the server.
         store: the jobs.
-        listening: bound already; it outlives the API's process, so that nobody is refused while another one starts.
+        listening: bound already; it outlives the API's process, so that nobody is refused while another one starts;
+            None for a machine that only works.
+        worker, api: modules of the processes, started as `python -m`.
     """
 
-    def __init__(self, settings: ServerSettings, store: JobStore, listening: socket.socket | None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        store: JobStore,
+        listening: socket.socket | None,
+        *,
+        worker: str = "opensora.server.worker",
+        api: str = "opensora.server.api",
+    ) -> None:
         self.settings, self.store, self.listening = settings, store, listening
         self.folder = ServerFolder(settings.folder)
-        self._places = [_Place("opensora.server.worker", device) for device in settings.devices]
+        self._places = [_Place(worker, is_worker=True, device=device) for device in settings.devices]
         if listening is not None:
-            self._places.append(_Place("opensora.server.api"))
+            self._places.append(_Place(api, is_worker=False))
         self._started = 0
 
     def run(self, on_start: Callable[[], None]) -> None:
@@ -81,7 +92,7 @@ class Supervisor:
             if place.process.poll() is None:
                 return
             code, place.process = place.process.returncode, None
-            if place.module.endswith("worker"):
+            if place.is_worker:
                 with _told():
                     self.store.give_up(place.name)
             quick = now - place.started < _QUICK_END_S
@@ -93,9 +104,9 @@ class Supervisor:
 
     def _start(self, place: _Place) -> None:
         self._started += 1
-        kind = place.module.rpartition(".")[2]
+        kind = "worker" if place.is_worker else "api"
         place.name, place.started = f"{kind}-{own_name(self._started)}", time.monotonic()
-        descriptor = None if kind == "worker" or self.listening is None else self.listening.fileno()
+        descriptor = None if place.is_worker or self.listening is None else self.listening.fileno()
         place.process = start_child(
             place.module, ChildSettings(self.settings, place.name, device=place.device, socket=descriptor)
         )
@@ -114,7 +125,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 place.process.kill()
                 place.process.wait()
-                if place.module.endswith("worker"):
+                if place.is_worker:
                     with _told():
                         self.store.give_up(place.name)
 

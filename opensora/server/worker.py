@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from opensora.errors import OpenSoraError
-from opensora.server.child import told_settings, told_to_stop
+from opensora.server.child import ChildSettings, told_settings, told_to_stop
 from opensora.server.database import StoreAway
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobError, JobProgress, JobResult
@@ -216,22 +216,29 @@ def _say(text: str) -> None:
     print(f"opensora: {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """What the process does, see `child`."""
+def main(engines_of: "Callable[[ChildSettings], Engines] | None" = None) -> None:
+    """What the process does, see `child`.
+
+    Args:
+        engines_of: what makes the clips of a worker; None for models of this machine.
+    """
     told = told_settings()
     stopped = told_to_stop()
     with suppress(OSError):
         os.nice(NICE)  # answers of the API go before steps of a clip
     from opensora.server.colours import LatentColours
+
+    folder = ServerFolder(told.server.folder)
+    folder.make()
+    store, colours = store_of(told.server), LatentColours(folder.colours)
+    engines = (engines_of or _engines_of)(told)
+    Worker(told.name, store, folder, engines, colours, told.server, stopped).run()
+
+
+def _engines_of(told: ChildSettings) -> "Engines":
     from opensora.server.engines import Engines
 
-    settings = told.server
-    folder = ServerFolder(settings.folder)
-    folder.make()
-    store = store_of(settings)
-    engines = Engines(told.device or None, settings.max_memory_bytes)
-    colours = LatentColours(folder.colours)
-    Worker(told.name, store, folder, engines, colours, settings, stopped).run()
+    return Engines(told.device or None, told.server.max_memory_bytes)
 
 
 if __name__ == "__main__":
