@@ -592,6 +592,7 @@ class OpenSoraPipeline(
 
     # --- after the loop -----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, num_frames: int, output_type: Literal["pt", "np", "pil"] = "pt") -> Any:
         """Frames of normalised latents, as a call returns them, see `OpenSoraPipelineOutput.frames`.
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from opensora.errors import OpenSoraError
 from opensora.generation.clip import Clip
-from opensora.generation.engine import Cancelled, Engine, Progress
+from opensora.generation.engine import Engine
 from opensora.generation.loading import LoadedModel
+from opensora.generation.progress import Cancelled, Progress
 from opensora.generation.record import read_record, request_of
 from opensora.generation.request import ClipRequest
 from opensora.media.read import read_video

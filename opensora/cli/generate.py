@@ -55,7 +55,8 @@ from opensora.settings import nearest_name
 
 if TYPE_CHECKING:
     from opensora.cli.first_images import Artist
-    from opensora.generation.engine import Engine, PreparedClip
+    from opensora.generation.engine import Engine
+    from opensora.generation.prepared import PreparedClip
 
 DEFAULT_FOLDER = "outputs/"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from opensora.generation.engine import Progress as GenerationProgress
+    from opensora.generation.progress import Progress as GenerationProgress
 
 
 class Bar:

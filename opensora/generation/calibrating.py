@@ -23,7 +23,7 @@ from opensora.toybox.captions import plain_caption
 from opensora.toybox.world import sample_specs
 
 if TYPE_CHECKING:
-    from opensora.generation.engine import PreparedClip
+    from opensora.generation.prepared import PreparedClip
 
 _PROBE = 1e-3  # of a prediction, small enough for samplers that clip
 

@@ -9,27 +9,33 @@ wait runs it in a thread (`await asyncio.to_thread(engine.generate, request, can
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from opensora.errors import OpenSoraError, is_out_of_memory
+from opensora.errors import OpenSoraError
 from opensora.generation.clip import Clip, to_uint8
 from opensora.generation.fast import with_forecast
-from opensora.generation.guidance import equal_strength_note, few_steps_note, pipeline_guidance
+from opensora.generation.guidance import equal_strength_note, few_steps_note
 from opensora.generation.inputs import (
     InputFiles,
-    Inputs,
     edited_length,
     frames_of_loops,
     notes_on_files,
     placed_by_type,
 )
 from opensora.generation.loading import LoadedModel, load_model
-from opensora.generation.loops import generate_loops, still_frames
-from opensora.generation.record import NamedFrames, PlacedReferences, Record, Sampling, versions
+from opensora.generation.loops import still_frames
+from opensora.generation.prepared import (
+    EncodedText,
+    PreparedClip,
+    SampledClip,
+    check_one_batch,
+    memory_in_words,
+    sample_batch,
+    sample_latents,
+)
+from opensora.generation.progress import Progress, Watch
+from opensora.generation.record import NamedFrames, PlacedReferences, Record, versions
 from opensora.generation.request import OF_THE_MODEL, ClipRequest
 from opensora.generation.resolve import check_effects, resolve, total_frames
 from opensora.generation.words import check_words
@@ -39,61 +45,7 @@ from opensora.models.text.condition_types import former_name
 if TYPE_CHECKING:
     from opensora.conditioning.frames import FrameConditioning
     from opensora.offloading import Offload
-    from opensora.pipeline import OpenSoraPipeline, OpenSoraPipelineOutput
-
-Stage = Literal["encoding", "denoising", "decoding"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a clip is.
-
-    Attributes:
-        stage: what is being done; text is encoded first.
-        step: steps of the loop that are done.
-        num_steps: steps of the loop; 0 while it is not known.
-        loop: number of the loop, from 0.
-        num_loops: of a long video; 1 for a clip.
-        latents: (B, C, T, H, W) after a step of the loop; None at other times.
-    """
-
-    stage: Stage
-    step: int
-    num_steps: int
-    loop: int
-    num_loops: int
-    latents: Tensor | None = field(default=None, compare=False, repr=False)
-
-
-class Cancelled(Exception):
-    """The caller asked to stop; nothing was made."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedClip:
-    """A request that this model can grant: all that is left is to sample it.
-
-    Attributes:
-        pipeline: makes it, with the sampler asked for.
-        request: as asked for.
-        sampling: completed by the model's defaults.
-        num_frames: of the whole video, all loops together.
-        inputs: what it is made from besides text, as its record tells it.
-        conditioning: the frames of `inputs`, encoded, for each loop.
-        spelled: what the text encoder is given for each text of the prompt,
-        spelled_negative: and for the negative prompt, if there is one.
-        notes: what may be otherwise than the user expects, a sentence each.
-    """
-
-    pipeline: "OpenSoraPipeline"
-    request: ClipRequest
-    sampling: Sampling
-    num_frames: int
-    inputs: Inputs
-    conditioning: "list[FrameConditioning | None]"
-    spelled: tuple[str, ...]
-    spelled_negative: str | None
-    notes: tuple[str, ...]
+    from opensora.pipeline import OpenSoraPipeline
 
 
 class Engine:
@@ -259,23 +211,71 @@ class Engine:
             OpenSoraError: clips that cannot share a batch.
         """
         sampling = prepared[0].sampling
-        _check_one_batch(prepared)
-        watch = _Watch(sampling.num_loops, on_progress, cancelled)
-        try:
-            output = _sample(prepared, watch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OpenSoraError(
-                f"out of memory for {sampling.num_frames} frames of {sampling.height}x{sampling.width}; "
-                "choose fewer `num_frames`, or a smaller `resolution` or `height` and `width`"
-            ) from error
+        check_one_batch(prepared)
+        watch = Watch(sampling.num_loops, on_progress, cancelled)
+        with memory_in_words(sampling):
+            output = sample_batch(prepared, watch)
         watch.check()
         counted = (output.num_evaluations // len(prepared), output.num_forecast // len(prepared))
         return [
             Clip(to_uint8(frames), sampling.file_fps, self._record(clip, output.settings), *counted)
             for frames, clip in zip(output.frames, prepared, strict=True)
         ]
+
+    # --- stage by stage, for front ends that show text and latents as things of their own; together they are `make` ---
+
+    def encode_text(self, prepared: PreparedClip) -> EncodedText:
+        """The text of a prepared clip, and of every other one that is spelled alike."""
+        request = prepared.request
+        negatives = [request.negative_prompt] if request.negative_prompt else None
+        states, negative_states = prepared.pipeline.encode_prompt(
+            request.texts(), negatives, scores=prepared.sampling.scores
+        )
+        return EncodedText(prepared.spelled, prepared.spelled_negative, states, negative_states)
+
+    def sample(
+        self,
+        prepared: PreparedClip,
+        text: EncodedText,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> SampledClip:
+        """The latents of a clip of one loop; each loop of a long video begins with decoded frames of the one before.
+
+        Args:
+            prepared: of this engine.
+            text: of this clip, or of one that is spelled alike.
+            on_progress, cancelled: as in `generate`.
+
+        Raises:
+            OpenSoraError: several loops, or the text of another clip.
+        """
+        sampling = prepared.sampling
+        if sampling.num_loops > 1:
+            raise OpenSoraError(f"`loop` is {sampling.num_loops}, but a long video cannot be made stage by stage")
+        encoded, spelled = ((t.spelled, t.spelled_negative) for t in (text, prepared))
+        if encoded != spelled:
+            raise OpenSoraError(
+                f"the text is of a clip spelled {encoded}, this clip is spelled {spelled}; encode its own"
+            )
+        watch = Watch(1, on_progress, cancelled)
+        with memory_in_words(sampling):
+            output = sample_latents(prepared, text, watch)
+        watch.check()
+        return SampledClip(prepared, output)
+
+    def decode(self, sampled: SampledClip) -> Clip:
+        """The clip of latents that this engine sampled."""
+        prepared, output = sampled.prepared, sampled.output
+        pipeline, sampling = prepared.pipeline, prepared.sampling
+        with memory_in_words(sampling):
+            frames = pipeline.decode(output.frames, sampling.size.num_frames)[0]
+        head, tail = still_frames(pipeline, sampling.size, prepared.conditioning)
+        frames, record = to_uint8(frames[head : len(frames) - tail]), self._record(prepared, output.settings)
+        return Clip(frames, sampling.file_fps, record, output.num_evaluations, output.num_forecast)
+
+    # --- within -------------------------------------------------------------------------------------------------------
 
     def _pipeline(self, request: ClipRequest) -> "OpenSoraPipeline":
         """The pipeline that samples as asked for: the same networks, and a scheduler that nobody else uses."""
@@ -325,74 +325,3 @@ class Engine:
             adapters=self.model.adapters,
             image_origin=request.image_origin,
         )
-
-
-class _Watch:
-    """Tells how far a clip is, and stops it when the caller wants."""
-
-    def __init__(
-        self,
-        num_loops: int,
-        on_progress: Callable[[Progress], None] | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> None:
-        self.num_loops, self.on_progress, self.cancelled = num_loops, on_progress, cancelled
-        self.loop = 0
-
-    def check(self) -> None:
-        if self.cancelled is not None and self.cancelled():
-            raise Cancelled("the clip was cancelled")
-
-    def tell(self, stage: Stage, step: int, num_steps: int, latents: Tensor | None = None) -> None:
-        self.check()
-        if self.on_progress is not None:
-            self.on_progress(Progress(stage, step, num_steps, self.loop, self.num_loops, latents))
-
-    def loop_begins(self, loop: int) -> None:
-        self.loop = loop
-        self.tell("encoding", 0, 0)
-
-    def step_done(self, pipe: "OpenSoraPipeline", step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        num_steps = pipe.num_timesteps or 0
-        self.tell("denoising", step + 1, num_steps, values["latents"])
-        if step + 1 == num_steps:
-            self.tell("decoding", num_steps, num_steps)
-        return values
-
-
-def _check_one_batch(prepared: Sequence[PreparedClip]) -> None:
-    """Raises `OpenSoraError` unless these clips can be made at once."""
-    first = prepared[0]
-    for clip in prepared[1:]:
-        if clip.sampling != first.sampling:
-            raise OpenSoraError("clips of different settings cannot share a batch; make them one by one")
-        if (clip.request.negative_prompt is None) != (first.request.negative_prompt is None):
-            raise OpenSoraError("clips with and without a negative prompt cannot share a batch; make them one by one")
-    if len(prepared) > 1 and any(frames is not None for clip in prepared for frames in clip.conditioning):
-        raise OpenSoraError("clips that are made from given frames cannot share a batch; make them one by one")
-
-
-def _sample(prepared: Sequence[PreparedClip], watch: _Watch) -> "OpenSoraPipelineOutput":
-    """Each clip has noise of its own, so that it does not depend on its neighbours."""
-    first = prepared[0]
-    sampling = first.sampling
-    negatives = [clip.request.negative_prompt for clip in prepared]
-    return generate_loops(
-        first.pipeline,
-        [clip.request.shown for clip in prepared],
-        [text for text in negatives if text is not None] or None,
-        num_loops=sampling.num_loops,
-        size=sampling.size,
-        condition_frames=sampling.condition_frames,
-        condition_strength=sampling.condition_strength,
-        conditioning=lambda loop: first.conditioning[loop],
-        generator=[torch.Generator("cpu").manual_seed(clip.request.seed) for clip in prepared],
-        on_loop=watch.loop_begins,
-        nominal_size=sampling.nominal_size,
-        fps=sampling.fps,
-        scores=sampling.scores,
-        num_inference_steps=sampling.num_inference_steps,
-        **pipeline_guidance(sampling),
-        forecast=sampling.forecast,
-        callback_on_step_end=watch.step_done,
-    )

@@ -11,7 +11,7 @@ from opensora.files import replacing
 
 if TYPE_CHECKING:
     from opensora.generation.clip import Clip
-    from opensora.generation.engine import Progress
+    from opensora.generation.progress import Progress
     from opensora.models.autoencoders.latent_rgb import LatentRgb
 
 PREVIEWS_S = 0.5

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opensora.generation.clip import Clip
-    from opensora.generation.engine import Progress
+    from opensora.generation.progress import Progress
     from opensora.server.colours import LatentColours
     from opensora.server.engines import Engines
 
@@ -92,7 +92,7 @@ class Worker:
 
     def work(self, job: Job) -> None:
         """Makes one job, and says what became of it."""
-        from opensora.generation.engine import Cancelled
+        from opensora.generation.progress import Cancelled
 
         with _Watch(self, job) as watch:
             try:
