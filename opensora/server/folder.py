@@ -140,9 +140,9 @@ class ServerFolder:
         return gone
 
     def num_bytes(self) -> int:
-        """Of all files."""
-        sizes = (path.stat().st_size for path in self.path.rglob("*") if path.is_file())
-        return sum(sizes)
+        """Of what was sent and made; the database is beside it."""
+        folders = (self.inputs, self.clips, self.previews)
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def _is_old(path: Path) -> bool:

@@ -10,7 +10,6 @@ from PIL import Image
 from opensora.files import replacing
 
 if TYPE_CHECKING:
-    from opensora.generation.clip import Clip
     from opensora.generation.progress import Progress
     from opensora.models.autoencoders.latent_rgb import LatentRgb
 
@@ -63,14 +62,19 @@ def _enlarged(frame: np.ndarray) -> Image.Image:
     )
 
 
-def write_pictures(clip: "Clip", thumbnail: Path, spritesheet: Path) -> None:
-    """Writes the middle frame as WebP, and a sheet of frames, evenly spread and row by row, as JPEG."""
-    middle = Image.fromarray(clip.frames[len(clip.frames) // 2])
+def write_pictures(video: np.ndarray, thumbnail: Path, spritesheet: Path) -> None:
+    """Writes the middle frame as WebP, and a sheet of frames, evenly spread and row by row, as JPEG.
+
+    Args:
+        video: uint8, (T, H, W, 3).
+        thumbnail, spritesheet: where.
+    """
+    middle = Image.fromarray(video[len(video) // 2])
     middle.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     with replacing(thumbnail) as temporary:
         middle.save(temporary, format="WEBP")
-    numbers = np.linspace(0, len(clip.frames) - 1, min(SHEET_FRAMES, len(clip.frames))).round().astype(int)
-    frames = [Image.fromarray(clip.frames[number]) for number in numbers]
+    numbers = np.linspace(0, len(video) - 1, min(SHEET_FRAMES, len(video))).round().astype(int)
+    frames = [Image.fromarray(video[number]) for number in numbers]
     for frame in frames:
         frame.thumbnail((SHEET_PX, SHEET_PX))
     width, height = frames[0].size

@@ -9,40 +9,41 @@ job was cancelled, and holds the lease. Whatever happens to this process, the jo
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from opensora.errors import OpenSoraError
+from opensora.generation.progress import Cancelled
 from opensora.server.child import ChildSettings, told_settings, told_to_stop
 from opensora.server.database import StoreAway
 from opensora.server.folder import ServerFolder
-from opensora.server.jobs import Job, JobError, JobProgress, JobResult
+from opensora.server.jobs import Job, JobError, JobResult
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from opensora.generation.clip import Clip
-    from opensora.generation.progress import Progress
-    from opensora.server.colours import LatentColours
-    from opensora.server.engines import Engines
+from opensora.server.watch import Watch
 
 Result = TypeVar("Result")
 
 IDLE_S = 0.2
 """Between two looks at an empty queue."""
-NOTICE_S = 0.2
-"""Until it is noticed that a job was cancelled, at most."""
-NICE = 5
 AWAY_S = 1.0
 """Until a store that is away is asked again."""
+NICE = 5
+
+
+class Maker(Protocol):
+    """What makes clips: `maker.ClipMaker`."""
+
+    def make(self, job: Job, watch: Watch) -> JobResult:
+        """Makes the clip of a job: its file is on the disk when this returns.
+
+        Raises:
+            OpenSoraError: it cannot be made.
+            Cancelled: `watch.is_over` said so.
+        """
+        ...
 
 
 class Worker:
@@ -52,8 +53,7 @@ class Worker:
         name: of this process, different from all others.
         store: the jobs.
         folder: their files.
-        engines: loaded models.
-        colours: of their latents, for previews.
+        maker: of clips.
         settings: of the server.
         stopped: set from outside: what is being made goes back to the queue.
     """
@@ -63,13 +63,12 @@ class Worker:
         name: str,
         store: JobStore,
         folder: ServerFolder,
-        engines: "Engines",
-        colours: "LatentColours",
+        maker: "Maker",
         settings: ServerSettings,
         stopped: threading.Event,
     ) -> None:
-        self.name, self.store, self.folder, self.engines = name, store, folder, engines
-        self.colours, self.settings, self.stopped = colours, settings, stopped
+        self.name, self.store, self.folder, self.maker = name, store, folder, maker
+        self.settings, self.stopped = settings, stopped
 
     def run(self) -> None:
         """Returns when it is told to stop."""
@@ -92,11 +91,9 @@ class Worker:
 
     def work(self, job: Job) -> None:
         """Makes one job, and says what became of it."""
-        from opensora.generation.progress import Cancelled
-
-        with _Watch(self, job) as watch:
+        with Watch(self.store, job, self.settings, self.stopped) as watch:
             try:
-                result = self._make(job, watch)
+                result = self.maker.make(job, watch)
             except Cancelled:
                 if self.stopped.is_set():
                     self._surely(lambda: self.store.put_back(job))
@@ -106,139 +103,36 @@ class Worker:
                 traceback.print_exc()
                 self._fail(job, "internal_error", "the worker made a mistake; its log tells which")
             else:
-                if not self._surely(lambda: self.store.complete(job, result, self.settings.keep_s)):
+                # Where nobody could say, the clip stays: whoever keeps house knows later whether it is the job's.
+                if self._surely(lambda: self.store.complete(job, result, self.settings.keep_s)) is False:
                     self.folder.remove_attempt(job)
         self.folder.preview(job.id).unlink(missing_ok=True)
 
     def _fail(self, job: Job, code: str, message: str) -> None:
         self._surely(lambda: self.store.fail(job, JobError(code, message)))
 
-    def _make(self, job: Job, watch: "_Watch") -> JobResult:
-        from opensora.server.pictures import Previews, write_pictures
-
-        request = self.folder.rooted(job.request)
-        engine = self.engines.of(request)
-        began = time.monotonic()
-        with watch.reading(self.settings.inputs.read_s):
-            prepared = engine.prepare([request])[0]
-        codec, sampling = prepared.pipeline.autoencoder, prepared.sampling
-        colours = self.colours.of(codec)
-        previews = Previews(self.folder.preview(job.id), colours, sampling.size.num_frames / sampling.file_fps)
-        latents: Tensor | None = None
-
-        def tell(progress: "Progress") -> None:
-            nonlocal latents
-            latents = latents if progress.latents is None else progress.latents
-            watch.tell(progress, previews.show(progress))
-
-        clip = engine.make(prepared, on_progress=tell, cancelled=watch.is_over)
-        if colours is None and latents is not None and sampling.num_loops == 1:
-            self.colours.learn(codec, latents[0], clip.frames)
-        watch.say("writing")
-        path = clip.save(self.folder.new_clip(job))
-        result = _result(clip, path.name, path.stat().st_size, time.monotonic() - began)
-        write_pictures(clip, self.folder.thumbnail(result), self.folder.spritesheet(result))
-        self.folder.flush()
-        return result
-
-
-class _Watch:
-    """Holds the lease of a job while it is made, tells how far it is, and notices that it is not wanted any more."""
-
-    def __init__(self, worker: Worker, job: Job) -> None:
-        self.worker, self.job = worker, job
-        self._progress = JobProgress("loading")
-        self._deadline: float | None = None
-        self._ended, self._unwanted = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "_Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def is_over(self) -> bool:
-        """Whether to stop making it."""
-        return self._unwanted.is_set() or self.worker.stopped.is_set()
-
-    def say(self, stage: str) -> None:
-        """The job is at this stage."""
-        self._progress = replace(self._progress, stage=stage)
-
-    def tell(self, progress: "Progress", num_previews: int) -> None:
-        """The job is so far."""
-        now = progress
-        self._progress = JobProgress(now.stage, now.step, now.num_steps, now.loop, now.num_loops, num_previews)
-
-    @contextmanager
-    def reading(self, most_s: float) -> "Iterator[None]":
-        """Within it files are read that may be made to take for ever; then this process ends, and the job fails."""
-        self.say("reading")
-        self._deadline = time.monotonic() + most_s
-        try:
-            yield
-        finally:
-            self._deadline = None
-
-    def _watch(self) -> None:
-        store, lease_s = self.worker.store, self.worker.settings.lease_s
-        told, renewed = self._progress, time.monotonic()
-        while not self._ended.wait(NOTICE_S):
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                most_s = self.worker.settings.inputs.read_s
-                message = f"a file of the request takes longer than {most_s:g} s to read; send a smaller one"
-                store.fail(self.job, JobError("invalid_request", message))
-                os._exit(1)  # nothing else ends a decoder; the supervisor starts another worker
-            progress, now = self._progress, time.monotonic()
-            try:
-                if progress != told or now - renewed > lease_s / 3:
-                    told, renewed = progress, now
-                    is_ours = store.renew(self.job, lease_s, progress)
-                else:
-                    is_ours = store.is_wanted(self.job)
-            except StoreAway as error:  # the lease tells whether that took too long
-                _say(f"{self.worker.name}: {error}")
-                continue
-            if not is_ours:
-                self._unwanted.set()
-                return
-
-
-def _result(clip: "Clip", file: str, num_bytes: int, making_s: float) -> JobResult:
-    num_frames, height, width, _ = clip.frames.shape
-    return JobResult(file, num_bytes, height, width, num_frames, clip.fps, making_s)
-
 
 def _say(text: str) -> None:
     print(f"opensora: {text}", file=sys.stderr, flush=True)
 
 
-def main(engines_of: "Callable[[ChildSettings], Engines] | None" = None) -> None:
+def main(maker_of: Callable[[ChildSettings], Maker] | None = None) -> None:
     """What the process does, see `child`.
 
     Args:
-        engines_of: what makes the clips of a worker; None for models of this machine.
+        maker_of: what makes the clips; None for models of this machine.
     """
     told = told_settings()
     stopped = told_to_stop()
     with suppress(OSError):
         os.nice(NICE)  # answers of the API go before steps of a clip
-    from opensora.server.colours import LatentColours
-
     folder = ServerFolder(told.server.folder)
     folder.make()
-    store, colours = store_of(told.server), LatentColours(folder.colours)
-    engines = (engines_of or _engines_of)(told)
-    Worker(told.name, store, folder, engines, colours, told.server, stopped).run()
+    if maker_of is None:
+        from opensora.server.maker import ClipMaker
 
-
-def _engines_of(told: ChildSettings) -> "Engines":
-    from opensora.server.engines import Engines
-
-    return Engines(told.device or None, told.server.max_memory_bytes)
+        maker_of = ClipMaker.of
+    Worker(told.name, store_of(told.server), folder, maker_of(told), told.server, stopped).run()
 
 
 if __name__ == "__main__":

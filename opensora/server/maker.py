@@ -1,0 +1,67 @@
+"""From a claimed job to a clip on the disk, with its pictures."""
+
+import time
+
+from torch import Tensor
+
+from opensora.generation.clip import Clip
+from opensora.generation.progress import Progress
+from opensora.server.child import ChildSettings
+from opensora.server.colours import LatentColours
+from opensora.server.engines import Engines
+from opensora.server.folder import ServerFolder
+from opensora.server.jobs import Job, JobResult
+from opensora.server.pictures import Previews, write_pictures
+from opensora.server.watch import Watch
+
+
+class ClipMaker:
+    """Makes clips with the models of this machine.
+
+    Args:
+        folder: of the server.
+        engines: loaded models.
+        colours: of their latents, for previews.
+        read_s: that reading the files of a job may take.
+    """
+
+    def __init__(self, folder: ServerFolder, engines: Engines, colours: LatentColours, read_s: float) -> None:
+        self.folder, self.engines, self.colours, self.read_s = folder, engines, colours, read_s
+
+    @classmethod
+    def of(cls, told: ChildSettings) -> "ClipMaker":
+        """For a worker of these settings."""
+        folder, settings = ServerFolder(told.server.folder), told.server
+        engines = Engines(told.device or None, settings.max_memory_bytes)
+        return cls(folder, engines, LatentColours(folder.colours), settings.inputs.read_s)
+
+    def make(self, job: Job, watch: Watch) -> JobResult:
+        """See `worker.Maker`."""
+        request = self.folder.rooted(job.request)
+        engine = self.engines.of(request)
+        began = time.monotonic()
+        with watch.reading(self.read_s):
+            prepared = engine.prepare([request])[0]
+        codec, sampling = prepared.pipeline.autoencoder, prepared.sampling
+        colours = self.colours.of(codec)
+        previews = Previews(self.folder.preview(job.id), colours, sampling.size.num_frames / sampling.file_fps)
+        latents: Tensor | None = None
+
+        def tell(progress: Progress) -> None:
+            nonlocal latents
+            latents = latents if progress.latents is None else progress.latents
+            watch.tell(progress, previews.show(progress))
+
+        clip = engine.make(prepared, on_progress=tell, cancelled=watch.is_over)
+        if colours is None and latents is not None and sampling.num_loops == 1:
+            self.colours.learn(codec, latents[0], clip.frames)
+        watch.say("writing")
+        return self._write(job, clip, time.monotonic() - began)
+
+    def _write(self, job: Job, clip: Clip, making_s: float) -> JobResult:
+        path = clip.save(self.folder.new_clip(job))
+        num_frames, height, width, _ = clip.frames.shape
+        result = JobResult(path.name, path.stat().st_size, height, width, num_frames, clip.fps, making_s)
+        write_pictures(clip.frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
+        self.folder.flush()
+        return result
