@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from opensora.pipeline import OpenSoraPipeline
 
 Stage = Literal["encoding", "denoising", "decoding"]
@@ -30,7 +30,7 @@ class Progress:
     num_steps: int
     loop: int
     num_loops: int
-    latents: Tensor | None = field(default=None, compare=False, repr=False)
+    latents: "Tensor | None" = field(default=None, compare=False, repr=False)
 
 
 class Cancelled(Exception):
@@ -60,7 +60,7 @@ class Watch:
         if self.cancelled is not None and self.cancelled():
             raise Cancelled("the clip was cancelled")
 
-    def tell(self, stage: Stage, step: int, num_steps: int, latents: Tensor | None = None) -> None:
+    def tell(self, stage: Stage, step: int, num_steps: int, latents: "Tensor | None" = None) -> None:
         """A stage begins, or a step is done."""
         self.check()
         if self.on_progress is not None:
