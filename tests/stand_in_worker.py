@@ -18,7 +18,7 @@ from opensora.server.child import ChildSettings
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobProgress, JobResult
 from opensora.server.pictures import write_pictures
-from opensora.server.watch import Watch
+from opensora.server.watch import JobWatch
 from opensora.server.worker import main
 
 NUM_STEPS, STEP_S, FPS = 8, 0.02, 8.0
@@ -36,7 +36,7 @@ class StandIn:
     def __init__(self, told: ChildSettings) -> None:
         self.folder = ServerFolder(told.server.folder)
 
-    def make(self, job: Job, watch: Watch) -> JobResult:
+    def make(self, job: Job, watch: JobWatch) -> JobResult:
         prompt, step = job.request.prompt, 0
         if "dies" in prompt:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,9 @@
 """The command `opensora`: finds the subcommand and turns every mistake of the user's into one line and exit code 2.
 
 A subcommand is one line in `COMMANDS` and one module of this package with a dataclass of the same name, capitalised
-(or a union of dataclasses, one for each thing it can do): its fields are the options, its method `run()` does the work
-and may return an exit code. The module is imported only when it is called, and should import what is heavy only in
-`run()`.
+("plan serving" is `PlanServing` of `plan_serving`), or a union of dataclasses, one for each thing it can do: its fields
+are the options, its method `run()` does the work and may return an exit code. The module is imported only when it is
+called, and should import what is heavy only in `run()`.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ COMMANDS = {
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",
     "plan": "predict the memory a clip takes, and what makes it fit",
+    "plan serving": "predict how long clips wait in a queue, and how many workers keep that short",
     "convert": "write a checkpoint as a folder of this package",
 }
 
@@ -115,7 +116,8 @@ def _told(reason: BaseException, statement: str, code: int) -> int:
 
 
 def _run(args: list[str]) -> int:
-    command = args[0] if args else "--help"
+    words = 2 if " ".join(args[:2]) in COMMANDS else 1
+    command = " ".join(args[:words]) or "--help"
     if command in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -132,8 +134,9 @@ def _run(args: list[str]) -> int:
     from opensora.cli.options import with_flags
     from opensora.cli.parsing import parse
 
-    kind = getattr(importlib.import_module(f"opensora.cli.{command}"), command.capitalize())
-    options = parse(kind, [with_home(word) for word in args[1:]], f"opensora {command}")
+    module = importlib.import_module(f"opensora.cli.{command.replace(' ', '_')}")
+    kind = getattr(module, command.title().replace(" ", ""))
+    options = parse(kind, [with_home(word) for word in args[words:]], f"opensora {command}")
     try:
         return options.run() or 0
     except OpenSoraError as error:

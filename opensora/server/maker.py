@@ -12,7 +12,7 @@ from opensora.server.engines import Engines
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobResult
 from opensora.server.pictures import Previews, write_pictures
-from opensora.server.watch import Watch
+from opensora.server.watch import JobWatch
 
 
 class ClipMaker:
@@ -35,7 +35,7 @@ class ClipMaker:
         engines = Engines(told.device or None, settings.max_memory_bytes)
         return cls(folder, engines, LatentColours(folder.colours), settings.inputs.read_s)
 
-    def make(self, job: Job, watch: Watch) -> JobResult:
+    def make(self, job: Job, watch: JobWatch) -> JobResult:
         """See `worker.Maker`."""
         request = self.folder.rooted(job.request)
         engine = self.engines.of(request)

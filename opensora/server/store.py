@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
@@ -383,6 +384,19 @@ def _queued(job: Job, what: str) -> Job:
     return job
 
 
+def existing_store(settings: ServerSettings) -> JobStore:
+    """Likewise, of a server that has been started before.
+
+    Raises:
+        OpenSoraError: there is none.
+    """
+    if settings.store is None and not _file_of(settings).is_file():
+        raise OpenSoraError(
+            f"{settings.folder} is no folder of a server; name the --folder of opensora serve"
+        )
+    return store_of(settings)
+
+
 def store_of(settings: ServerSettings) -> JobStore:
     """The jobs of a server.
 
@@ -392,4 +406,8 @@ def store_of(settings: ServerSettings) -> JobStore:
     if settings.store is not None:
         return JobStore(settings.store, settings.queue)
     settings.folder.mkdir(parents=True, exist_ok=True)
-    return JobStore(f"sqlite:///{settings.folder.absolute() / 'jobs.sqlite3'}", settings.queue)
+    return JobStore(f"sqlite:///{_file_of(settings)}", settings.queue)
+
+
+def _file_of(settings: ServerSettings) -> Path:
+    return settings.folder.absolute() / "jobs.sqlite3"

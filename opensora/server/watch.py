@@ -22,7 +22,7 @@ NOTICE_S = 0.2
 """Until it is noticed that a job was cancelled, at most."""
 
 
-class Watch:
+class JobWatch:
     """The job that a worker has, while it makes it.
 
     Args:
@@ -39,7 +39,7 @@ class Watch:
         self._ended, self._unwanted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "JobWatch":
         self._thread.start()
         return self
 

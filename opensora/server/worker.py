@@ -22,7 +22,7 @@ from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobError, JobResult
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
-from opensora.server.watch import Watch
+from opensora.server.watch import JobWatch
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ NICE = 5
 class Maker(Protocol):
     """What makes clips: `maker.ClipMaker`."""
 
-    def make(self, job: Job, watch: Watch) -> JobResult:
+    def make(self, job: Job, watch: JobWatch) -> JobResult:
         """Makes the clip of a job: its file is on the disk when this returns.
 
         Raises:
@@ -91,7 +91,7 @@ class Worker:
 
     def work(self, job: Job) -> None:
         """Makes one job, and says what became of it."""
-        with Watch(self.store, job, self.settings, self.stopped) as watch:
+        with JobWatch(self.store, job, self.settings, self.stopped) as watch:
             try:
                 result = self.maker.make(job, watch)
             except Cancelled:
