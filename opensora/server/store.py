@@ -391,9 +391,7 @@ def existing_store(settings: ServerSettings) -> JobStore:
         OpenSoraError: there is none.
     """
     if settings.store is None and not _file_of(settings).is_file():
-        raise OpenSoraError(
-            f"{settings.folder} is no folder of a server; name the --folder of opensora serve"
-        )
+        raise OpenSoraError(f"{settings.folder} is no folder of a server; name the --folder of opensora serve")
     return store_of(settings)
 
 
