@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from opensora.files import remove_left_overs
 from opensora.generation.record import sidecar_path
 from opensora.generation.request import ClipRequest
 from opensora.server.jobs import Job, JobResult
@@ -115,6 +116,11 @@ class ServerFolder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def remove_parts(self) -> None:
+        """Removes what killed processes had begun to write."""
+        for folder in (self.clips, self.previews, self.colours):
+            remove_left_overs(folder)
 
     def remove_strays(self, is_known: Callable[[str], bool], is_result: Callable[[str, int], bool]) -> list[str]:
         """Removes what no job knows: of processes that were killed between a file and its job.

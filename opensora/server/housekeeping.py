@@ -18,6 +18,7 @@ def keep_house(store: JobStore, folder: ServerFolder, settings: ServerSettings) 
         gone.append(job.id)
     if settings.quota_bytes is not None:
         gone += _within(settings.quota_bytes, store, folder)
+    folder.remove_parts()
     gone += folder.remove_strays(lambda job_id: store.get(job_id) is not None, lambda *of: _is_result(store, *of))
     store.forget_deleted()
     return gone
