@@ -2,6 +2,7 @@
 
 import gc
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -38,9 +39,11 @@ class Engines:
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key][0]
-        plan = self._make_room(request)
-        engine = Engine.load(request, **plan["with"]["choices"])
-        self._loaded[key] = (engine, plan["with"]["weight_bytes"])
+        way = self._make_room(request)["with"]
+        choices = dict(way["choices"])
+        dtype = choices.pop("dtype", request.dtype)
+        engine = Engine.load(replace(request, device=str(self.device), dtype=dtype), **choices)
+        self._loaded[key] = (engine, way["weight_bytes"])
         return engine
 
     def _make_room(self, request: ClipRequest) -> dict[str, Any]:
