@@ -23,7 +23,8 @@ from opensora.evaluation.judge import load_judge
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, label_words, share_right
 from opensora.media.write import write_video
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import COLOURS, EASY_WORLD, ClipSpec, iterate_specs, render, sample_specs
+from opensora.toybox.specs import COLOURS, EASY_WORLD, ClipSpec, iterate_specs, sample_specs
+from opensora.toybox.world import render
 
 PICTURE = Path(__file__).parent / "training" / "lora.jpg"
 NUM_CLIPS, NUM_FRAMES, FPS = 20, 18, 8

@@ -10,7 +10,8 @@ PACKAGE = Path(opensora.__file__).parent
 
 def statements(path: Path) -> list[str]:
     """Those of a module that do something when it is imported, besides defining and importing."""
-    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    harmless = (ast.Import, ast.ImportFrom, *functions, ast.ClassDef, ast.Assign, ast.AnnAssign)
     found = []
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -9,7 +9,8 @@ from tiny_pipeline import make_autoencoder
 
 from opensora.media.write import write_video
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import render, sample_specs
+from opensora.toybox.specs import sample_specs
+from opensora.toybox.world import render
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "training.py"
 

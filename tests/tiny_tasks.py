@@ -12,7 +12,8 @@ from opensora.manifest import ClipRow, write_manifest
 from opensora.media.write import write_video
 from opensora.recipes import debug, v2_0
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import render, sample_specs
+from opensora.toybox.specs import sample_specs
+from opensora.toybox.world import render
 from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import IDDPM, Flow
 from opensora.training.diffusion.previews import JudgedPrompts

@@ -23,7 +23,8 @@ from opensora.evaluation.toybox import Sample, generate, label_words
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.models.schedulers.base import process_of
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import ATTRIBUTES, ClipSpec, render, sample_specs
+from opensora.toybox.specs import ATTRIBUTES, ClipSpec, sample_specs
+from opensora.toybox.world import render
 
 
 @torch.no_grad()

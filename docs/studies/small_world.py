@@ -27,7 +27,7 @@ from opensora.lab.rows import Row, keep_row, read_rows
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
 from opensora.settings import to_dict
-from opensora.toybox.world import World
+from opensora.toybox.specs import World
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.config import DiffusionTaskConfig
 from opensora.training.diffusion.noise import Flow

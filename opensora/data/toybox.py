@@ -20,7 +20,8 @@ from opensora.files import replacing
 from opensora.models.autoencoders.codec import VideoCodec
 from opensora.models.clip_conditions import ClipConditions
 from opensora.toybox.captions import Language, caption
-from opensora.toybox.world import EASY_WORLD, GROWTH, ClipSpec, World, render, sample_specs
+from opensora.toybox.specs import EASY_WORLD, ClipSpec, World, sample_specs
+from opensora.toybox.world import GROWTH, render
 from opensora.weights import fingerprint
 
 

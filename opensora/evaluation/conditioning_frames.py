@@ -20,7 +20,8 @@ from opensora.evaluation.toybox import label_words, share_right
 from opensora.geometry import VideoSize
 from opensora.pipeline import OpenSoraPipeline
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import COLOURS, EASY_WORLD, ClipSpec, render, sample_specs
+from opensora.toybox.specs import COLOURS, EASY_WORLD, ClipSpec, sample_specs
+from opensora.toybox.world import render
 
 EDIT_STRENGTHS = (0.3, 0.6, 0.9)
 

@@ -27,7 +27,7 @@ from opensora.errors import OpenSoraError
 from opensora.evaluation.loss import Portion
 from opensora.limits import check_count, parse_count
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import ClipSpec, sample_specs
+from opensora.toybox.specs import ClipSpec, sample_specs
 from opensora.weights import fingerprint
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
 from opensora.models.portable_config import PortableModelMixin
-from opensora.toybox.world import ATTRIBUTES
+from opensora.toybox.specs import ATTRIBUTES
 
 WEIGHTS = Path(__file__).parent.parent / "toybox" / "weights" / "judge"
 

@@ -20,7 +20,8 @@ from opensora.evaluation.judge import Judge
 from opensora.evaluation.psnr import frame_psnr
 from opensora.files import replacing
 from opensora.toybox.captions import Language, plain_caption
-from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, ClipSpec, World, render, sample_specs
+from opensora.toybox.specs import ATTRIBUTES, EASY_WORLD, ClipSpec, World, sample_specs
+from opensora.toybox.world import render
 
 if TYPE_CHECKING:
     from opensora.pipeline import OpenSoraPipeline

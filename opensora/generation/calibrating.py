@@ -20,7 +20,7 @@ from opensora.generation.request import ClipRequest
 from opensora.models.guidance import GuidanceRule, GuidanceStep
 from opensora.sampling.forecast_search import RecordedRun, best_plans
 from opensora.toybox.captions import plain_caption
-from opensora.toybox.world import sample_specs
+from opensora.toybox.specs import sample_specs
 
 if TYPE_CHECKING:
     from opensora.generation.prepared import PreparedClip

@@ -174,7 +174,8 @@ def _reference_clips(reference: Reference, num_frames: int) -> Iterator[tuple[st
             yield f"reference-{name}", lambda path=path: Clip(*read_video(path))
         return
     from opensora.generation.clip import to_uint8
-    from opensora.toybox.world import EASY_WORLD, render, sample_specs
+    from opensora.toybox.specs import EASY_WORLD, sample_specs
+    from opensora.toybox.world import render
 
     specs = sample_specs(reference.num_clips, 1, EASY_WORLD, "held_out")  # other clips than those of the prompts
     for number, spec in enumerate(specs):

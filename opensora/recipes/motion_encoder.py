@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from opensora.distributed.seeding import BatchKey
 from opensora.evaluation.motion_encoder import MotionEncoder, pool
 from opensora.toybox.disturbances import DISTURBANCES, disturb, draw_times
+from opensora.toybox.specs import ATTRIBUTES, FULL_WORLD, World, sample_specs
 from opensora.toybox.textures import SIDE_PX, draw_scenes
-from opensora.toybox.world import ATTRIBUTES, FULL_WORLD, World, render, sample_specs
+from opensora.toybox.world import render
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.task import TrainingSetup, TrainingTask

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from opensora.distributed.seeding import BatchKey
 from opensora.evaluation.judge import Judge
-from opensora.toybox.world import World, render, sample_specs
+from opensora.toybox.specs import World, sample_specs
+from opensora.toybox.world import render
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.task import TrainingSetup, TrainingTask

@@ -20,7 +20,7 @@ from opensora.distributed.seeding import BatchKey
 from opensora.pipeline import OpenSoraPipeline
 from opensora.recipes.toybox_vae import RUNS
 from opensora.toybox.captions import Language, build_tokenizer, caption
-from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, World, sample_specs
+from opensora.toybox.specs import ATTRIBUTES, EASY_WORLD, World, sample_specs
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.diffusion.text import TrainedText, build_trained_encoder
 from opensora.training.muon import hidden_matrices

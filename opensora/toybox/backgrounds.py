@@ -80,7 +80,7 @@ def wood(x: Tensor, y: Tensor) -> Tensor:
     return rgb(138, 98, 70, x) + grain * rgb(8, 7, 6, x) - seam * rgb(26, 22, 18, x) + 0 * x
 
 
-BACKGROUNDS: dict[str, Painter] = {
+PAINTERS: dict[str, Painter] = {
     "white": plain(236, 236, 234),
     "grey": plain(140, 142, 145),
     "wood": wood,
@@ -97,10 +97,10 @@ def paint_background(name: str, x: Tensor, y: Tensor) -> Tensor:
     """One background.
 
     Args:
-        name: one of `BACKGROUNDS`.
+        name: one of `PAINTERS`.
         x, y: places that broadcast against each other, such as (..., 1, W) and (..., H, 1).
 
     Returns:
         (3, ..., H, W) in [-1, 1].
     """
-    return (BACKGROUNDS[name](x, y) / 127.5 - 1).clamp(-1, 1)
+    return (PAINTERS[name](x, y) / 127.5 - 1).clamp(-1, 1)

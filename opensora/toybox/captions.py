@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from opensora.toybox import chinese
-from opensora.toybox.world import EASY_WORLD, ClipSpec, Thing, World
+from opensora.toybox.specs import EASY_WORLD, ClipSpec, Thing, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from opensora.toybox.world import ClipSpec, Thing, World
+from opensora.toybox.specs import ClipSpec, Thing, World
 
 CHARACTER = "[\u3400-\u9fff]"
 """Regular expression of a Chinese character."""

@@ -10,40 +10,14 @@ given per clip, whatever its number of frames.
 """
 
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from opensora.errors import OpenSoraError
-from opensora.toybox.backgrounds import BACKGROUNDS, paint_background
-
-SHAPES = ("ball", "square", "triangle", "ring", "cross", "star")
-COLOURS = {
-    "red": (225, 30, 35),
-    "green": (25, 185, 55),
-    "blue": (30, 80, 235),
-    "yellow": (250, 225, 40),
-    "orange": (250, 135, 20),
-    "purple": (140, 50, 190),
-    "white": (250, 250, 250),
-    "pink": (250, 140, 200),
-}
-SIZES = {"small": 12.0, "large": 17.5}  # radius
-MOTIONS = ("still", "left", "right", "up", "down", "bounce", "orbit", "spin", "grow", "shrink")
-SPEEDS = ("slow", "fast")
-CAMERAS = ("fixed", "pan left", "pan right", "zoom in", "zoom out")
-ATTRIBUTES = {
-    "background": tuple(BACKGROUNDS),
-    "colour": tuple(COLOURS),
-    "size": tuple(SIZES),
-    "motion": MOTIONS,
-    "shape": SHAPES,
-}
-"""What a judge reads off a clip: attribute -> its possible labels, in the order of the judge's logits."""
+from opensora.toybox.backgrounds import paint_background
+from opensora.toybox.specs import COLOURS, SHAPES, SIZES, ClipSpec, Thing
 
 TRAVEL = {"slow": 12.0, "fast": 22.0}  # left, right, up, down
 BOUNCE_HEIGHT, BOUNCES = 17.0, {"slow": 1, "fast": 2}
@@ -56,114 +30,6 @@ MARGIN = 1.0  # between the object and the picture's edge, always
 REACH = {"ball": 1.0, "square": 1.1, "triangle": 1.14, "ring": 1.0, "cross": 1.05, "star": 1.14}
 """Farthest point of a shape from its centre, in radii."""
 CAMERA_SCALE, SECOND_SCALE = 0.75, 0.45  # objects shrink where a camera or a second object needs room
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thing:
-    """One moving object.
-
-    Attributes:
-        shape, colour, size, motion, speed: words of `SHAPES`, `COLOURS`, `SIZES`, `MOTIONS`, `SPEEDS`.
-        x, y: where the path's centre lies, each in [-1, 1] of the room in which the object stays fully visible.
-        phase: where an orbit begins, in turns.
-    """
-
-    shape: str
-    colour: str
-    size: str
-    motion: str
-    speed: str
-    x: float = 0.0
-    y: float = 0.0
-    phase: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSpec(Thing):
-    """Everything there is to know about one clip: its main object, where it is, and who watches."""
-
-    background: str
-    camera: str = "fixed"
-    second: Thing | None = None
-
-    def labels(self) -> dict[str, int]:
-        """Attribute -> index of this clip's label in `ATTRIBUTES`."""
-        return {name: labels.index(getattr(self, name)) for name, labels in ATTRIBUTES.items()}
-
-
-@dataclass(frozen=True)
-class World:
-    """Which clips may occur.
-
-    Attributes:
-        shapes, colours, sizes, motions, speeds, backgrounds: the words drawn from.
-        second: share of clips with a second object.
-        camera: share of clips in which the camera pans or zooms.
-    """
-
-    shapes: tuple[str, ...] = SHAPES
-    colours: tuple[str, ...] = tuple(COLOURS)
-    sizes: tuple[str, ...] = tuple(SIZES)
-    motions: tuple[str, ...] = MOTIONS
-    speeds: tuple[str, ...] = SPEEDS
-    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
-    second: float = 0.0
-    camera: float = 0.0
-
-
-FULL_WORLD = World(second=0.2, camera=0.2)
-EASY_WORLD = World(shapes=("ball", "square", "triangle", "ring", "cross"))
-"""The world of the shipped models: shapes that stay clear at 64 x 64."""
-
-
-def is_held_out(shape: str, colour: str, motion: str) -> bool:
-    """Whether no model may train on this triple.
-
-    About 15 % of all triples, spread like a Latin square: every pair of two attributes keeps at least 60 % of its
-    triples for training, so a held-out clip is a new composition of parts that are all well known.
-    """
-    place = 11 * SHAPES.index(shape) + 3 * tuple(COLOURS).index(colour) + 7 * MOTIONS.index(motion)
-    return place % 20 < 3
-
-
-def iterate_specs(
-    seed: int, world: World = EASY_WORLD, split: Literal["train", "held_out", "all"] = "train"
-) -> Iterator[ClipSpec]:
-    """An endless stream of clips, the same for the same arguments on every machine."""
-    if split not in ("train", "held_out", "all"):
-        raise OpenSoraError(f'split {split!r} is unknown; choose "train", "held_out" or "all"')
-    triples = [
-        (shape, colour, motion)
-        for shape in world.shapes
-        for colour in world.colours
-        for motion in world.motions
-        if split == "all" or is_held_out(shape, colour, motion) == (split == "held_out")
-    ]
-    if not triples:
-        raise OpenSoraError(f"no (shape, colour, motion) of this world belongs to split {split!r}; widen the world")
-    rng = random.Random(f"toybox/{split}/{seed}")
-    while True:
-        background = rng.choice(world.backgrounds)
-        second = draw_thing(rng, world, rng.choice(triples)) if rng.random() < world.second else None
-        camera = rng.choice(CAMERAS[1:]) if second is None and rng.random() < world.camera else "fixed"
-        thing = draw_thing(rng, world, rng.choice(triples))
-        yield ClipSpec(**vars(thing), background=background, camera=camera, second=second)
-
-
-def sample_specs(
-    n: int, seed: int, world: World = EASY_WORLD, split: Literal["train", "held_out", "all"] = "train"
-) -> list[ClipSpec]:
-    """The first `n` clips of `iterate_specs(seed, world, split)`."""
-    specs = iterate_specs(seed, world, split)
-    return [next(specs) for _ in range(n)]
-
-
-def draw_thing(rng: random.Random, world: World, triple: tuple[str, str, str]) -> Thing:
-    """An object with the given shape, colour and motion; everything else at random."""
-    shape, colour, motion = triple
-    size, speed = rng.choice(world.sizes), rng.choice(world.speeds)
-    x, y, phase = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.randrange(4) / 4
-    return Thing(shape=shape, colour=colour, size=size, motion=motion, speed=speed, x=x, y=y, phase=phase)
 
 
 @dataclass(frozen=True)

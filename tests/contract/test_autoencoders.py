@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from opensora.errors import OpenSoraError
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.video import VideoAutoencoder
-from opensora.toybox.world import render, sample_specs
+from opensora.toybox.specs import sample_specs
+from opensora.toybox.world import render
 from opensora.weights import fingerprint
 
 CPU = torch.device("cpu")

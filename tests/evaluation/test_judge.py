@@ -8,7 +8,8 @@ from opensora.errors import OpenSoraError
 from opensora.evaluation.judge import Judge, load_judge
 from opensora.evaluation.toybox import real_accuracy
 from opensora.recipes.toybox_judge import JudgeTaskConfig, spoil, toybox_judge
-from opensora.toybox.world import ATTRIBUTES, World, render, sample_specs
+from opensora.toybox.specs import ATTRIBUTES, World, sample_specs
+from opensora.toybox.world import render
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from torch import Tensor
 from opensora.errors import OpenSoraError
 from opensora.evaluation import motion_encoder
 from opensora.evaluation.motion_encoder import MotionEncoder, gradient_flow, load_motion_encoder, motion_features
-from opensora.toybox.world import World, render, sample_specs
+from opensora.toybox.specs import World, sample_specs
+from opensora.toybox.world import render
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from opensora.evaluation.toybox import (
     share_right,
 )
 from opensora.toybox.captions import language_of, plain_caption
-from opensora.toybox.world import ATTRIBUTES, EASY_WORLD, is_held_out, render, sample_specs
+from opensora.toybox.specs import ATTRIBUTES, EASY_WORLD, is_held_out, sample_specs
+from opensora.toybox.world import render
 
 
 class Pipeline:

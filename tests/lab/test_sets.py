@@ -10,7 +10,8 @@ from opensora.generation.clip import Clip, to_uint8
 from opensora.lab.sets import features_of, keep_features, read_features
 from opensora.media.write import write_video
 from opensora.tables import import_pyarrow
-from opensora.toybox.world import EASY_WORLD, render, sample_specs
+from opensora.toybox.specs import EASY_WORLD, sample_specs
+from opensora.toybox.world import render
 
 NUM_CLIPS = 16
 

@@ -18,7 +18,7 @@ from opensora.toybox.captions import (
     unknown_words,
     words_of,
 )
-from opensora.toybox.world import EASY_WORLD, FULL_WORLD, World, sample_specs
+from opensora.toybox.specs import EASY_WORLD, FULL_WORLD, World, sample_specs
 
 EXAMPLE = "A small red ball rolls left over the grass."
 CHINESE_EXAMPLE = "一个小红球向左滚过草地。"

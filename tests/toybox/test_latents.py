@@ -9,7 +9,7 @@ from opensora.data.toybox import CaptionedLatents, ToyboxLatents
 from opensora.distributed.seeding import generator
 from opensora.errors import OpenSoraError
 from opensora.toybox.captions import language_of, plain_caption
-from opensora.toybox.world import sample_specs
+from opensora.toybox.specs import sample_specs
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,24 @@ import pytest
 import torch
 
 from opensora.errors import OpenSoraError
-from opensora.toybox.backgrounds import BACKGROUNDS
-from opensora.toybox.world import (
+from opensora.toybox.backgrounds import PAINTERS
+from opensora.toybox.specs import (
+    BACKGROUNDS,
     CAMERAS,
     COLOURS,
     EASY_WORLD,
     FULL_WORLD,
-    GROWTH,
     MOTIONS,
     SHAPES,
     SIZES,
     SPEEDS,
-    TRAVEL,
     ClipSpec,
     Thing,
     World,
     is_held_out,
-    render,
     sample_specs,
 )
+from opensora.toybox.world import GROWTH, TRAVEL, render
 
 
 def clip(**changes) -> ClipSpec:
@@ -134,6 +133,7 @@ def test_areas_are_those_of_geometry(shape: str, area: float):
 
 def test_every_shape_colour_and_background_looks_different():
     specs = [clip(shape=s, colour=c) for s, c in itertools.product(SHAPES, COLOURS)]
+    assert tuple(PAINTERS) == BACKGROUNDS
     specs += [clip(background=b) for b in BACKGROUNDS]
     video, _ = render(specs, num_frames=1)
     flat = video.flatten(1)

@@ -27,7 +27,7 @@ from opensora.errors import OpenSoraError
 from opensora.limits import check_count
 from opensora.manifest import read_manifest, tables_of
 from opensora.media.frames import probe
-from opensora.toybox.world import ClipSpec, sample_specs
+from opensora.toybox.specs import ClipSpec, sample_specs
 
 TOYBOX = "toybox"
 """What names the toy world where a folder or a manifest may be named."""

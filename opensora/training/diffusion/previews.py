@@ -18,7 +18,7 @@ from opensora.evaluation.loss import held_out_losses
 from opensora.evaluation.toybox import contact_sheet, generate, held_out_samples, share_right
 from opensora.media.write import write_video
 from opensora.pipeline import OpenSoraPipeline
-from opensora.toybox.world import EASY_WORLD, World
+from opensora.toybox.specs import EASY_WORLD, World
 from opensora.training.task import Preview
 
 

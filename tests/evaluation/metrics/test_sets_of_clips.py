@@ -17,7 +17,8 @@ from opensora.evaluation.features import frame_features
 from opensora.evaluation.metrics.distances import frechet_distance, kernel_distance
 from opensora.evaluation.motion_encoder import motion_features
 from opensora.media.read import read_video
-from opensora.toybox.world import FULL_WORLD, render, sample_specs
+from opensora.toybox.specs import FULL_WORLD, sample_specs
+from opensora.toybox.world import render
 
 WINDOW, SIDE_PX = 16, 96
 
