@@ -147,7 +147,7 @@ def _other_member(current: Any, annotation: Any, changes: Sequence[_Change]) -> 
         if lacking := [name for name in needed if name not in direct and name not in carried]:
             missing += lacking
             continue
-        given = {name: _build_from_text(hints[name], direct[name].text, direct[name].key) for name in direct}
+        given = {name: build_from_text(hints[name], direct[name].text, direct[name].key) for name in direct}
         whole.append(member(**{**{name: carried[name] for name in needed if name in carried}, **given}))
     if len(whole) == 1:
         return whole[0]
@@ -174,7 +174,7 @@ def _override_field(current: Any, annotation: Any, changes: Sequence[_Change]) -
     has_type = bool(dataclasses_in(annotation))
     for change in sorted(changes, key=lambda change: len(change.path)):
         if not change.path:
-            current = _build_from_text(annotation, change.text, change.key)
+            current = build_from_text(annotation, change.text, change.key)
         elif has_type and change.path == (TYPE_KEY,):
             key = change.key.removesuffix(f".{TYPE_KEY}")
             current = build_value(annotation, {TYPE_KEY: change.text}, key)
@@ -185,8 +185,12 @@ def _override_field(current: Any, annotation: Any, changes: Sequence[_Change]) -
     return _override(current, annotation, inside) if inside else current
 
 
-def _build_from_text(annotation: Any, text: str, key: str) -> Any:
-    """Reads command-line text: JSON where it is JSON, `a,b` as a list, `none`, otherwise the text itself."""
+def build_from_text(annotation: Any, text: str, key: str) -> Any:
+    """Reads a text as an annotation asks: JSON where it is JSON, `a,b` as a list, `none`, otherwise the text itself.
+
+    Raises:
+        OpenSoraError: it is of another type; calls it `key`.
+    """
     candidates: list[Any] = []
     value = _json_or_text(text)
     candidates.append(value)

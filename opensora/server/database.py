@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy import event, exc
 
+from opensora.contents import shown
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
 from opensora.server.jobs import Job, JobError, JobProgress, JobResult
@@ -58,6 +59,17 @@ SCHEMA = 1
 
 class StoreAway(OpenSoraError):
     """The database does not answer; it may again in a moment, and nothing was changed that it did not say."""
+
+
+class NoJob(OpenSoraError):
+    """There is no job of that id.
+
+    Args:
+        job_id: that was asked for.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no video {shown(job_id)}")
 
 
 class Database:
@@ -124,11 +136,11 @@ class Database:
         return connection.execute(query).scalar_one()
 
     def change(self, job_id: str, change: Callable[[Job, float], Job]) -> Job:
-        """Changes a job, told what time it is; raises `OpenSoraError` if there is none."""
+        """Changes a job, told what time it is; raises `NoJob` if there is none."""
         with self.writing() as connection:
             row = connection.execute(sql.select(JOBS).where(JOBS.c.id == job_id).with_for_update()).one_or_none()
             if row is None or row.state == "deleted":
-                raise OpenSoraError(f"there is no job {job_id}")
+                raise NoJob(job_id)
             job = job_of(row)
             changed = change(job, self.now(connection))
             return job if changed == job else self.put(connection, changed)

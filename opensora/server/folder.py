@@ -1,6 +1,7 @@
 """The files of a server: what was sent, what was made, and pictures of what is being made.
 
-    inputs/ID/0.png     what a job is made from, by number, whatever it was called
+    uploads/            what is being sent
+    inputs/ID/          what a job is made from, named by its content, whatever it was called
     clips/ID-1.mp4      of its first attempt, with its record, a thumbnail and a sheet of its frames beside it
     previews/ID.webp    while it is being made
 
@@ -42,6 +43,11 @@ class ServerFolder:
         return self.path / "inputs"
 
     @property
+    def uploads(self) -> Path:
+        """What is being sent, before there is a job."""
+        return self.path / "uploads"
+
+    @property
     def clips(self) -> Path:
         """What was made."""
         return self.path / "clips"
@@ -58,7 +64,7 @@ class ServerFolder:
 
     def make(self) -> None:
         """Makes the folders, where they are not there."""
-        for folder in (self.inputs, self.clips, self.previews, self.colours):
+        for folder in (self.uploads, self.inputs, self.clips, self.previews, self.colours):
             folder.mkdir(parents=True, exist_ok=True)
 
     def new_clip(self, job: Job) -> Path:
@@ -138,6 +144,10 @@ class ServerFolder:
             if _ID.fullmatch(job_id) and _is_old(path) and not is_known(job_id):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 gone.append(path.name)
+        for path in _entries(self.uploads):
+            if _is_old(path):
+                shutil.rmtree(path, ignore_errors=True)
+                gone.append(path.name)
         for path in _entries(self.clips):
             match = re.match(rf"({_ID.pattern})-(\d{{1,9}})\.", path.name)
             if match and not is_result(match[1], int(match[2])):
@@ -158,9 +168,14 @@ def _is_old(path: Path) -> bool:
         return False
 
 
+def is_id(job_id: str) -> bool:
+    """Whether `store.new_id` may have made it."""
+    return _ID.fullmatch(job_id) is not None
+
+
 def _checked(job_id: str) -> str:
     """Raises `ValueError` for what `store.new_id` did not make."""
-    if not _ID.fullmatch(job_id):
+    if not is_id(job_id):
         raise ValueError(f"{job_id!r} is no id of a job")
     return job_id
 

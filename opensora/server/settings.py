@@ -38,6 +38,7 @@ class InputLimits:
         field_bytes: of a field of a form.
         num_fields: of a form.
         num_files: of a form.
+        body_bytes: of a form, all of it.
         prompt_characters: of a prompt.
         pixels: of a frame that is sent.
         clip_pixels: height x width x frames of a clip that is made.
@@ -50,6 +51,7 @@ class InputLimits:
     field_bytes: int = 64 * 1024
     num_fields: int = 100
     num_files: int = 16
+    body_bytes: int = 250 * 10**6
     prompt_characters: int = 4_000
     pixels: int = 50 * 10**6
     clip_pixels: int = 500 * 10**6

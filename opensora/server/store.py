@@ -149,6 +149,12 @@ class JobStore(Database):
         with self.reading() as connection:
             return [job_of(row) for row in connection.execute(query)]
 
+    def head(self) -> tuple[int, bool]:
+        """Version of the last change, and whether the queue is paused."""
+        with self.reading() as connection:
+            queue = connection.execute(sql.select(QUEUE)).one()
+            return queue.version, queue.is_paused
+
     def summary(self) -> QueueSummary:
         """The queue at a glance."""
         counts = sql.select(JOBS.c.state, sql.func.count()).group_by(JOBS.c.state)
@@ -162,7 +168,7 @@ class JobStore(Database):
         """Whoever makes it stops at the next step; a job that is done stays as it is.
 
         Raises:
-            OpenSoraError: there is none.
+            NoJob: there is none.
         """
         error = JobError("cancelled", "the job was cancelled")
 
@@ -375,7 +381,8 @@ def _waiting_again(job: Job) -> Job:
 
 
 def _asked(job: Job) -> tuple[Any, ...]:
-    return job.kind, job.format, job.parent, job.request
+    """What tells requests apart; files are named by their content, in a folder of the job's own."""
+    return job.kind, job.format, job.parent, job.request.to_json().replace(job.id, "")
 
 
 def _queued(job: Job, what: str) -> Job:
