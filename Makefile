@@ -23,7 +23,7 @@ CASE ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check fuzz clips faults browser format clean
+.PHONY: help video test check fuzz clips faults browser database format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -56,6 +56,12 @@ browser: $(VENV)/.installed-dev ## run the tests in a web browser; Debian's chro
 	    { apt-get install -qq -y --no-install-recommends chromium || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null; } || \
 	  echo "make: no browser was found and none could be installed; its tests are skipped"
 	@$(BIN)/python -m pytest -m browser $(ARGS)
+
+database: ## install Debian's PostgreSQL if there is none and that is allowed; tests start a server of their own
+	@ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || command -v initdb >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends postgresql || { apt-get update -qq && apt-get install -qq -y --no-install-recommends postgresql; }; } >/dev/null 2>&1; } || \
+	  echo "make: no PostgreSQL was found and none could be installed; its tests are skipped"
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
