@@ -8,6 +8,7 @@ import numpy as np
 
 from opensora.errors import OpenSoraError
 from opensora.files import check_writable, replacing
+from opensora.generation.notebook import clip_html
 from opensora.generation.record import Record, sidecar_path
 from opensora.media.transforms import to_pixels
 from opensora.media.write import write_video
@@ -79,6 +80,10 @@ class Clip:
             sidecar.write_bytes(as_json(record))
             write_video(path, self.frames, self.fps, record.as_metadata(), format=format)
         return path
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the clip plays, and its record can be unfolded."""
+        return clip_html(self.frames, self.fps, self.record)
 
 
 def to_uint8(video: "Tensor") -> np.ndarray:
