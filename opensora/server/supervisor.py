@@ -59,6 +59,7 @@ class Supervisor:
     ) -> None:
         self.settings, self.store, self.listening = settings, store, listening
         self.folder = ServerFolder(settings.folder)
+        self.folder.make()
         self._places = [_Place(worker, is_worker=True, device=device) for device in settings.devices]
         if listening is not None:
             self._places.append(_Place(api, is_worker=False))
@@ -152,10 +153,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _told():
-    """The store may be away for a while: that is said, and tried again later."""
+    """The store may be away for a while, or the disk full: that is said, and tried again later."""
     try:
         yield
-    except OpenSoraError as error:
+    except (OpenSoraError, OSError) as error:
         _say(str(error))
 
 
