@@ -60,11 +60,11 @@ class Serve:
     log_prompts: Annotated[bool, FLAG] = False
     """The log tells what was asked for."""
 
-    def run(self) -> None:
-        """Returns only by Ctrl-C or SIGTERM."""
-        self.start(has_studio=False)
+    def run(self) -> int:
+        """Returns only if a process cannot work; it ends by Ctrl-C or SIGTERM."""
+        return self.start(has_studio=False)
 
-    def start(self, *, has_studio: bool) -> None:
+    def start(self, *, has_studio: bool) -> int:
         """Starts the processes and looks after them."""
         settings = dataclasses.replace(self._settings(), has_studio=has_studio)
         try:
@@ -76,7 +76,7 @@ class Serve:
             store = store_of(settings)
             listening = None if self.no_api else listen(self.host, self.port)
             where = "working" if listening is None else f"listening at {_url(listening)}"
-            Supervisor(settings, store, listening).run(lambda: say(f"{where}; Ctrl-C ends it"))
+            return Supervisor(settings, store, listening).run(lambda: say(f"{where}; Ctrl-C ends it"))
 
     def _settings(self) -> ServerSettings:
         check_count("--port", self.port, least=0)

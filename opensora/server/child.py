@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from opensora.server.settings import ServerSettings
 from opensora.settings import from_dict, to_dict
 
+REFUSED = 2
+"""Exit code of a process that cannot work with its settings."""
+
 
 @dataclass(frozen=True)
 class ChildSettings:

@@ -5,7 +5,9 @@ import time
 from torch import Tensor
 
 from opensora.generation.clip import Clip
+from opensora.generation.loading import locate_model
 from opensora.generation.progress import Progress
+from opensora.generation.request import ClipRequest
 from opensora.server.child import ChildSettings
 from opensora.server.colours import LatentColours
 from opensora.server.engines import Engines
@@ -30,8 +32,14 @@ class ClipMaker:
 
     @classmethod
     def of(cls, told: ChildSettings) -> "ClipMaker":
-        """For a worker of these settings."""
+        """For a worker of these settings.
+
+        Raises:
+            OpenSoraError: no such device, or a model that is not on this machine.
+        """
         folder, settings = ServerFolder(told.server.folder), told.server
+        for model in settings.models:
+            locate_model(ClipRequest("", model=model))
         engines = Engines(told.device or None, settings.max_memory_bytes)
         return cls(folder, engines, LatentColours(folder.colours), settings.inputs.read_s)
 

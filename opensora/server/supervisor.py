@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from opensora.errors import OpenSoraError
-from opensora.server.child import ChildSettings, own_name, start_child
+from opensora.server.child import REFUSED, ChildSettings, own_name, start_child
 from opensora.server.folder import ServerFolder
 from opensora.server.housekeeping import keep_house
 from opensora.server.settings import ServerSettings
@@ -34,7 +34,8 @@ class _Place:
     name: str = ""
     started: float = 0.0
     not_before: float = 0.0
-    quick_ends: int = field(default=0)
+    quick_ends: int = 0
+    refused: bool = False
 
 
 class Supervisor:
@@ -65,11 +66,14 @@ class Supervisor:
             self._places.append(_Place(api, is_worker=False))
         self._started = 0
 
-    def run(self, on_start: Callable[[], None]) -> None:
+    def run(self, on_start: Callable[[], None]) -> int:
         """Runs until it is interrupted; then the processes end in order.
 
         Args:
             on_start: called when they have been started.
+
+        Returns:
+            `child.REFUSED`, when one of them cannot work with its settings, which it has said.
         """
         cleaned = float("-inf")
         try:
@@ -79,6 +83,8 @@ class Supervisor:
             while True:
                 for place in self._places:
                     self._look_after(place)
+                    if place.refused:
+                        return REFUSED
                 if time.monotonic() - cleaned > HOUSEKEEPING_S:
                     cleaned = time.monotonic()
                     with _told():
@@ -96,6 +102,9 @@ class Supervisor:
             if place.is_worker:
                 with _told():
                     self.store.give_up(place.name)
+            if code == REFUSED:
+                place.refused = True
+                return
             quick = now - place.started < _QUICK_END_S
             place.quick_ends = place.quick_ends + 1 if quick else 0
             place.not_before = now + min(_LONGEST_PAUSE_S, 2.0**place.quick_ends - 1)

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from opensora.errors import OpenSoraError
 from opensora.generation.progress import Cancelled
-from opensora.server.child import ChildSettings, told_settings, told_to_stop
+from opensora.server.child import REFUSED, ChildSettings, told_settings, told_to_stop
 from opensora.server.database import StoreAway
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobError, JobResult
@@ -132,7 +132,12 @@ def main(maker_of: Callable[[ChildSettings], Maker] | None = None) -> None:
         from opensora.server.maker import ClipMaker
 
         maker_of = ClipMaker.of
-    Worker(told.name, store_of(told.server), folder, maker_of(told), told.server, stopped).run()
+    try:
+        maker = maker_of(told)
+    except OpenSoraError as error:
+        _say(" ".join(str(error).split()))
+        sys.exit(REFUSED)
+    Worker(told.name, store_of(told.server), folder, maker, told.server, stopped).run()
 
 
 if __name__ == "__main__":

@@ -117,3 +117,14 @@ def test_workers_end_with_their_supervisor_and_jobs_wait_for_the_next(running: R
     assert (back.state, back.num_lost) == ("queued", 0)
     running.start()
     until(lambda: running.store.get(job.id).state == "in_progress")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "words"), [(["--model", "nosuch"], "nosuch"), (["--device", "cuda:99"], "cuda")])
+def test_a_server_that_cannot_work_says_so_and_ends(options: list[str], words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opensora", "serve", "--folder", str(tmp_path / "server"), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("listening")]
+    assert ended.returncode == 2 and words in said[0]
+    assert said[1:] == []
