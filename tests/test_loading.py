@@ -436,8 +436,8 @@ def test_a_repository_in_the_cache_is_a_model(saved, hub_cache):
 
 
 def test_a_repository_is_fetched_if_that_is_asked_for(saved, hub_cache, monkeypatch):
-    def snapshot_download(repository, *, allow_patterns, cache_dir):
-        assert allow_patterns is None
+    def snapshot_download(repository, *, revision, allow_patterns, cache_dir):
+        assert allow_patterns is None and revision is None
         put_on_the_hub(hub_cache, repository, saved["flow"])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

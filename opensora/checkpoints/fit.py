@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import CLIPTextModel
 
-from opensora.checkpoints.folders import PIPELINE_INDEX, is_pipeline, locate
-from opensora.checkpoints.published import PUBLISHED, published_name, unknown_model
+from opensora.checkpoints.folders import PIPELINE_INDEX, is_pipeline, locate, no_such_model
+from opensora.checkpoints.published import PUBLISHED, published_name
 from opensora.checkpoints.report import ComponentReport, OnProgress, how_to_set_factor, inspect_component
 from opensora.checkpoints.source import ModelSource, Part
 from opensora.containers.files import is_there
@@ -83,7 +83,7 @@ def inspect_model(
     if published_name(name) is not None or is_pipeline(path):
         return _inspect_pipeline(ModelSource.find(name_or_path), on_progress)
     if not is_there(path):
-        raise unknown_model(name)
+        raise no_such_model(name)
     return inspect_component(path, on_progress=on_progress, hashed=True)[0]
 
 

@@ -1,6 +1,5 @@
 """Where models lie: bundled ones, folders of pipelines, repositories in the Hub's local cache, training runs."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,21 @@ from opensora.errors import OpenSoraError
 PIPELINE_CLASS = "OpenSoraPipeline"
 PIPELINE_INDEX = "model_index.json"
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def is_repository(name: str) -> bool:
-    """Whether a name can only be that of a repository on the Hub: "somebody/model", and no such path."""
-    return _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
+    """Whether a name can only be of the Hub: "somebody/model" or "somebody/model@revision", and no such path."""
+    named = hub.split_revision(name)
+    return named is not None and not Path(name).exists() and not Path(named[0]).exists()
+
+
+def no_such_model(name: str) -> OpenSoraError:
+    """The error that says so: with the nearest known name, or, of a repository, how to fetch it."""
+    if not is_repository(name):
+        return unknown_model(name)
+    return OpenSoraError(
+        f"unknown model {name!r}: there is no such folder, and nothing of such a repository in the Hub's cache; "
+        f"fetch it with `download`, or by: {hub.repository_command(name)}"
+    )
 
 
 def find_folder(name_or_path: str | Path, *, download: bool = False) -> Path:
@@ -45,7 +53,7 @@ def find_folder(name_or_path: str | Path, *, download: bool = False) -> Path:
     if not folder.is_dir():
         if name in BUNDLED:
             raise OpenSoraError(f"the bundled model {name!r} is not installed: {folder} is missing; reinstall")
-        raise unknown_model(name)
+        raise no_such_model(name)
     if is_adapter(folder):
         raise OpenSoraError(
             f"{name} is an adapter; give it with `adapter`, and the model that it belongs to with `model`"

@@ -5,6 +5,7 @@ called for nothing but a download that was asked for.
 """
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 from opensora.checkpoints.published_parts import PublishedPart
 from opensora.contents import read_object
 from opensora.errors import OpenSoraError
+
+# "somebody/model", or with a branch, a tag or a commit behind it: "somebody/model@v2", "somebody/model@refs/pr/1".
+_REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,31 @@ def look_up(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
     return CachedPart(folder, tuple(files), tuple(missing))
 
 
-def snapshot(repository: str, cache_dir: Path | None = None) -> Path | None:
-    """The folder that the cache keeps the main branch of a repository in; None if it holds nothing of it."""
+def split_revision(name: str) -> tuple[str, str | None] | None:
+    """`"somebody/model@v2"` -> "somebody/model" and "v2"; without a revision None for it, and None for other names."""
+    match = _REPOSITORY.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def snapshot(name: str, cache_dir: Path | None = None) -> Path | None:
+    """The folder that the cache keeps a repository in; None if it holds nothing of that.
+
+    Args:
+        name: of the repository, with a revision if it is another than the main branch.
+        cache_dir: see `look_up`.
+    """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    repository, revision = split_revision(name) or (name, None)
     stored = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
     try:
-        folder = stored / "snapshots" / (stored / "refs" / "main").read_text(encoding="utf-8").strip()
+        commit = (stored / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
     except OSError:
-        return None
+        if revision is None or not _COMMIT.fullmatch(revision):
+            return None
+        commit = revision
+    folder = stored / "snapshots" / commit
     return folder if folder.is_dir() else None
 
 
@@ -96,11 +116,11 @@ def download(part: PublishedPart, cache_dir: Path | None = None) -> CachedPart:
     return cached
 
 
-def download_repository(repository: str, files: Sequence[str] | None = None, cache_dir: Path | None = None) -> None:
+def download_repository(name: str, files: Sequence[str] | None = None, cache_dir: Path | None = None) -> None:
     """Fetches what the cache lacks of a repository; shows its progress on stderr.
 
     Args:
-        repository: on the Hub.
+        name: of the repository on the Hub, with a revision if it is another than the main branch.
         files: names or patterns of those that are needed; None for all.
         cache_dir: see `look_up`.
 
@@ -111,16 +131,23 @@ def download_repository(repository: str, files: Sequence[str] | None = None, cac
     from huggingface_hub.errors import HFValidationError
 
     patterns = None if files is None else list(files)
+    repository, revision = split_revision(name) or (name, None)
     try:
-        snapshot_download(repository, allow_patterns=patterns, cache_dir=cache_dir)
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, cache_dir=cache_dir)
     except (OSError, HFValidationError) as error:  # no connection, no access, no such repository, no space left
-        raise OpenSoraError(f"{repository} could not be fetched: {' '.join(str(error).split())}") from error
+        raise OpenSoraError(f"{name} could not be fetched: {' '.join(str(error).split())}") from error
 
 
 def fetch_command(part: PublishedPart) -> str:
     """The command line of huggingface_hub that fetches a part."""
-    names = [f"--include '{name}'" if "*" in name else name for name in part.files]
-    return " ".join(["hf download", part.repository, *names])
+    return repository_command(part.repository, part.files)
+
+
+def repository_command(name: str, files: Sequence[str] = ()) -> str:
+    """The command line of huggingface_hub that fetches a repository, or files of it."""
+    repository, revision = split_revision(name) or (name, None)
+    names = [f"--include '{file}'" if "*" in file else file for file in files]
+    return " ".join(["hf download", repository, *(["--revision", revision] if revision else []), *names])
 
 
 def gigabytes(size_bytes: float) -> str:

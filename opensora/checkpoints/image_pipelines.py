@@ -68,7 +68,7 @@ class ImagePipeline:
         """A pipeline by name, folder or repository.
 
         Args:
-            name: one of `IMAGE_MODELS`, a folder, or "somebody/model".
+            name: one of `IMAGE_MODELS`, a folder, or "somebody/model", with "@revision" behind it if you like.
             download: fetch what the Hub's cache lacks of it.
 
         Raises:
@@ -143,8 +143,8 @@ def _folder(name: str, place: str, download: bool) -> Path:
         found = hub.snapshot(place)
         if found is None or not (found / PIPELINE_INDEX).is_file():
             raise OpenSoraError(
-                f"`text_to_image`: {name} is not on this machine; fetch it with `download`, or by: hf download {place} "
-                f"--include {PIPELINE_INDEX} '*/*'"
+                f"`text_to_image`: {name} is not on this machine; fetch it with `download`, or by: "
+                f"{hub.repository_command(place)} --include {PIPELINE_INDEX} '*/*'"
             )
         return found
     folder = Path(place).expanduser()

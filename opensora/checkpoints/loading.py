@@ -40,7 +40,7 @@ def load_pipeline(
     Args:
         name_or_path: a bundled model ("toybox", "toybox-iddpm"), a published one ("opensora-1.2", see
             `published.PUBLISHED`), a folder that `save_pretrained` wrote, or such a folder's repository on the Hub
-            ("somebody/model").
+            ("somebody/model", or "somebody/model@revision").
         device: where it runs.
         dtype: precision of the networks; None is float32 on the CPU and bfloat16 elsewhere. int8: the weights of text
             encoders and the transformer lie in memory in eight bits, and all compute in bfloat16. Latents stay float32.

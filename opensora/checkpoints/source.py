@@ -179,8 +179,8 @@ class ModelSource:
         """A model by a bundled or published name, from its folder, or from its repository on the Hub.
 
         Args:
-            name_or_path: "toybox", "opensora-1.2", a folder with a `model_index.json`, or "somebody/model", which lies
-                in the local cache of the Hub.
+            name_or_path: "toybox", "opensora-1.2", a folder with a `model_index.json`, or "somebody/model" or
+                "somebody/model@revision", which lies in the local cache of the Hub.
             components: part -> folder or file that takes its place. A text encoder's folder that holds a tokenizer
                 brings that too, to a published model.
             download: fetch what is not there.

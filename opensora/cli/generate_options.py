@@ -30,9 +30,10 @@ class ModelOptions:
     """What `opensora models` lists, or a folder; each part of it can be replaced."""
 
     model: Annotated[str | None, option("NAME|PATH", DEFAULT_MODEL)] = None
-    """toybox, toybox-iddpm, opensora-1.0, ..., a model's folder, or a training run (RUN, RUN@STEP)."""
+    """toybox, opensora-1.0, ..., a model's folder, a training run (RUN, RUN@STEP), or what is on the Hub (ORG/NAME,
+    ORG/NAME@REVISION)."""
     download: Annotated[bool, FLAG] = False
-    """Fetch what this machine lacks of a published model."""
+    """Fetch what this machine lacks of a published model or of a repository."""
     transformer: Annotated[Path | None, option("PATH", aliases=["--ckpt-path"])] = None
     """Weights (file, folder, RUN@STEP, or FILE@WHICH of several) in place of the model's diffusion transformer."""
     autoencoder: Annotated[Path | None, option("PATH", aliases=["--vae-path"])] = None

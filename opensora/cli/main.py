@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": "predict the memory a clip takes, and what makes it fit",
     "plan serving": "predict how long clips wait in a queue, and how many workers keep that short",
     "convert": "write a checkpoint as a folder of this package",
+    "push": "put a model's folder on the Hub",
 }
 
 _LONGEST_MESSAGE = 1500  # it quotes what came, which may be megabytes

@@ -284,7 +284,7 @@ def test_a_download_fetches_the_listed_files_and_no_others(released, cache, monk
         (stored / "snapshots" / tiny_published.COMMIT / "pytorch_model.safetensors.old").write_bytes(b"x")
     fetched = []
 
-    def snapshot_download(repository, *, allow_patterns, cache_dir):
+    def snapshot_download(repository, *, revision, allow_patterns, cache_dir):
         assert cache_dir is None
         folder = f"models--{repository.replace('/', '--')}"
         there = elsewhere / folder / "snapshots" / tiny_published.COMMIT
