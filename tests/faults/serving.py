@@ -48,6 +48,7 @@ PATIENCE_S = 900
 _RETRY_S = 0.1
 
 SERVER = """
+import signal
 import sys
 from pathlib import Path
 from opensora.server.store import store_of
@@ -57,6 +58,7 @@ from opensora.settings import from_dict
 import json
 
 settings = from_dict(ServerSettings, json.loads(sys.argv[1]), where="settings")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 with_socket = listen(settings.host, settings.port)
 Supervisor(settings, store_of(settings), with_socket, worker=sys.argv[2]).run(lambda: None)
 """
