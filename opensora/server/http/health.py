@@ -77,7 +77,7 @@ class _OfTheQueue(Collector):
 
     def collect(self) -> Iterator[Metric]:
         summary = self._service.summary()
-        videos = GaugeMetricFamily("opensora_videos", "Videos by state.", labels=["state"])
+        videos = GaugeMetricFamily("opensora_jobs", "Videos by state.", labels=["state"])
         for state in STATES:
             videos.add_metric([state], summary.states.get(state, 0))
         oldest = summary.oldest_waiting_at

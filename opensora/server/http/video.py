@@ -11,8 +11,7 @@ from opensora.server.service import FILES
 from opensora.settings import to_dict
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
-_DEFAULTS = to_dict(ClipRequest(""))
-_OWN_FIELDS = ("prompt", "model", *FILES)
+_DEFAULTS = {name: value for name, value in vars(ClipRequest("")).items() if name not in ("prompt", "model", *FILES)}
 
 
 class VideoError(BaseModel):
@@ -138,8 +137,8 @@ def deleted_of(job_id: str) -> VideoDeleted:
 
 def _asked(request: ClipRequest) -> dict[str, Any]:
     """What differs from a request that asks for nothing; files aside, whose names are the server's."""
-    values = to_dict(request)
-    return {name: value for name, value in values.items() if name not in _OWN_FIELDS and value != _DEFAULTS[name]}
+    values = vars(request)
+    return {name: to_dict(values[name]) for name, default in _DEFAULTS.items() if values[name] != default}
 
 
 def _links(job: Job) -> dict[str, str]:

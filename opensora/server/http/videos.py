@@ -125,13 +125,13 @@ def list_videos(
     )
 
 
-@router.get("/{video_id}", responses=answers(404))
-def retrieve_video(video_id: str, response: Response, service: Service, owner: Owner) -> Video:
+@router.get("/{video_id}", response_model=Video, responses=answers(404))
+async def retrieve_video(video_id: str, service: Service, owner: Owner) -> Response:
     """Tell how far a video is."""
-    job = service.get(owner, video_id)
-    if job.state in POLL_MS:
-        response.headers["openai-poll-after-ms"] = str(POLL_MS[job.state])
-    return video_of(job)
+    job = await run_in_threadpool(service.get, owner, video_id)
+    headers = {"openai-poll-after-ms": str(POLL_MS[job.state])} if job.state in POLL_MS else {}
+    # Asked for more often than all else together, so nothing checks again what is one already.
+    return Response(video_of(job).model_dump_json(), media_type="application/json", headers=headers)
 
 
 @router.delete("/{video_id}", responses=answers(404))
