@@ -22,7 +22,7 @@ from opensora.contents import check_regular
 from opensora.errors import OpenSoraError
 from opensora.generation.record import InputFile, NamedFrames, PlacedReferences, Record, Sampling
 from opensora.generation.request import ClipRequest
-from opensora.media.frames import ClipFile
+from opensora.media.frames import ClipFile, stored_size
 from opensora.models.text.condition_types import V2V_LATENTS, frames_of_pieces, placements_of, placements_of_pieces
 from opensora.models.text.prompts import parse_mask_strategy
 
@@ -112,9 +112,14 @@ class InputClip:
 
 
 class InputFiles:
-    """The files of a run, each read once."""
+    """The files of a run, each read once.
 
-    def __init__(self) -> None:
+    Args:
+        most_pixels: of a frame; None for what memory holds.
+    """
+
+    def __init__(self, most_pixels: int | None = None) -> None:
+        self._most_pixels = most_pixels
         self._files: dict[Path, InputFile] = {}
         self._clips: dict[InputFile, InputClip] = {}
 
@@ -159,12 +164,19 @@ class InputFiles:
         if path not in self._files:
             check_regular(path, f"`{field}`:")
             try:
+                self._check_pixels(path)
                 clip = InputClip.of(path)
             except OpenSoraError as error:
                 raise OpenSoraError(f"`{field}`: {path} cannot be read: {error}") from error
             file = InputFile(path.name, read_hash(path))
             self._files[path], self._clips[file] = file, clip
         return self._files[path]
+
+    def _check_pixels(self, path: Path) -> None:
+        if self._most_pixels is not None:
+            height, width = stored_size(path)
+            if height * width > self._most_pixels:
+                raise OpenSoraError(f"{height}x{width} are more pixels than {self._most_pixels:,}; send fewer")
 
     def _picture(self, field: str, path: Path | None) -> InputFile | None:
         if path is None:

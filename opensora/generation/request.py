@@ -19,6 +19,7 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import num_pixels, parse_aspect_ratio
 from opensora.limits import check_count, parse_count
 from opensora.media.write import check_fps
+from opensora.models.autoencoders.latent_space import parse_override
 from opensora.models.channel_scales import parse_channel_scales
 from opensora.models.guiders import parse_guider
 from opensora.models.schedulers import SAMPLERS
@@ -409,8 +410,6 @@ def _check_sampling(request: ClipRequest) -> None:
     if request.calibration is not None and request.fast is None:
         raise OpenSoraError("`calibration` says what `fast` leaves out; give `fast`, or leave out `calibration`")
     if request.latent_space is not None:
-        from opensora.models.autoencoders.latent_space import parse_override  # which needs torch
-
         parse_override(request.latent_space)
     if request.num_inference_steps is not None:
         parse_steps(request.num_inference_steps)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from opensora.errors import OpenSoraError
 from opensora.media.animations import Pictures, notes_in
-from opensora.media.opening import open_picture
+from opensora.media.opening import open_picture, open_video
 from opensora.media.timing import Timeline, WrittenClip
 from opensora.media.video import Video
 
@@ -131,6 +131,19 @@ def probe(path: str | Path, verify: Literal["count", "decode"] = "count") -> Cli
     if clip.num_frames() > 1 and not clip.fps:
         raise OpenSoraError("no frame rate")
     return ClipFacts(clip.num_frames(), height, width, clip.fps, clip.timeline.is_variable, tuple(clip.notes))
+
+
+def stored_size(path: str | Path) -> tuple[int, int]:
+    """Height and width in pixels that a file says it has, known before anything of that size is in memory.
+
+    Raises:
+        OpenSoraError: the file cannot be opened; the message does not name it.
+    """
+    with open_picture(path) as image:
+        if image is not None:
+            return image.height, image.width
+    with open_video(path) as (_, stream):
+        return stream.codec_context.height, stream.codec_context.width
 
 
 def is_picture(path: str | Path) -> bool:

@@ -5,6 +5,7 @@ import time
 from torch import Tensor
 
 from opensora.generation.clip import Clip
+from opensora.generation.inputs import InputFiles
 from opensora.generation.loading import locate_model
 from opensora.generation.progress import Progress
 from opensora.generation.request import ClipRequest
@@ -14,6 +15,7 @@ from opensora.server.engines import Engines
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobResult
 from opensora.server.pictures import Previews, write_pictures
+from opensora.server.settings import InputLimits, check_clip_pixels
 from opensora.server.watch import JobWatch
 
 
@@ -24,11 +26,11 @@ class ClipMaker:
         folder: of the server.
         engines: loaded models.
         colours: of their latents, for previews.
-        read_s: that reading the files of a job may take.
+        limits: of what was sent, and of the clip.
     """
 
-    def __init__(self, folder: ServerFolder, engines: Engines, colours: LatentColours, read_s: float) -> None:
-        self.folder, self.engines, self.colours, self.read_s = folder, engines, colours, read_s
+    def __init__(self, folder: ServerFolder, engines: Engines, colours: LatentColours, limits: InputLimits) -> None:
+        self.folder, self.engines, self.colours, self.limits = folder, engines, colours, limits
 
     @classmethod
     def of(cls, told: ChildSettings) -> "ClipMaker":
@@ -41,16 +43,17 @@ class ClipMaker:
         for model in settings.models:
             locate_model(ClipRequest("", model=model))
         engines = Engines(told.device or None, settings.max_memory_bytes)
-        return cls(folder, engines, LatentColours(folder.colours), settings.inputs.read_s)
+        return cls(folder, engines, LatentColours(folder.colours), settings.inputs)
 
     def make(self, job: Job, watch: JobWatch) -> JobResult:
         """See `worker.Maker`."""
         request = self.folder.rooted(job.request)
         engine = self.engines.of(request)
         began = time.monotonic()
-        with watch.reading(self.read_s):
-            prepared = engine.prepare([request])[0]
+        with watch.reading(self.limits.read_s):
+            prepared = engine.prepare([request], InputFiles(self.limits.pixels))[0]
         codec, sampling = prepared.pipeline.autoencoder, prepared.sampling
+        check_clip_pixels(sampling.height, sampling.width, prepared.num_frames, self.limits.clip_pixels)
         colours = self.colours.of(codec)
         previews = Previews(self.folder.preview(job.id), colours, sampling.size.num_frames / sampling.file_fps)
         latents: Tensor | None = None

@@ -20,10 +20,11 @@ from opensora.generation.request import ClipRequest
 from opensora.generation.words import check_bundled_words
 from opensora.media.write import FORMATS
 from opensora.server.database import NoJob
+from opensora.server.defaults import asked_frames, asked_size
 from opensora.server.folder import ServerFolder, is_id
 from opensora.server.housekeeping import remove_job
 from opensora.server.jobs import Job, JobResult, Kind, QueueSummary, State
-from opensora.server.settings import ServerSettings
+from opensora.server.settings import ServerSettings, check_clip_pixels
 from opensora.server.store import JobStore, new_id
 from opensora.settings import nearest_name
 
@@ -370,11 +371,5 @@ def _check_priority(priority: int) -> None:
 
 
 def _check_size(request: ClipRequest, most: int) -> None:
-    """Of what the request says itself; the worker knows the rest."""
-    height, width = request.image_size or (request.height or 1, request.width or 1)
-    frames = request.num_frames if isinstance(request.num_frames, int) else 1
-    pixels = height * width * max(frames, 1) * request.num_loops
-    if pixels > most:
-        raise OpenSoraError(
-            f"the clip has {pixels:,} pixels in all its frames, expected at most {most:,}; ask for less"
-        )
+    """As far as that is known; the worker knows the rest."""
+    check_clip_pixels(*asked_size(request), asked_frames(request) * request.num_loops, most)

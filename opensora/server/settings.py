@@ -59,6 +59,15 @@ class InputLimits:
     body_s: float = 60.0
 
 
+def check_clip_pixels(height: int, width: int, num_frames: int, most: int) -> None:
+    """Raises `OpenSoraError` for a clip that is larger than one may be."""
+    if height * width * num_frames > most:
+        raise OpenSoraError(
+            f"{num_frames} frames of {height}x{width} are {height * width * num_frames:,} pixels, expected at most "
+            f"{most:,}; ask for a shorter or smaller clip"
+        )
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """A server: its API, and the workers that it starts.

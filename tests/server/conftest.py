@@ -8,8 +8,11 @@ from pathlib import Path
 import postgres
 import pytest
 import sqlalchemy as sql
+from server.api_server import Api
+from starlette.testclient import TestClient
 
 from opensora.server.jobs import QueueLimits
+from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore
 
 
@@ -72,3 +75,17 @@ def open_store(store_url: str, clock: Clock) -> Iterator[Callable[..., JobStore]
 @pytest.fixture
 def store(open_store: Callable[..., JobStore]) -> JobStore:
     return open_store()
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    """A server without keys."""
+    api = Api(ServerSettings(tmp_path / "server"))
+    yield api
+    api.store.close()
+
+
+@pytest.fixture
+def client(api: Api) -> TestClient:
+    """Somebody who asks it."""
+    return api.client()

@@ -17,14 +17,15 @@ chunk.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from opensora.contents import describe_value, parse_json, shown
 from opensora.errors import OpenSoraError
 from opensora.keywords import check_keywords
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Convention = Literal["multiply", "divide"]
 Figures = tuple[float | tuple[float, ...], ...]
@@ -84,25 +85,25 @@ class LatentSpace:
         """What encoding multiplies the 2D latents by, whichever convention is declared."""
         return self.scaling_factor if self.convention == "multiply" else 1.0 / self.scaling_factor
 
-    def scale_frames(self, frame_latents: Tensor) -> Tensor:
+    def scale_frames(self, frame_latents: "Tensor") -> "Tensor":
         """2D latents as the encoder predicts them -> as the temporal autoencoder or the next step expects them."""
         return frame_latents * self.factor
 
-    def unscale_frames(self, frame_latents: Tensor) -> Tensor:
+    def unscale_frames(self, frame_latents: "Tensor") -> "Tensor":
         """Inverse of `scale_frames`."""
         return frame_latents / self.factor
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalise(self, latents: "Tensor") -> "Tensor":
         """(z - shift) / scale per channel; latents (B, C, T, h, w) -> normalised latents, same shape."""
         shift, scale = self.statistics_of(latents)
         return (latents - shift) / scale
 
-    def denormalise(self, latents: Tensor) -> Tensor:
+    def denormalise(self, latents: "Tensor") -> "Tensor":
         """Inverse of `normalise`."""
         shift, scale = self.statistics_of(latents)
         return latents * scale + shift
 
-    def statistics_of(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics_of(self, latents: "Tensor") -> "tuple[Tensor, Tensor]":
         """Shift and scale as float32 tensors that broadcast over latents (B, C, N, h, w).
 
         Figures of P latent frames are repeated for every chunk of so many; of a lone latent frame they are the first.
@@ -113,7 +114,7 @@ class LatentSpace:
         shift, scale = self.statistics(latents.shape[1], latents.device)
         return _over_time(shift, latents.shape[2]), _over_time(scale, latents.shape[2])
 
-    def statistics(self, channels: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    def statistics(self, channels: int, device: "torch.device | str | None" = None) -> "tuple[Tensor, Tensor]":
         """Shift and scale as float32 tensors (1, C, P, 1, 1), P latent frames of a chunk or 1 for all.
 
         Raises:
@@ -124,6 +125,8 @@ class LatentSpace:
                 raise OpenSoraError(
                     f"the latent space declares {name} for {len(values)} channels, but the latents have {channels}"
                 )
+        import torch
+
         shift = torch.tensor(_rows(self.shift or (0.0,) * channels), dtype=torch.float32, device=device)
         scale = torch.tensor(_rows(self.scale or (1.0,) * channels), dtype=torch.float32, device=device)
         return shift[None, :, :, None, None], scale[None, :, :, None, None]
@@ -291,7 +294,7 @@ def _same_figures(ours: tuple[tuple[float, ...], ...], others: tuple[tuple[float
     return True
 
 
-def _over_time(figures: Tensor, latent_frames: int) -> Tensor:
+def _over_time(figures: "Tensor", latent_frames: int) -> "Tensor":
     """Figures (1, C, P, 1, 1) for so many latent frames; P = 1 broadcasts."""
     period = figures.shape[2]
     if period == 1 or latent_frames == 1:

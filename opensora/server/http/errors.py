@@ -1,8 +1,6 @@
 """Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`, whoever raised them."""
 
 import re
-import sys
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,8 +139,3 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _mistake(_: Request, error: Exception) -> JSONResponse:
         return envelope(500, "internal_error", "the server made a mistake; its log tells which")
-
-
-def say_mistake(error: BaseException) -> None:
-    """A mistake of ours goes to the log."""
-    traceback.print_exception(error, file=sys.stderr)

@@ -6,6 +6,7 @@ meanwhile. A client that does not keep up is let go, and comes again like that.
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -32,17 +33,25 @@ MOST_BEHIND = 256
 router = APIRouter(prefix="/v1/events", tags=["events"])
 
 
+@dataclass(frozen=True)
+class _Told:
+    """An event as it is sent; of a job, the version that it tells."""
+
+    text: bytes
+    version: int | None = None
+
+
 @dataclass(eq=False)
 class _Listener:
-    """One stream: what waits to be sent, and whose jobs those are."""
+    """One stream: what waits to be sent, None for its end, and whose jobs those are."""
 
     owner: str | None
-    waiting: asyncio.Queue["tuple[int, bytes] | None"] = field(default_factory=lambda: asyncio.Queue(MOST_BEHIND))
+    waiting: asyncio.Queue[_Told | None] = field(default_factory=lambda: asyncio.Queue(MOST_BEHIND))
 
-    def put(self, event: "tuple[int, bytes] | None") -> bool:
+    def put(self, told: _Told | None) -> bool:
         """Whether there is room."""
         try:
-            self.waiting.put_nowait(event)
+            self.waiting.put_nowait(told)
         except asyncio.QueueFull:
             return False
         return True
@@ -89,21 +98,21 @@ class Changes:
         listener = _Listener(owner)
         self._listeners.add(listener)
         try:
-            version, missed = await run_in_threadpool(self._missed, owner, since)
-            yield format_sse_event(event="ready", id=str(version), data_str=f'{{"version":{version}}}')
+            version, is_paused, missed = await run_in_threadpool(self._missed, owner, since)
+            begun, now = version if since is None else min(since, version), {"version": version, "is_paused": is_paused}
+            yield format_sse_event(event="ready", id=str(begun), data_str=json.dumps(now))
             for event in missed:
                 yield event
             while not self._is_over:
                 try:
-                    event = await asyncio.wait_for(listener.waiting.get(), HEARTBEAT_S)
+                    told = await asyncio.wait_for(listener.waiting.get(), HEARTBEAT_S)
                 except TimeoutError:
                     yield b": nothing new\n\n"
                     continue
-                if event is None:
+                if told is None:
                     return
-                if event[0] > version:
-                    version = event[0]
-                    yield event[1]
+                if told.version is None or told.version > version:  # the others were missed, and told
+                    yield told.text
         finally:
             self._listeners.discard(listener)
 
@@ -117,21 +126,21 @@ class Changes:
         version, is_paused = await run_in_threadpool(self._service.store.head)
         if version == self._version:
             return
-        jobs = await run_in_threadpool(self._service.store.changed, self._version)
-        for job in jobs:
-            event = job.version, _event_of(job)
-            for listener in [each for each in self._listeners if each.owner in (None, job.owner)]:
-                if not listener.put(event):
-                    self._drop(listener)
-            self._version = job.version
+        while jobs := await run_in_threadpool(self._service.store.changed, self._version):
+            for job in jobs:
+                self._tell(_Told(_event_of(job), job.version), job.owner)
+                self._version = job.version
+        self._version = max(self._version, version)
         if is_paused != self._is_paused:
             self._is_paused = is_paused
             state = state_of(self._service, await run_in_threadpool(self._service.summary))
-            for listener in list(self._listeners):
-                if not listener.put((version, _queue_event(version, state))):
-                    self._drop(listener)
-        if not jobs:
-            self._version = max(self._version, version)
+            self._tell(_Told(_queue_event(self._version, state)))
+
+    def _tell(self, told: _Told, owner: str | None = None) -> None:
+        """Everybody, or an owner and those who see everything."""
+        for listener in [each for each in self._listeners if owner is None or each.owner in (None, owner)]:
+            if not listener.put(told):
+                self._drop(listener)
 
     def _drop(self, listener: _Listener) -> None:
         """Ends a stream, after what it was told already."""
@@ -139,16 +148,16 @@ class Changes:
         while not listener.put(None):
             listener.waiting.get_nowait()
 
-    def _missed(self, owner: str | None, since: int | None) -> tuple[int, list[bytes]]:
-        """The version that a client begins with, and what it has missed until then."""
-        store = self._service.store
-        if since is None:
-            return store.head()[0], []
+    def _missed(self, owner: str | None, since: int | None) -> tuple[int, bool, list[bytes]]:
+        """The version that a client begins with, whether the queue is paused, and what it has missed until then."""
+        version, is_paused = self._service.store.head()
+        if since is None or since > version:  # of another store
+            return version, is_paused, []
         events: list[bytes] = []
-        while jobs := store.changed(since):
+        while jobs := self._service.store.changed(since):
             events += [_event_of(job) for job in jobs if owner in (None, job.owner)]
             since = jobs[-1].version
-        return since, events
+        return max(since, version), is_paused, events
 
 
 def _event_of(job: Job) -> bytes:

@@ -88,8 +88,10 @@ def _value(annotation: Any, value: Any, name: str, is_text: bool) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A text within an object or a list: nothing says what is meant but itself."""
-    return build_from_text(float | bool | str | None, value, "a value") if isinstance(value, str) else value
+    """A text within an object or a list: nothing says what is meant but itself; clients write nothing for null."""
+    if not isinstance(value, str):
+        return value
+    return build_from_text(int | float | bool | str, value, "a value") if value else None
 
 
 def _may_be_none(annotation: Any) -> bool:

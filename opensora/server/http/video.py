@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from opensora.generation.request import ClipRequest
-from opensora.server.defaults import clip_size, duration_s
+from opensora.server.defaults import asked_fps, asked_frames, asked_size
 from opensora.server.jobs import Job, Kind
 from opensora.server.service import FILES
 from opensora.settings import to_dict
@@ -97,7 +97,7 @@ class VideoDeleted(BaseModel):
 def video_of(job: Job) -> Video:
     """The object of a job."""
     result, error, request = job.result, job.error, job.request
-    width, height = (result.width, result.height) if result else clip_size(request)
+    height, width = (result.height, result.width) if result else asked_size(request)
     details = job.progress
     return Video(
         id=job.id,
@@ -109,7 +109,7 @@ def video_of(job: Job) -> Video:
         expires_at=None if job.expires_at is None else int(job.expires_at),
         prompt=request.prompt,
         size=f"{width}x{height}",
-        seconds=f"{result.duration_s if result else duration_s(request):g}",
+        seconds=f"{result.duration_s if result else _asked_s(request):g}",
         remixed_from_video_id=job.parent if job.kind == "remix" else None,
         error=None if error is None else VideoError(code=error.code, message=error.message),
         state="cancelled" if job.state == "deleted" else job.state,
@@ -133,6 +133,11 @@ def video_of(job: Job) -> Video:
 def deleted_of(job_id: str) -> VideoDeleted:
     """What is told of a job that is gone."""
     return VideoDeleted(id=job_id)
+
+
+def _asked_s(request: ClipRequest) -> float:
+    fps = asked_fps(request)
+    return asked_frames(request) / fps if fps else 0.0
 
 
 def _asked(request: ClipRequest) -> dict[str, Any]:
