@@ -1,6 +1,7 @@
 # Every target sets up what it needs on a machine that has only Python (3.11 or newer) and pip.
 #
 #   make video PROMPT="a small red ball rolls left over the grass"     writes outputs/video.mp4
+#   make studio                                                        a page in the browser
 #   make test                                                          the test suite
 #   make check                                                         lint, format, types, floors
 #
@@ -23,7 +24,7 @@ CASE ?=
 # The shell reads them from the environment, so quotes in a prompt stay quotes.
 export PROMPT OUTPUT
 
-.PHONY: help video test check fuzz clips comfyui faults browser database format clean
+.PHONY: help video studio test check fuzz clips comfyui faults browser database format clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -31,6 +32,9 @@ help: ## say what there is
 video: $(VENV)/.installed-run ## turn PROMPT into outputs/video.mp4 with the bundled model
 	@mkdir -p "$$(dirname "$$OUTPUT")"
 	@$(BIN)/opensora generate "$$PROMPT" --output "$$OUTPUT" $(ARGS)
+
+studio: $(VENV)/.installed-studio ## make clips in the browser
+	@$(BIN)/opensora studio $(ARGS)
 
 # Two processes of one thread each, and a file's tests in one of them: models here are so small that threads only wait.
 test: $(VENV)/.installed-dev ## run the tests that need neither an accelerator nor long
@@ -77,6 +81,10 @@ clean: ## remove the environment and caches, keep outputs
 $(VENV)/.installed-run: pyproject.toml | $(VENV)/.created
 	@$(call install,.)
 	@touch $@
+
+$(VENV)/.installed-studio: pyproject.toml | $(VENV)/.created
+	@$(call install,.[studio])
+	@touch $(VENV)/.installed-run $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	@$(call install,.[dev])

@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "put settings side by side, on the same prompts and noise",
     "latents": "say whether an autoencoder's latents are what a diffusion model expects, and normalise them",
     "serve": "answer requests for clips over HTTP, from a queue that loses nothing",
+    "studio": "make clips in the browser: serve with a page",
     "models": "list the models known by name, and what of them is here",
     "inspect": "say what a checkpoint is and whether its parts fit together",
     "plan": "predict the memory a clip takes, and what makes it fit",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +19,12 @@ from opensora.server.settings import ServerSettings, read_keys
 
 HOSTS = "hosts"
 HOURS_S = 3600.0
+API = "opensora.server.api"
 
 
 @dataclass(frozen=True)
-class Serve:
-    """Answer requests for clips at an address of this machine, one worker process for each device.
-
-    Jobs and clips are in a folder; whoever starts the server there again goes on where it was.
-    """
+class ServerOptions:
+    """What every server is told: `Serve` and `studio.Studio` say what for."""
 
     folder: Annotated[Path, option("FOLDER", "outputs/server")] = Path("outputs/server")
     """Where jobs, clips and uploads are kept."""
@@ -41,8 +40,6 @@ class Serve:
     """That models and the clip which is made may take, on each device."""
     store: Annotated[str | None, option("URL", "SQLite in the folder")] = None
     """postgresql://USER@HOST/NAME, for workers on several hosts that share the folder."""
-    no_api: Annotated[bool, FLAG] = False
-    """Only work: other hosts answer requests."""
     key_file: Annotated[Path | None, option("FILE")] = None
     """Lines OWNER:SECRET; requests need `Authorization: Bearer SECRET`, and see their owner's jobs only."""
     allow_host: Annotated[tuple[str, ...], option("NAME ...")] = ()
@@ -60,13 +57,14 @@ class Serve:
     log_prompts: Annotated[bool, FLAG] = False
     """The log tells what was asked for."""
 
-    def run(self) -> int:
-        """Returns only if a process cannot work; it ends by Ctrl-C or SIGTERM."""
-        return self.start(has_studio=False)
+    def start(self, settings: ServerSettings, api: str = API, on_start: Callable[[str], None] | None = None) -> int:
+        """Starts the processes and looks after them; returns only if one cannot work.
 
-    def start(self, *, has_studio: bool) -> int:
-        """Starts the processes and looks after them."""
-        settings = dataclasses.replace(self._settings(), has_studio=has_studio)
+        Args:
+            settings: of the server.
+            api: module of the process that answers.
+            on_start: told at which address.
+        """
         try:
             from opensora.server.store import store_of
             from opensora.server.supervisor import Supervisor, listen
@@ -74,11 +72,18 @@ class Serve:
             raise OpenSoraError(f"serving needs {error.name}: pip install 'opensora[serve]'") from None
         with owned(settings.folder / HOSTS / socket.gethostname()):  # one supervisor of a folder on each host
             store = store_of(settings)
-            listening = None if self.no_api else listen(self.host, self.port)
-            where = "working" if listening is None else f"listening at {_url(listening)}"
-            return Supervisor(settings, store, listening).run(lambda: say(f"{where}; Ctrl-C ends it"))
+            listening = listen(self.host, self.port) if settings.has_api else None
+            url = None if listening is None else _url(listening)
 
-    def _settings(self) -> ServerSettings:
+            def started() -> None:
+                say(f"{'working' if url is None else f'listening at {url}'}; Ctrl-C ends it")
+                if on_start is not None and url is not None:
+                    on_start(url)
+
+            return Supervisor(settings, store, listening, api=api).run(started)
+
+    def settings(self) -> ServerSettings:
+        """What the options come to."""
         check_count("--port", self.port, least=0)
         settings = ServerSettings(
             folder=self.folder.absolute(),
@@ -91,7 +96,6 @@ class Serve:
             keys=() if self.key_file is None else read_keys(self.key_file),
             hosts=self.allow_host,
             fetch_hosts=self.allow_fetch,
-            has_api=not self.no_api,
             logs_prompts=self.log_prompts,
             queue=QueueLimits(most_waiting=self.most_waiting, most_of_owner=self.most_of_key),
             keep_s=None if self.keep_hours is None else self.keep_hours * HOURS_S,
@@ -99,6 +103,21 @@ class Serve:
         )
         settings.check()
         return settings
+
+
+@dataclass(frozen=True)
+class Serve(ServerOptions):
+    """Answer requests for clips at an address of this machine, one worker process for each device.
+
+    Jobs and clips are in a folder; whoever starts the server there again goes on where it was.
+    """
+
+    no_api: Annotated[bool, FLAG] = False
+    """Only work: other hosts answer requests."""
+
+    def run(self) -> int:
+        """Returns only if a process cannot work; it ends by Ctrl-C or SIGTERM."""
+        return self.start(dataclasses.replace(self.settings(), has_api=not self.no_api))
 
 
 def _url(listening: socket.socket) -> str:

@@ -87,6 +87,10 @@ class ServerFolder:
         """Frames of it, side by side."""
         return self.clip(result).with_suffix(".sprites.jpg")
 
+    def channels(self, result: JobResult) -> Path:
+        """What each of its latent channels holds."""
+        return self.clip(result).with_suffix(".channels.webp")
+
     def preview(self, job_id: str) -> Path:
         """A picture of what is being made."""
         return self.previews / f"{_checked(job_id)}.webp"

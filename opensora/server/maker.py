@@ -14,7 +14,7 @@ from opensora.server.colours import LatentColours
 from opensora.server.engines import Engines
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobResult
-from opensora.server.pictures import Previews, write_pictures
+from opensora.server.pictures import Previews, write_channels, write_pictures
 from opensora.server.settings import InputLimits, check_clip_pixels
 from opensora.server.watch import JobWatch
 
@@ -67,12 +67,14 @@ class ClipMaker:
         if colours is None and latents is not None and sampling.num_loops == 1:
             self.colours.learn(codec, latents[0], clip.frames)
         watch.say("writing")
-        return self._write(job, clip, time.monotonic() - began)
+        return self._write(job, clip, latents, time.monotonic() - began)
 
-    def _write(self, job: Job, clip: Clip, making_s: float) -> JobResult:
+    def _write(self, job: Job, clip: Clip, latents: Tensor | None, making_s: float) -> JobResult:
         path = clip.save(self.folder.new_clip(job))
         num_frames, height, width, _ = clip.frames.shape
         result = JobResult(path.name, path.stat().st_size, height, width, num_frames, clip.fps, making_s)
         write_pictures(clip.frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
+        if latents is not None:
+            write_channels(latents[0], self.folder.channels(result))
         self.folder.flush()
         return result

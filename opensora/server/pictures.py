@@ -1,4 +1,4 @@
-"""Pictures of a clip: what it looks like while it is made, its middle frame, and a sheet of its frames."""
+"""Pictures of a clip: what it looks like while it is made, its middle frame, a sheet of its frames, its latents."""
 
 import time
 from pathlib import Path
@@ -10,6 +10,8 @@ from PIL import Image
 from opensora.files import replacing
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from opensora.generation.progress import Progress
     from opensora.models.autoencoders.latent_rgb import LatentRgb
 
@@ -17,6 +19,8 @@ PREVIEWS_S = 0.5
 """Between two pictures of a clip that is being made."""
 THUMBNAIL_PX = 320
 SHEET_FRAMES, SHEET_COLUMNS, SHEET_PX = 16, 4, 160
+CHANNEL_FRAMES, CHANNEL_PX = 6, 48
+"""Frames of a strip of one latent channel, and its height."""
 
 
 class Previews:
@@ -84,3 +88,23 @@ def write_pictures(video: np.ndarray, thumbnail: Path, spritesheet: Path) -> Non
         sheet.paste(frame, (width * (place % SHEET_COLUMNS), height * (place // SHEET_COLUMNS)))
     with replacing(spritesheet) as temporary:
         sheet.save(temporary, format="JPEG", quality=85)
+
+
+def write_channels(latents: "Tensor", path: Path) -> None:
+    """Writes what each latent channel holds as WebP: a grey strip of frames for each, one below the other.
+
+    Args:
+        latents: (C, T, H, W).
+        path: of the picture.
+    """
+    values = latents.float().cpu().numpy()
+    numbers = np.unique(np.linspace(0, values.shape[1] - 1, CHANNEL_FRAMES).round().astype(int))
+    strips = np.concatenate([values[:, number] for number in numbers], axis=2)  # (C, H, frames x W)
+    # Extremes that a few cells have would leave the others grey.
+    low, high = (np.quantile(strips, share, axis=(1, 2), keepdims=True) for share in (0.01, 0.99))
+    grey = ((strips - low) / np.maximum(high - low, 1e-6)).clip(0, 1) * 255
+    channels, height, width = grey.shape
+    sheet = Image.fromarray(grey.round().astype(np.uint8).reshape(channels * height, width))
+    sheet = sheet.resize((round(width * CHANNEL_PX / height), channels * CHANNEL_PX), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="WEBP", quality=80)

@@ -37,7 +37,7 @@ REFUSED = ("components", "adapters", "device", "calibration", "image_origin")
 """Fields of a request that are the server's: they name its files and devices, or say where a file came from."""
 FILES = ("image", "last_image", "extend", "edit", "reference_path")
 """Fields of a request that are files."""
-Variant = Literal["video", "thumbnail", "spritesheet", "metadata"]
+Variant = Literal["video", "thumbnail", "spritesheet", "channels", "metadata"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
@@ -259,6 +259,7 @@ class JobService:
             "video": self.folder.clip,
             "thumbnail": self.folder.thumbnail,
             "spritesheet": self.folder.spritesheet,
+            "channels": self.folder.channels,
             "metadata": self.folder.record,
         }
         return paths[variant](result)

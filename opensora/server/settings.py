@@ -82,7 +82,7 @@ class ServerSettings:
         keys: who may ask; () for everybody, on a loopback address only.
         hosts: names, besides those of the loopback, that requests may come to (Host and Origin).
         fetch_hosts: hosts that pictures and clips may be fetched from; () for none.
-        has_studio: the page is there, too.
+        runs: folder of training runs that the page shows; None for none.
         has_api: this machine answers requests; otherwise it only works.
         logs_prompts: the log tells them.
         queue: how much may wait.
@@ -102,7 +102,7 @@ class ServerSettings:
     keys: tuple[Key, ...] = ()
     hosts: tuple[str, ...] = ()
     fetch_hosts: tuple[str, ...] = ()
-    has_studio: bool = False
+    runs: Path | None = None
     has_api: bool = True
     logs_prompts: bool = False
     queue: QueueLimits = field(default_factory=QueueLimits)

@@ -71,7 +71,7 @@ class MediaFile(FileResponse):
 def download_content(
     video_id: str, service: Service, owner: Owner, variant: Annotated[Variant, Query()] = "video"
 ) -> FileResponse:
-    """Fetch the clip, its middle frame, a sheet of its frames, or how it was made."""
+    """Fetch the clip, its middle frame, a sheet of its frames, its latent channels in grey, or how it was made."""
     path = service.content(owner, video_id, variant)
     if not path.is_file():  # removed meanwhile
         raise NoJob(video_id)

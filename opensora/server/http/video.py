@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from opensora.generation.request import ClipRequest
 from opensora.server.defaults import asked_fps, asked_frames, asked_size
 from opensora.server.jobs import Job, Kind
-from opensora.server.service import FILES
+from opensora.server.service import FILES, VARIANTS
 from opensora.settings import to_dict
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -153,5 +153,5 @@ def _links(job: Job) -> dict[str, str]:
         links["preview"] = f"{own}/preview"
     if job.state == "completed":
         links["content"] = f"{own}/content"
-        links |= {name: f"{own}/content?variant={name}" for name in ("thumbnail", "spritesheet", "metadata")}
+        links |= {name: f"{own}/content?variant={name}" for name in VARIANTS if name != "video"}
     return links

@@ -1,0 +1,72 @@
+"""The application of a server with its page: the API, what the page asks for besides, and Gradio for all else."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import gradio
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.routing import Match, Mount
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from opensora.server.app import create_app
+from opensora.server.http.errors import envelope
+from opensora.server.settings import ServerSettings
+from opensora.server.store import JobStore
+from opensora.studio.asking import Asking
+from opensora.studio.page import build_page, page_options
+from opensora.studio.routes import router
+from opensora.studio.runs import NoRun
+
+FILES = Path(__file__).parent / "page"
+"""Scripts, styles and texts of the page."""
+
+
+class _Behind(Mount):
+    """A mount at the root that leaves the API alone, so that what is wrong with a request there is said by the API."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/studio/")):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+def create_studio_app(settings: ServerSettings, store: JobStore) -> FastAPI:
+    """The application of a server with its page.
+
+    Args:
+        settings: of the server.
+        store: the jobs.
+    """
+    app = create_app(settings, store)
+    app.include_router(router)
+    app.add_exception_handler(NoRun, _no_run)
+    app.mount("/studio/page", StaticFiles(directory=FILES))
+    _with_asking(app)
+    # No component takes files: they go to the API, which asks for keys and knows limits.
+    gradio.mount_gradio_app(app, build_page(), path="/", max_file_size=1, **page_options())
+    mounted = app.routes.pop()
+    assert isinstance(mounted, Mount)
+    app.routes.append(_Behind(mounted.path, mounted.app))
+    return app
+
+
+def _with_asking(app: FastAPI) -> None:
+    api = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.asking = Asking()
+        try:
+            async with api(app):
+                yield
+        finally:
+            await app.state.asking.close()
+
+    app.router.lifespan_context = lifespan  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def _no_run(_: Request, error: Exception) -> JSONResponse:
+    return envelope(404, "not_found", str(error))
