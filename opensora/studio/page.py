@@ -39,8 +39,12 @@ def build_page() -> gradio.Blocks:
 
 def page_options() -> dict[str, Any]:
     """How Gradio shows it: with fonts of the system, so that nothing is fetched from elsewhere."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gradio.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts)
+    theme = gradio.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
     return {"theme": theme, "head": _HEAD, "footer_links": [], "run_history": False, "ssr_mode": False}
 
 
