@@ -1,10 +1,12 @@
 """What the latents of each autoencoder look like: known of the bundled ones, learnt from a clip of any other."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
     from opensora.models.autoencoders.codec import VideoCodec
 
 KNOWN = "latent_colours.json"
-"""Of the bundled models, beside this file."""
+"""Of the bundled models, beside this file; `docs/latent_colours.py` makes it."""
 
 
 class LatentColours:
-    """Colours by the fingerprint of an autoencoder's weights.
+    """Colours by what latents are of, see `name_of`.
 
     Args:
         folder: where those that were learnt are kept, a file each.
@@ -31,7 +33,7 @@ class LatentColours:
         self.folder = folder
         known = json.loads(resources.files("opensora.server").joinpath(KNOWN).read_text())
         self._colours = {name: _read(values) for name, values in known.items()}
-        self._names: dict[int, str] = {}
+        self._names: WeakKeyDictionary[VideoCodec, str] = WeakKeyDictionary()
 
     def of(self, codec: "VideoCodec") -> LatentRgb | None:
         """The colours, if they are known."""
@@ -51,9 +53,16 @@ class LatentColours:
         return self.folder / f"{name}.json"
 
     def _name(self, codec: "VideoCodec") -> str:
-        if id(codec) not in self._names:
-            self._names[id(codec)] = fingerprint(codec.state_dict())
-        return self._names[id(codec)]
+        if codec not in self._names:
+            self._names[codec] = name_of(codec)
+        return self._names[codec]
+
+
+def name_of(codec: "VideoCodec") -> str:
+    """A hash of an autoencoder's weights, and of the latent space: other factors make other numbers of one picture."""
+    space = codec.latent_space
+    figures = [space.scaling_factor, space.convention, space.shift, space.scale]
+    return hashlib.sha256(f"{fingerprint(codec.state_dict())} {json.dumps(figures)}".encode()).hexdigest()
 
 
 def _read(values: dict[str, list]) -> LatentRgb:
