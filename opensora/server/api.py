@@ -16,7 +16,7 @@ ENDING_S = 5
 """Requests under way may take so long to end."""
 
 
-class _Server(uvicorn.Server):
+class ApiServer(uvicorn.Server):
     """Ends streams of events, which have no end of their own, before it waits for requests to end."""
 
     def __init__(self, app: FastAPI) -> None:
@@ -42,7 +42,7 @@ def serve(app_of: Callable[[ServerSettings, JobStore], FastAPI] = create_app) ->
     stopped = told_to_stop()
     assert told.socket is not None
     app = app_of(told.server, store_of(told.server))
-    server = _Server(app)
+    server = ApiServer(app)
 
     def end() -> None:
         stopped.wait()

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 
 from opensora import __version__
 from opensora.server.http import errors, events, files, health, models, queue, videos
@@ -42,7 +43,8 @@ def create_app(settings: ServerSettings, store: JobStore) -> FastAPI:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
-    app = FastAPI(title="Open-Sora", version=__version__, summary="Text to video.", lifespan=lifespan)
+    about: dict[str, Any] = {"title": "Open-Sora", "version": __version__, "summary": "Text to video."}
+    app = FastAPIOffline(redoc_url=None, static_url="/docs-files", lifespan=lifespan, **about)
     app.state.service, app.state.changes, app.state.figures = service, changes, Figures(service, changes)
     for module in ROUTERS:
         app.include_router(module.router)

@@ -8,13 +8,14 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opensora.checkpoints.published import BUNDLED, published_name
-from opensora.contents import describe_kind, kind_of
+from opensora.contents import describe_kind, kind_of, shown
 from opensora.errors import OpenSoraError
 from opensora.generation.request import ClipRequest
 from opensora.generation.words import check_bundled_words
@@ -133,9 +134,16 @@ class JobService:
         except BaseException:
             shutil.rmtree(self.folder.inputs_of(job_id), ignore_errors=True)
             raise
-        if taken.id != job_id:
+        if taken.id == job_id:
+            self._log(taken)
+        else:
             shutil.rmtree(self.folder.inputs_of(job_id), ignore_errors=True)
         return taken
+
+    def _log(self, job: Job) -> None:
+        whose = f" by {job.owner}" if job.owner else ""
+        what = f": {shown(job.request.prompt, 1000)}" if self.settings.logs_prompts else ""
+        print(f"opensora: {job.id} was asked for{whose}{what}", file=sys.stderr, flush=True)
 
     def remix(self, owner: str | None, job_id: str, variation: Variation) -> Job:
         """The same clip after another prompt; of a job in any state.

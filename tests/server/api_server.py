@@ -2,6 +2,9 @@
 
 import io
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,14 @@ from stand_in_worker import frames_of
 from starlette.testclient import TestClient
 
 from opensora.media.write import write_video
+from opensora.server.api import ApiServer
 from opensora.server.app import create_app
 from opensora.server.jobs import Job, JobProgress, JobResult
 from opensora.server.pictures import write_pictures
 from opensora.server.service import JobService
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
+from opensora.server.supervisor import listen
 
 PROMPT = "a red ball rolls left over the grass"
 OTHER_PROMPT = "a blue ball rolls left over the grass"
@@ -68,6 +73,21 @@ class Api:
         """Below its folder, the database aside."""
         paths = (path.relative_to(self.folder.path) for path in self.folder.path.rglob("*") if path.is_file())
         return {path.as_posix() for path in paths if "sqlite" not in path.name}
+
+
+@contextmanager
+def live(api: Api) -> Iterator[str]:
+    """The API on a socket, as its own process has it: "http://127.0.0.1:PORT"."""
+    listening = listen("127.0.0.1", 0)
+    server = ApiServer(api.app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
 
 
 def picture(size: tuple[int, int] = (64, 64), format: str = "PNG") -> bytes:

@@ -1,5 +1,7 @@
 """Whether the server can work, its figures, and its documents."""
 
+import re
+
 import pytest
 from server.api_server import PROMPT, Api, error_of
 from starlette.testclient import TestClient
@@ -69,5 +71,8 @@ def test_every_answer_is_documented(client: TestClient) -> None:
             assert endpoint["description"] and "422" not in endpoint["responses"], (path, method)
 
 
-def test_a_page_shows_the_document(client: TestClient) -> None:
-    assert "openapi.json" in client.get("/docs").text
+def test_a_page_shows_the_document_without_the_internet(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "/openapi.json" in page and "https://" not in page
+    for address in re.findall(r'(?:src|href)="([^"]+)"', page):
+        assert client.get(address).status_code == 200

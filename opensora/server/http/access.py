@@ -95,7 +95,7 @@ class KnownHosts:
             )
         if origin is None:
             return
-        is_own = urlsplit(origin).netloc.lower() == host.lower() or _name(origin) in self._public
+        is_own = origin.lower().partition("://")[2] == host.lower() or _name(origin) in self._public
         if not is_own:
             raise Refused(403, "unknown_origin", f"pages of {shown(origin)!r} may not use this server")
 

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -68,15 +67,18 @@ class Fetcher:
         if url.startswith("data:"):
             path.write_bytes(_of_data(url, name))
             return path
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower()
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            raise OpenSoraError(f"`{name}` is no URL; send the file itself") from None
+        host = parsed.host.lower()
         if host not in self._hosts:
             raise OpenSoraError(
                 f"`{name}` names a file at {shown(host)!r}, which this server does not fetch from; send the file itself"
             )
-        if parts.scheme != "https" or parts.port not in (None, 443) or parts.username is not None:
+        if parsed.scheme != "https" or parsed.port is not None or parsed.userinfo:
             raise OpenSoraError(f"`{name}` is no plain https URL; send the file itself")
-        self._download(url, host, self._public_address(host, name), name, path)
+        self._download(parsed.copy_with(host=self._public_address(host, name)), host, name, path)
         return path
 
     def _public_address(self, host: str, name: str) -> str:
@@ -88,14 +90,13 @@ class Fetcher:
             raise OpenSoraError(f"`{name}`: the host {shown(host)} has no public address; send the file itself")
         return addresses[0]
 
-    def _download(self, url: str, host: str, address: str, name: str, path: Path) -> None:
-        target = httpx.URL(url).copy_with(host=address)
+    def _download(self, url: httpx.URL, host: str, name: str, path: Path) -> None:
         most, until = self._limits.clip_bytes, time.monotonic() + FETCH_S
         headers = {"host": host, "accept-encoding": "identity"}
         try:
             with (
                 httpx.Client(transport=self._transport, trust_env=False, timeout=10, follow_redirects=False) as client,
-                client.stream("GET", target, headers=headers, extensions={"sni_hostname": host}) as answer,
+                client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as answer,
                 path.open("wb") as file,
             ):
                 if answer.status_code != 200:
