@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from comfyui_process import PACK, ROOT, ComfyUI
 from PIL import Image
+from running_server import running_server
 from video_server import VideoServer
 
 from opensora.media.read import read_video
@@ -158,6 +160,28 @@ def test_a_server_makes_the_clip(comfyui: ComfyUI, video_server: VideoServer, tm
     }
     assert all(headers["authorization"] == "Bearer secret" for _, _, headers, _ in video_server.asked)
     assert b"secret" not in Path(told["saved"][0]).read_bytes()
+
+
+def test_our_server_makes_the_command_lines_clips(comfyui: ComfyUI, tmp_path: Path):
+    workflow = example("server")
+    picture, ball, bounce = (tmp_path / name for name in ("ball.png", "ball.mp4", "bounce.mp4"))
+    prompt = workflow["3"]["inputs"]["prompt"]
+    command_line("generate", "a large red ball over the grass", "--num-frames", "1", "--output", picture)
+    command_line("generate", prompt, "--seed", "7", "--guidance-scale", "3", "--cfg-channels", "all", "--output", ball)
+    command_line("generate", "a large red ball bounces over the grass", "--image", picture, "--output", bounce)
+    shutil.copy(picture, comfyui.folder / "input" / "ball.png")
+    with running_server(tmp_path / "server") as url:
+        workflow["1"]["inputs"]["url"] = url
+        told = comfyui.run(workflow)
+        assert told["success"], told
+        assert np.array_equal(frames(told["saved"][0]), frames(ball))
+        workflow["3"]["inputs"] |= {"prompt": "a large red ball bounces over the grass", "seed": 42}
+        workflow["3"]["inputs"]["first_image"] = ["5", 0]
+        workflow["5"] = {"class_type": "LoadImage", "inputs": {"image": "ball.png"}}
+        del workflow["3"]["inputs"]["guidance"]
+        told = comfyui.run(workflow)
+        assert told["success"], told
+        assert np.array_equal(frames(told["saved"][0]), frames(bounce))
 
 
 def test_a_server_is_shown_the_picture_to_the_bit(comfyui: ComfyUI, video_server: VideoServer):
