@@ -7,9 +7,10 @@ from pathlib import Path
 import gradio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora.server.app import create_app
 from opensora.server.http.errors import envelope
@@ -22,6 +23,28 @@ from opensora.studio.runs import NoRun
 
 FILES = Path(__file__).parent / "page"
 """Scripts, styles and texts of the page."""
+
+
+_ONLY_FROM_HERE = (
+    "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' blob: data:; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+"""Whatever Gradio would fetch from elsewhere, the browser does not, and no other site shows the page within its own."""
+
+
+class _Guarded:
+    """Middleware: has the browser keep the page to its server."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["content-security-policy"] = _ONLY_FROM_HERE
+            await send(message)
+
+        await self.app(scope, receive, guarded)
 
 
 class _Behind(Mount):
@@ -49,7 +72,7 @@ def create_studio_app(settings: ServerSettings, store: JobStore) -> FastAPI:
     gradio.mount_gradio_app(app, build_page(), path="/", max_file_size=1, **page_options())
     mounted = app.routes.pop()
     assert isinstance(mounted, Mount)
-    app.routes.append(_Behind(mounted.path, mounted.app))
+    app.routes.append(_Behind(mounted.path, _Guarded(mounted.app)))
     return app
 
 

@@ -43,7 +43,9 @@ def test_fonts_are_those_of_the_system() -> None:
 
 
 def test_the_page_is_there_without_a_key_and_its_data_are_not(client: TestClient) -> None:
-    assert "Open-Sora studio" in client.get("/").text
+    page = client.get("/")
+    assert "Open-Sora studio" in page.text
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
     assert client.get("/studio/page/texts.json").json()["generate"]
     for path in ("/v1/videos", "/studio/runs", "/studio/fidelity?made=a&reference=b"):
         assert client.get(path).status_code == 401

@@ -99,11 +99,14 @@ export function channelPicker() {
       if (settings.guided === "scales" && settings.scales.length !== model.channels) change({ scales: ownScales() });
       draw();
     },
-    async pictured({ id }) {
+    // The video whose channels are shown, by id; null for none, as where another model made it.
+    async pictured(id) {
       if (pictureOf === id) return;
       pictureOf = id;
       const before = address;
-      address = await shownPicture(id);
+      const found = id && (await shownPicture(id));
+      if (pictureOf !== id) return;
+      address = found;
       draw();
       release(before);
     },

@@ -1,6 +1,7 @@
 // Frames that a clip is made from: files that are dropped here, and where in the clip they stand.
 
 import { button, element, replace } from "./dom.js";
+import { keep, kept } from "./files.js";
 
 // How a file may be used: as fields of the API of the same name, or placed by the timeline.
 const OF_PICTURES = ["image", "last_image", "place"];
@@ -42,33 +43,35 @@ export function givenFrames(onChange) {
   function take(files) {
     for (const file of files) {
       const isClip = file.type.startsWith("video/") || file.type === "image/gif";
-      const free = (isClip ? OF_CLIPS : OF_PICTURES).find((use) => use === "place" || !given.some((one) => one.use === use));
-      const one = { file, isClip, use: given.some((other) => other.use === "place") ? "place" : free, cells: new Set() };
-      Object.assign(one, { address: URL.createObjectURL(file), strength: free === "edit" ? 0.6 : 0 });
-      if (one.use === "place") one.cells.add(0);
-      given.push(one);
-      chosen = one;
+      chosen = { file, isClip, use: freeUse(isClip), strength: 0, cells: new Set([0]), address: URL.createObjectURL(file) };
+      given.push(chosen);
     }
-    draw();
+    changed();
+  }
+
+  // Beside files on the timeline, one more of them; otherwise the first use that no other file has.
+  function freeUse(isClip) {
+    const used = given.map((one) => one.use);
+    if (used.includes("place")) return "place";
+    return (isClip ? ["extend"] : ["image", "last_image"]).find((use) => !used.includes(use)) ?? "place";
   }
 
   function removeFile(one) {
     URL.revokeObjectURL(one.address);
     given = given.filter((other) => other !== one);
     if (chosen === one) chosen = given[0] ?? null;
-    draw();
+    changed();
   }
 
   function row(one) {
-    const shown = element(one.isClip ? "video" : "img", { src: one.address, muted: true, alt: one.file.name });
+    const shown = element(one.file.type.startsWith("video/") ? "video" : "img", { src: one.address, muted: true, alt: one.file.name });
     const use = element("select", {
       say_aria_label: "frames.use",
       onchange: () => {
         one.use = use.value;
         if (one.use === "edit") one.strength = one.strength || 0.6;
-        if (one.use === "place" && !one.cells.size) one.cells.add(0);
         chosen = one;
-        draw();
+        changed();
       },
     }, (one.isClip ? OF_CLIPS : OF_PICTURES).map((name) =>
       element("option", { value: name, selected: name === one.use, say: `frames.${name}` })));
@@ -79,6 +82,7 @@ export function givenFrames(onChange) {
         one.strength = Number(strength.value);
         told.textContent = strength.value;
       },
+      onchange: changed,
     });
     const told = element("output", {}, String(one.strength));
     return element("li", { class: one === chosen ? "chosen" : "" },
@@ -113,20 +117,30 @@ export function givenFrames(onChange) {
       say_title: [end - first === 1 ? "frames.frame" : "frames.span", { first, last: end - 1 }],
       onclick: () => {
         if (!chosen.cells.delete(place)) chosen.cells.add(place);
-        draw();
+        changed();
         timeline.children[place].focus();
       },
     }, element("b", {}, numbers), element("small", {}, end - first === 1 ? `${first}` : `${first}–${end - 1}`));
   }
 
+  function changed() {
+    onChange(given.length > 0);
+    keep(given);
+    draw();
+  }
+
   function draw() {
     replace(list, given.map(row));
-    onChange(given.length > 0);
     timeline.hidden = hint.hidden = !given.length || !spans.length;
     replace(timeline, given.length ? spans.map((_, place) => cell(place)) : []);
   }
 
-  draw();
+  kept().then((before) => {
+    given = [...before.map((one) => ({ ...one, address: URL.createObjectURL(one.file) })), ...given];
+    chosen ??= given[0] ?? null;
+    onChange(given.length > 0);
+    draw();
+  });
   return {
     node,
     sketched(sketch) {

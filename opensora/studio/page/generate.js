@@ -57,10 +57,11 @@ export async function show(root) {
   const draw = () => {
     const shown = video(sessionStorage.getItem(SHOWN)) ?? newestFirst()[0];
     view.show(shown);
-    if (shown && isMade(shown)) channels.pictured(shown);
+    channels.pictured(shown && isMade(shown) && shown.model === settings.model ? shown.id : null);
   };
   onVideos(draw);
   onLanguage(draw);
+  onSettings(draw);
   draw();
 
   const source = element("div", { class: "source" });

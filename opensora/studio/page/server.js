@@ -73,14 +73,29 @@ function askForKey(isWrong) {
   return asking;
 }
 
+const isSeen = () => new Promise((resolve) => {
+  const look = () => {
+    if (document.hidden) return;
+    document.removeEventListener("visibilitychange", look);
+    resolve();
+  };
+  document.addEventListener("visibilitychange", look);
+  look();
+});
+
 // Server-sent events, for ever: reconnects where the line breaks, and says where it was. EventSource sends no key.
+// A tab that nobody sees listens to nothing: browsers open six connections to a server, for all tabs together.
 export async function events(path, onEvent, onState) {
   let last = null;
   let pause_ms = 500;
   for (;;) {
+    await isSeen();
+    const line = new AbortController();
+    const hide = () => document.hidden && line.abort();
+    document.addEventListener("visibilitychange", hide);
     try {
       const headers = { Accept: "text/event-stream", ...(last !== null && { "Last-Event-ID": last }) };
-      const response = await request(path, { headers });
+      const response = await request(path, { headers, signal: line.signal });
       onState(true);
       pause_ms = 500;
       for await (const event of parsed(response.body)) {
@@ -89,7 +104,10 @@ export async function events(path, onEvent, onState) {
       }
     } catch (error) {
       if (error instanceof Refused && error.status < 500 && error.status !== 429) throw error;
+    } finally {
+      document.removeEventListener("visibilitychange", hide);
     }
+    if (line.signal.aborted) continue;
     onState(false);
     await new Promise((resolve) => setTimeout(resolve, pause_ms));
     pause_ms = Math.min(2 * pause_ms, 8_000);
