@@ -44,7 +44,7 @@ def page_options() -> dict[str, Any]:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    )
+    ).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")  # 4.5 : 1 and more
     return {"theme": theme, "head": _HEAD, "footer_links": [], "run_history": False, "ssr_mode": False}
 
 

@@ -14,7 +14,7 @@ export function field(name) {
     const isPrompt = name === "prompt";
     const example = isPrompt && "prompt.example";
     input = element("textarea", { ...common, rows: isPrompt ? 3 : 1, say_placeholder: example });
-  } else if (kind === "choice") input = element("select", common, choices && options(choices, empty !== false));
+  } else if (kind === "choice") input = element("select", common, choices && options(choices, empty));
   else {
     const typed = kind === "number" ? { type: "number", min, step, inputmode: "decimal" } : { type: "text", list: offered && `${id}-list` };
     input = element("input", { ...common, ...typed, autocomplete: "off" });
@@ -33,9 +33,10 @@ export function field(name) {
   return { node, input, draw };
 }
 
-function options(choices, hasEmpty) {
-  const empty = hasEmpty ? [element("option", { value: "", say: "own" })] : [];
-  return [...empty, ...choices.map((value) => element("option", { value }, value))];
+// What may be chosen; `empty` says what it means to choose nothing, where that may be.
+function options(choices, empty) {
+  const nothing = empty ? [element("option", { value: "", say: empty })] : [];
+  return [...nothing, ...choices.map((value) => element("option", { value }, value))];
 }
 
 function newSeed() {
@@ -44,7 +45,7 @@ function newSeed() {
 
 // The models of the server as the choices of a field; the first where none, or one that is gone, was chosen.
 export function offerModels(models, { input, draw }) {
-  input.replaceChildren(...options(models, false));
+  input.replaceChildren(...options(models));
   if (!models.includes(settings.model)) change({ model: models[0] ?? "" });
   draw();
 }

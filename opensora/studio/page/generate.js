@@ -57,7 +57,8 @@ export async function show(root) {
   const draw = () => {
     const shown = video(sessionStorage.getItem(SHOWN)) ?? newestFirst()[0];
     view.show(shown);
-    channels.pictured(shown && isMade(shown) && shown.model === settings.model ? shown.id : null);
+    const pictured = [shown, ...newestFirst()].find((one) => one && isMade(one) && one.model === settings.model);
+    channels.pictured(pictured?.id ?? null);
   };
   onVideos(draw);
   onLanguage(draw);

@@ -6,7 +6,7 @@ const STORED = "opensora.settings";
 export const FIELDS = {
   prompt: { kind: "words" },
   negative_prompt: { kind: "words" },
-  model: { kind: "choice", empty: false },
+  model: { kind: "choice" },
   width: { kind: "number", min: 8, step: 8 },
   height: { kind: "number", min: 8, step: 8 },
   resolution: { kind: "text", offered: ["144p", "240p", "360p", "480p", "720p"] },
@@ -16,12 +16,12 @@ export const FIELDS = {
   num_inference_steps: { kind: "text", offered: ["4", "10", "20", "30", "50"] },
   guidance_scale: { kind: "number", min: 0, step: 0.1 },
   guider: { kind: "text", offered: ["cfg", "cfg:guidance_rescale=0.7", "apg:eta=0", "cfg-zero-star", "tangential"] },
-  sampler: { kind: "choice", choices: ["ancestral", "ddim", "dpm-solver++"] },
+  sampler: { kind: "choice", choices: ["ancestral", "ddim", "dpm-solver++"], empty: "own" },
   time_shift: { kind: "number", min: 0, step: 0.1 },
-  fast: { kind: "choice", choices: ["quality", "balanced", "draft"] },
+  fast: { kind: "choice", choices: ["quality", "balanced", "draft"], empty: "off" },
   loop: { kind: "number", min: 1, step: 1 },
   seed: { kind: "number", min: 0, step: 1 },
-  format: { kind: "choice", choices: ["mp4", "webm", "gif", "webp"], empty: false },
+  format: { kind: "choice", choices: ["mp4", "webm", "gif", "webp"] },
 };
 
 const EMPTY = {
