@@ -110,8 +110,10 @@ function cell(video, clock) {
     player.src = address;
     clock.add(player);
   });
+  const asked = Object.entries(video.request).map(([name, value]) => `${name} ${JSON.stringify(value)}`);
+  const facts = element("span", { class: "facts" }, [video.model, ...asked].join(" · "));
   const node = element("figure", {}, player,
-    element("figcaption", {}, element("span", { class: "prompt" }, video.prompt),
+    element("figcaption", {}, element("div", {}, element("p", { class: "prompt" }, video.prompt), facts),
       button("remove", () => toggleCompared(video.id), { class: "quiet" })));
   return { node, player };
 }
