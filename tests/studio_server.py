@@ -1,6 +1,7 @@
 """`opensora studio` in processes of its own, for tests of its page."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,11 @@ class StudioServer:
         self.url = f"http://127.0.0.1:{self._port}/"
         with urllib.request.urlopen(f"{self.url}healthz", timeout=180):  # waits until somebody takes the call
             pass
+
+    def num_streams(self) -> int:
+        """Pages that listen to events."""
+        with urllib.request.urlopen(f"{self.url}metrics") as figures:
+            return int(float(re.search(rb"^opensora_streams (\S+)", figures.read(), re.MULTILINE)[1]))
 
     def stop(self) -> None:
         """Ends it in order."""

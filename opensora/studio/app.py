@@ -47,11 +47,17 @@ class _Guarded:
         await self.app(scope, receive, guarded)
 
 
+_NOT_GRADIOS = ("/v1/", "/studio/", "/gradio_api/")
+
+
 class _Behind(Mount):
-    """A mount at the root that leaves the API alone, so that what is wrong with a request there is said by the API."""
+    """A mount at the root that leaves the API alone, so that what is wrong with a request there is said by the API.
+
+    Gradio's own API, which asks for no key, is not there at all: the page calls nothing of it.
+    """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/studio/")):
+        if scope["type"] == "http" and scope["path"].startswith(_NOT_GRADIOS):
             return Match.NONE, {}
         return super().matches(scope)
 
@@ -68,8 +74,7 @@ def create_studio_app(settings: ServerSettings, store: JobStore) -> FastAPI:
     app.add_exception_handler(NoRun, _no_run)
     app.mount("/studio/page", StaticFiles(directory=FILES))
     _with_asking(app)
-    # No component takes files: they go to the API, which asks for keys and knows limits.
-    gradio.mount_gradio_app(app, build_page(), path="/", max_file_size=1, **page_options())
+    gradio.mount_gradio_app(app, build_page(), path="/", **page_options())
     mounted = app.routes.pop()
     assert isinstance(mounted, Mount)
     app.routes.append(_Behind(mounted.path, _Guarded(mounted.app)))

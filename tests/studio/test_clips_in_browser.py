@@ -58,7 +58,10 @@ def test_a_clip_is_seen_while_it_is_made_and_plays_then(server: StudioServer, op
     expect(page.locator(".channel.guided")).to_have_count(4)
     page.get_by_label("Model", exact=True).select_option("toybox-iddpm")
     expect(page.locator(".channel.guided")).to_have_count(3)
-    expect(page.locator(".needs")).to_contain_text("GB")
+    expect(page.locator(".needs")).to_contain_text("GB, fits")
+    page.get_by_role("tab", name="Plan").click()
+    expect(page.locator(".plan-tab dl")).to_contain_text("17 frames of 64x64")
+    expect(page.locator(".ways tbody tr")).not_to_have_count(0)
 
 
 def test_a_picture_is_dropped_and_its_frames_are_marked(

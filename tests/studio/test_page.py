@@ -58,9 +58,12 @@ def test_what_is_wrong_with_a_request_is_still_said_by_the_api(client: TestClien
     assert client.put("/v1/videos").status_code == 405
 
 
-def test_files_are_sent_to_the_api_alone(client: TestClient) -> None:
-    answer = client.post("/gradio_api/upload", files={"files": ("a.png", b"12345678")})
-    assert answer.status_code == 413
+def test_gradio_takes_and_tells_nothing(client: TestClient) -> None:
+    paths = ("file=/etc/hostname", "info", "heartbeat/a", "proxy=http://127.0.0.1/", "queue/status")
+    answers = [client.get(f"/gradio_api/{path}") for path in paths]
+    answers.append(client.post("/gradio_api/upload", files={"files": ("a.png", b"12345678")}))
+    assert [answer.status_code for answer in answers] == [404] * 6
+    assert all(answer.json()["error"]["code"] == "not_found" for answer in answers)
 
 
 def test_no_script_names_another_host() -> None:

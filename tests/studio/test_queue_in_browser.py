@@ -97,6 +97,29 @@ def test_the_queue_and_the_page_outlive_the_server(server: StudioServer, running
     expect(line(page, running)).to_contain_text("step 7 of 8")
 
 
+def test_a_tab_that_nobody_sees_holds_no_connection(server: StudioServer, open_page: Opening) -> None:
+    page = open_page(server.url)
+    tab(page, "Queue")
+    hide = """is_hidden => { Object.defineProperty(document, "hidden", { value: is_hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange")) }"""
+    until(lambda: server.num_streams() == 1)
+    page.evaluate(hide, True)
+    until(lambda: server.num_streams() == 0)
+    missed = server.add("it fails")
+    until(lambda: server.store.get(missed.id).state == "failed")
+    page.evaluate(hide, False)
+    expect(line(page, missed)).to_be_visible()  # what it has missed is told
+
+
+def test_a_waiting_line_is_dragged_before_another(server: StudioServer, running: Job, open_page: Opening) -> None:
+    first, second = (server.add(PROMPT, seed=seed) for seed in range(2))
+    page = open_page(server.url)
+    tab(page, "Queue")
+    line(page, second).drag_to(line(page, first))
+    until(lambda: [job.id for job in server.store.queue()] == [running.id, second.id, first.id])
+    expect(page.locator(".queue:not(.over) > li").nth(1)).to_have_attribute("data-id", second.id)
+
+
 def test_what_cannot_be_made_says_why_and_can_be_tried_again(server: StudioServer, open_page: Opening) -> None:
     wrong = server.add("it fails")
     page = open_page(server.url)
