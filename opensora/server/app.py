@@ -51,18 +51,22 @@ def create_app(settings: ServerSettings, store: JobStore) -> FastAPI:
     errors.install(app)
     app.add_middleware(KnownHosts, settings=settings)
     app.add_middleware(Counted, figures=app.state.figures)
-    app.openapi = lambda: _document(app)
+    app.openapi = lambda: _document(app, needs_key=bool(settings.keys))
     return app
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
     """The OpenAPI document; what FastAPI itself would answer with 422 is answered with 400 here."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for methods in document["paths"].values():
-            for endpoint in methods.values():
-                endpoint["responses"].pop("422", None)
+        components = document["components"]
+        for endpoint in (endpoint for methods in document["paths"].values() for endpoint in methods.values()):
+            endpoint["responses"].pop("422", None)
+            if not needs_key:
+                endpoint.pop("security", None)
         for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
+            components["schemas"].pop(name, None)
+        if not needs_key:
+            components.pop("securitySchemes", None)
         app.openapi_schema = document
     return app.openapi_schema

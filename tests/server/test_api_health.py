@@ -1,12 +1,14 @@
 """Whether the server can work, its figures, and its documents."""
 
 import re
+from pathlib import Path
 
 import pytest
 from server.api_server import PROMPT, Api, error_of
 from starlette.testclient import TestClient
 
 from opensora.server.database import StoreAway
+from opensora.server.settings import Key, ServerSettings
 
 
 def test_a_server_that_can_work_says_so(client: TestClient) -> None:
@@ -56,7 +58,7 @@ def test_models(client: TestClient) -> None:
 def test_addresses_and_methods_that_there_are_not(client: TestClient) -> None:
     assert error_of(client.get("/v2/videos"))[:2] == (404, "not_found")
     answer = client.put("/v1/videos")
-    assert error_of(answer)[:2] == (405, "method_not_allowed") and "POST" in answer.headers["allow"]
+    assert error_of(answer)[:2] == (405, "method_not_allowed") and answer.headers["allow"] == "GET, POST"
 
 
 def test_every_answer_is_documented(client: TestClient) -> None:
@@ -69,6 +71,13 @@ def test_every_answer_is_documented(client: TestClient) -> None:
     for path, methods in document["paths"].items():
         for method, endpoint in methods.items():
             assert endpoint["description"] and "422" not in endpoint["responses"], (path, method)
+            assert "security" not in endpoint  # without keys
+
+
+def test_keys_are_documented_where_there_are_some(tmp_path: Path) -> None:
+    keyed = Api(ServerSettings(tmp_path, keys=(Key("ada", "a" * 24),))).client()
+    paths = keyed.get("/openapi.json").json()["paths"]
+    assert paths["/v1/videos"]["post"]["security"] and "security" not in paths["/healthz"]["get"]
 
 
 def test_a_page_shows_the_document_without_the_internet(client: TestClient) -> None:

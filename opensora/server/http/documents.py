@@ -17,6 +17,7 @@ _OF_THE_JOB: dict[str, Any] = {
     "format": {"type": "string", "enum": list(CLIP_FORMATS), "default": "mp4"},
     "priority": {"type": "integer", "minimum": -MOST_PRIORITY, "maximum": MOST_PRIORITY, "default": 0},
 }
+_EXAMPLES = {"prompt": {"example": "a red ball rolls left over the grass"}}
 _ID = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"], "additionalProperties": False}
 
 
@@ -65,6 +66,7 @@ def _schemas(name: str) -> tuple[Any, Any]:
         return _ID, {"anyOf": [_FILE, _ID]}
     known = {**_OPENAI, **_OF_THE_JOB}
     schema = known[name] if name in known else _inlined(TypeAdapter(HINTS[name]).json_schema())
+    schema = schema | _EXAMPLES.get(name, {})
     return schema, schema
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from opensora.contents import shown
 from opensora.errors import OpenSoraError
 from opensora.server.database import NoJob, StoreAway
 from opensora.server.service import NotAllowed, NotReady, TooLarge, UnfitFile
@@ -131,11 +132,23 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _theirs(request: Request, error: HTTPException) -> JSONResponse:
-        words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for this address"}
+        path, headers = request.url.path, error.headers
+        words = {404: f"there is nothing at {shown(path)}", 405: f"{request.method} is not for this address"}
+        if error.status_code == 405:
+            headers = {"allow": ", ".join(_methods_at(path, app.openapi()))}
         message = words.get(error.status_code, str(error.detail))
         code = _CODES.get(error.status_code, "invalid_request")
-        return envelope(error.status_code, code, message, headers=error.headers)
+        return envelope(error.status_code, code, message, headers=headers)
 
     @app.exception_handler(Exception)
     async def _mistake(_: Request, error: Exception) -> JSONResponse:
         return envelope(500, "internal_error", "the server made a mistake; its log tells which")
+
+
+def _methods_at(path: str, document: Mapping[str, Any]) -> list[str]:
+    """All that an address takes, whichever endpoints they are of."""
+    methods: set[str] = set()
+    for template, endpoints in document["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            methods |= {method.upper() for method in endpoints}
+    return sorted(methods)
