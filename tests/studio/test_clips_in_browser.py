@@ -112,6 +112,36 @@ def test_a_clip_is_gone_on_from(server: StudioServer, open_page: Opening) -> Non
     expect(page.locator(f".gallery [data-id={made['id']}]")).to_be_visible()
 
 
+def test_a_clip_of_given_frames_is_remixed_with_them_and_edited(server: StudioServer, open_page: Opening) -> None:
+    parent = next(job for job in server.store.jobs() if job.request.mask_strategy)
+    page = open_page(server.url)
+
+    def ask_from_gallery(button: str) -> None:
+        page.get_by_role("tab", name="Gallery").click()
+        page.locator(f".gallery [data-id={parent.id}] .open").click()
+        page.get_by_role("dialog").get_by_role("button", name=button).click()
+
+    ask_from_gallery("Use these settings")  # its frames lie on the server
+    expect(page.locator(".source")).to_contain_text("A remix of")
+    page.get_by_label("Steps", exact=True).fill("")
+    page.get_by_label("Seed", exact=True).fill("3")
+    server.store.pause(True)
+    with page.expect_response("**/remix") as answer:
+        page.get_by_role("button", name="Generate", exact=True).click()
+    remix = server.store.get(answer.value.json()["id"])
+    assert (remix.kind, remix.parent, remix.request.mask_strategy) == ("remix", parent.id, "0,0,0,4,1,0")
+    assert (remix.request.num_inference_steps, remix.request.seed) == (None, 3)  # what is empty is the model's own
+    ask_from_gallery("Edit")
+    page.locator(".source input").fill("0.3")
+    with page.expect_response("**/edit") as answer:
+        page.get_by_role("button", name="Generate", exact=True).click()
+    edit = server.store.get(answer.value.json()["id"])
+    assert (edit.kind, edit.request.strength, edit.request.num_inference_steps) == ("edit", 0.3, 4)
+    for job in (remix, edit):
+        server.store.cancel(job.id)
+    server.store.pause(False)
+
+
 def test_training_runs_are_shown(server: StudioServer, open_page: Opening) -> None:
     run = server.folder.path / "runs" / "first"
     write_video(run / "previews" / "step-00000002-0.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)

@@ -1,6 +1,9 @@
 """The page as it is served: tabs of Gradio's, scripts beside them, nothing from elsewhere, and the API as it was."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +67,16 @@ def test_gradio_takes_and_tells_nothing(client: TestClient) -> None:
     answers.append(client.post("/gradio_api/upload", files={"files": ("a.png", b"12345678")}))
     assert [answer.status_code for answer in answers] == [404] * 6
     assert all(answer.json()["error"]["code"] == "not_found" for answer in answers)
+
+
+@pytest.mark.multi
+def test_the_process_of_the_page_imports_no_torch() -> None:
+    asked = (
+        "import opensora.studio.process, sys; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    paths = os.pathsep.join(filter(None, sys.path))
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, env={**os.environ, "PYTHONPATH": paths})
+    assert found.stdout == b"[]\n"
 
 
 def test_no_script_names_another_host() -> None:
