@@ -24,13 +24,16 @@ export function chart(name, points) {
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * WIDTH;
-    const nearest = points.reduce((best, point) => (Math.abs(x(point[0]) - at) < Math.abs(x(best[0]) - at) ? point : best));
+    const far = ([step]) => Math.abs(x(step) - at);
+    const nearest = points.reduce((best, point) => (far(point) < far(best) ? point : best));
     tell(nearest);
   });
   drawing.addEventListener("pointerleave", () => tell(points.at(-1)));
   tell(points.at(-1));
   return element("figure", { class: "chart" }, element("figcaption", {}, element("b", {}, name), told), drawing,
-    element("div", { class: "range" }, element("span", {}, `min ${short(Math.min(...values))}`), element("span", {}, `max ${short(Math.max(...values))}`)));
+    element("div", { class: "range" },
+      element("span", {}, `min ${short(Math.min(...values))}`),
+      element("span", {}, `max ${short(Math.max(...values))}`)));
 }
 
 function svg(tag, attributes) {
@@ -44,4 +47,7 @@ function scale(low, high, from, to) {
   return (value) => Number((from + ((value - low) / span) * (to - from)).toFixed(2));
 }
 
-const short = (value) => (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5) ? String(Number(value.toPrecision(4))) : value.toExponential(2));
+function short(value) {
+  const isPlain = value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5);
+  return isPlain ? String(Number(value.toPrecision(4))) : value.toExponential(2);
+}

@@ -17,7 +17,8 @@ export function show(root) {
   });
   const play = button("compare.pause", () => clock.play());
   const time = element("output", { class: "state" });
-  const speed = element("select", { say_aria_label: "compare.speed", onchange: () => clock.quicken(Number(speed.value)) },
+  const quicken = () => clock.quicken(Number(speed.value));
+  const speed = element("select", { say_aria_label: "compare.speed", onchange: quicken },
     [1, 0.5, 0.25].map((factor) => element("option", { value: factor }, `${factor}×`)));
   const bar = element("div", { class: "bar" }, play,
     button("compare.back", () => clock.step(-1), { class: "quiet" }),
@@ -90,7 +91,8 @@ export function show(root) {
           cells.removeAttribute("data-said");
           cells.textContent = error.message;
         });
-      return element("tr", {}, element("th", { scope: "row", say: ["compare.against", { number: number + 2 }] }), cells);
+      const name = element("th", { scope: "row", say: ["compare.against", { number: number + 2 }] });
+      return element("tr", {}, name, cells);
     });
     replace(figures, [element("tbody", {}, rows)]);
   }

@@ -11,7 +11,8 @@ export function differenceView() {
     element("span", { say: "compare.difference" }),
     element("label", { for: "difference-gain" }, element("span", { say: "compare.gain" }), gain)));
   const screen = canvas.getContext("2d");
-  const [one, other] = [0, 1].map(() => document.createElement("canvas").getContext("2d", { willReadFrequently: true }));
+  const hidden = () => document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const [one, other] = [hidden(), hidden()];
   let drawn = "";
 
   // Draws two <video>, unless nothing has changed since.

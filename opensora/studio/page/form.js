@@ -16,13 +16,16 @@ export function field(name) {
     input = element("textarea", { ...common, rows: isPrompt ? 3 : 1, say_placeholder: example });
   } else if (kind === "choice") input = element("select", common, choices && options(choices, empty));
   else {
-    const typed = kind === "number" ? { type: "number", min, step, inputmode: "decimal" } : { type: "text", list: offered && `${id}-list` };
+    const ofNumbers = { type: "number", min, step, inputmode: "decimal" };
+    const typed = kind === "number" ? ofNumbers : { type: "text", list: offered && `${id}-list` };
     input = element("input", { ...common, ...typed, autocomplete: "off" });
   }
-  const list = offered && element("datalist", { id: `${id}-list` }, offered.map((value) => element("option", { value })));
+  const list = offered && element("datalist", { id: `${id}-list` });
+  list?.append(...offered.map((value) => element("option", { value })));
+  const isSeed = name === "seed";
   const node = element("div", { class: `field ${name}`, "data-field": name },
     element("label", { for: id, say: `field.${name}`, say_title: `about.${name}` }),
-    name === "seed" ? element("div", { class: "with-button" }, input, button("seed.new", newSeed, { class: "quiet" })) : input,
+    isSeed ? element("div", { class: "with-button" }, input, button("seed.new", newSeed, { class: "quiet" })) : input,
     list,
     element("p", { class: "error", id: `${id}-error`, role: "alert" }));
   const draw = (source) => {
@@ -74,7 +77,8 @@ const SHOWN_AT = {
 export function showError(form, error) {
   clearErrors(form);
   const name = SHOWN_AT[error.param] ?? error.param;
-  const place = form.querySelector(`[data-field="${CSS.escape(name ?? "")}"]`) ?? form.querySelector("[data-field=form]");
+  const own = form.querySelector(`[data-field="${CSS.escape(name ?? "")}"]`);
+  const place = own ?? form.querySelector("[data-field=form]");
   place.classList.add("wrong");
   place.closest("details")?.setAttribute("open", "");
   // Errors name fields in backticks, as the API calls them; here they have their names of the form.

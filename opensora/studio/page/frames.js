@@ -43,7 +43,8 @@ export function givenFrames(onChange) {
   function take(files) {
     for (const file of files) {
       const isClip = file.type.startsWith("video/") || file.type === "image/gif";
-      chosen = { file, isClip, use: freeUse(isClip), strength: 0, cells: new Set([0]), address: URL.createObjectURL(file) };
+      const address = URL.createObjectURL(file);
+      chosen = { file, address, isClip, use: freeUse(isClip), strength: 0, cells: new Set([0]) };
       given.push(chosen);
     }
     changed();
@@ -64,7 +65,8 @@ export function givenFrames(onChange) {
   }
 
   function row(one) {
-    const shown = element(one.file.type.startsWith("video/") ? "video" : "img", { src: one.address, muted: true, alt: one.file.name });
+    const isVideo = one.file.type.startsWith("video/");
+    const shown = element(isVideo ? "video" : "img", { src: one.address, muted: true, alt: one.file.name });
     const use = element("select", {
       say_aria_label: "frames.use",
       onchange: () => {
@@ -95,7 +97,8 @@ export function givenFrames(onChange) {
       }, shown, element("span", { class: "number" }, `${given.indexOf(one) + 1}`)),
       element("span", { class: "file" }, one.file.name),
       use,
-      hasStrength && element("label", { class: "strength" }, element("span", { say: "frames.strength" }), strength, told),
+      hasStrength &&
+        element("label", { class: "strength" }, element("span", { say: "frames.strength" }), strength, told),
       button("remove", () => removeFile(one), { class: "quiet" }));
   }
 
@@ -157,7 +160,8 @@ export function givenFrames(onChange) {
       const files = [...others.map((one) => [one.use, one.file]), ...placed.map((one) => ["reference_path", one.file])];
       const edited = others.find((one) => one.use === "edit");
       const strategy = placed.flatMap((one, number) => entries(one, number)).join(";");
-      return { files, fields: { ...(edited && { strength: edited.strength }), ...(strategy && { mask_strategy: strategy }) } };
+      const fields = { ...(edited && { strength: edited.strength }), ...(strategy && { mask_strategy: strategy }) };
+      return { files, fields };
     },
   };
 }
@@ -172,5 +176,8 @@ function entries(one, number) {
     if (one.isClip && run && cell === run.start + run.length) run.length += 1;
     else runs.push({ start: cell, length: 1 });
   }
-  return runs.map(({ start, length }) => `0,${number},${one.isClip ? start - cells[0] : 0},${start},${length},${one.strength}`);
+  return runs.map(({ start, length }) => {
+    const first = one.isClip ? start - cells[0] : 0;
+    return [0, number, first, start, length, one.strength].join();
+  });
 }

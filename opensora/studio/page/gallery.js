@@ -9,7 +9,9 @@ import { openTab } from "./tabs.js";
 import { viewer } from "./viewer.js";
 
 export function show(root) {
-  const search = element("input", { type: "search", say_placeholder: "gallery.search", say_aria_label: "gallery.search", oninput: draw });
+  const search = element("input", {
+    type: "search", say_placeholder: "gallery.search", say_aria_label: "gallery.search", oninput: draw,
+  });
   const count = element("span", { class: "state", role: "status" });
   const compare = button("gallery.compare", () => openTab("compare"));
   const empty = element("p", { class: "empty", say: "gallery.empty" });
@@ -64,7 +66,9 @@ export function show(root) {
 function card(video) {
   const { id, prompt, size, seconds } = video;
   const image = element("img", { alt: "", width: 160, height: 160 });
-  const check = element("input", { type: "checkbox", say_title: "gallery.choose", say_aria_label: "gallery.choose", onchange: () => toggleCompared(id) });
+  const check = element("input", {
+    type: "checkbox", say_title: "gallery.choose", say_aria_label: "gallery.choose", onchange: () => toggleCompared(id),
+  });
   const node = element("li", { "data-id": id },
     element("button", { type: "button", class: "open", title: prompt, onclick: () => details(id) },
       image, element("span", { class: "prompt" }, prompt)),

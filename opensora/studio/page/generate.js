@@ -30,7 +30,8 @@ export async function show(root) {
     element("fieldset", { class: "group" }, element("legend", { say: title }),
       element("div", { class: "fields" }, names.map((name) => fields[name].node))));
   const form = element("form", { class: "settings", novalidate: true },
-    fields.prompt.node, fields.negative_prompt.node, fields.model.node, ...rows.slice(0, 2), channels.node, frames.node, rows[2],
+    fields.prompt.node, fields.negative_prompt.node, fields.model.node,
+    ...rows.slice(0, 2), channels.node, frames.node, rows[2],
     element("div", { class: "submit", "data-field": "form" },
       element("p", { class: "error", role: "alert" }), submit, needs,
       button("form.reset", () => { frames.clear(); reset(); }, { class: "quiet" })));

@@ -13,8 +13,9 @@ const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 // Shows it; `relabel` has Gradio ask `labels` again.
 export function show(root, relabel) {
   const state = element("span", { class: "connection", role: "status" });
-  const language = element("select", { say_aria_label: "language", onchange: () => choose(language.value) },
-    Object.entries(LANGUAGES).map(([value, name]) => element("option", { value, selected: value === current() }, name)));
+  const languages = Object.entries(LANGUAGES).map(([value, name]) =>
+    element("option", { value, selected: value === current() }, name));
+  const language = element("select", { say_aria_label: "language", onchange: () => choose(language.value) }, languages);
   const theme = element("select", { say_aria_label: "theme", onchange: () => chooseTheme(theme.value) },
     THEMES.map((value) => element("option", { value, say: `theme.${value}`, selected: value === storedTheme() })));
   replace(root, [element("header", { class: "studio-header" },

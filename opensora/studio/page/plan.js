@@ -8,7 +8,8 @@ export function show(root) {
   const verdict = element("p", { class: "verdict", role: "status" });
   const facts = element("dl", { class: "facts" });
   const ways = element("div", {});
-  replace(root, [element("div", { class: "plan-tab" }, element("p", { class: "hint", say: "plan.about" }), verdict, facts, ways)]);
+  const about = element("p", { class: "hint", say: "plan.about" });
+  replace(root, [element("div", { class: "plan-tab" }, about, verdict, facts, ways)]);
 
   function draw() {
     const told = sketched();

@@ -27,7 +27,8 @@ export function show(root) {
 
   function draw() {
     const order = waiting();
-    const stopped = newestFirst().filter(({ state }) => state === "failed" || state === "cancelled").slice(0, MOST_OVER);
+    const isOver = ({ state }) => state === "failed" || state === "cancelled";
+    const stopped = newestFirst().filter(isOver).slice(0, MOST_OVER);
     const queued = order.filter(({ state }) => state === "queued");
     say(paused, "textContent", queue.is_paused ? "queue.resume" : "queue.pause");
     const values = { running: order.length - queued.length, queued: queued.length };
@@ -58,7 +59,8 @@ function card(id) {
   const facts = element("p", { class: "facts" });
   const bar = element("progress", { max: 100, say_aria_label: "viewer.progress" });
   const buttons = element("div", { class: "buttons" });
-  const node = element("li", { "data-id": id }, picture, element("div", { class: "words" }, prompt, bar, state, facts), buttons);
+  const words = element("div", { class: "words" }, prompt, bar, state, facts);
+  const node = element("li", { "data-id": id }, picture, words, buttons);
   let number = 0;
   let address = null;
   let drawn = "";
@@ -85,7 +87,8 @@ function card(id) {
     bar.value = video.progress;
     node.dataset.state = video.state;
     const place = queued.findIndex((other) => other.id === id);
-    const wanted = `${video.state} ${video.is_held} ${video.priority} ${place} ${queued[place - 1]?.id} ${queued[place + 2]?.id} ${queued.length}`;
+    const neighbours = [queued[place - 1]?.id, queued[place + 1]?.id, queued[place + 2]?.id];
+    const wanted = [video.state, video.is_held, video.priority, place, ...neighbours].join();
     if (wanted !== drawn) replace(buttons, buttonsOf(video, queued, place, buttons));
     drawn = wanted;
     dragged(node, video);

@@ -2,14 +2,13 @@
 
 import { chart } from "./chart.js";
 import { element, replace } from "./dom.js";
-import { onLanguage } from "./language.js";
 import { get, media } from "./server.js";
 
 const AGAIN_MS = 5_000;
 const FIRST = /^(loss|loss\/.*|val.*|.*psnr.*|grad_norm|lr|learning_rate|samples_per_s)$/;
 
 export function show(root) {
-  const runs = element("select", { id: "runs", onchange: () => read(true) });
+  const runs = element("select", { id: "runs", onchange: () => read(true).catch(tell) });
   const label = element("label", { for: "runs", say: "train.run" });
   const empty = element("p", { class: "empty", say: "train.empty", hidden: true });
   const curves = element("div", { class: "curves" });
@@ -32,26 +31,27 @@ export function show(root) {
     const state = JSON.stringify(run);
     if (state === drawn) return;
     drawn = state;
-    const names = Object.keys(run.curves).sort((one, other) => FIRST.test(other) - FIRST.test(one) || (one < other ? -1 : 1));
+    const order = (one, other) => FIRST.test(other) - FIRST.test(one) || (one < other ? -1 : 1);
+    const names = Object.keys(run.curves).sort(order);
     replace(curves, names.map((name) => chart(name, run.curves[name])));
     if (isOther) replace(previews, []);
     const shown = new Map([...previews.children].map((node) => [node.dataset.name, node]));
     replace(previews, run.previews.map((name) => shown.get(name) ?? preview(runs.value, name)));
   }
 
+  const tell = (error) => replace(curves, [element("p", { class: "error" }, error.message)]);
   const again = async () => {
-    if (root.offsetParent && !document.hidden) await readRuns().catch((error) => replace(curves, [element("p", { class: "error" }, error.message)]));
+    const isSeen = root.offsetParent && !document.hidden;
+    if (isSeen) await readRuns().catch(tell);
     setTimeout(again, AGAIN_MS);
   };
-  readRuns().catch((error) => replace(curves, [element("p", { class: "error" }, error.message)])).then(() => setTimeout(again, AGAIN_MS));
-  onLanguage(() => {
-    drawn = "";
-  });
+  readRuns().catch(tell).then(() => setTimeout(again, AGAIN_MS));
 }
 
 function preview(run, name) {
   const isClip = /\.(mp4|webm)$/.test(name);
-  const node = element(isClip ? "video" : "img", isClip ? { muted: true, loop: true, autoplay: true, controls: true } : { alt: name, loading: "lazy" });
+  const playing = { muted: true, loop: true, autoplay: true, controls: true };
+  const node = element(isClip ? "video" : "img", isClip ? playing : { alt: name });
   media(`studio/runs/${encodeURIComponent(run)}/previews/${encodeURIComponent(name)}`).then((address) => {
     node.src = address;
   }, () => {});
