@@ -194,6 +194,11 @@ def test_a_phone_shows_every_tab_without_scrolling_sideways(
         expect(page.locator(f"#studio-{name.lower()} > * > *")).not_to_have_count(0)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    tops = page.get_by_role("tab").evaluate_all("tabs => tabs.map((tab) => tab.getBoundingClientRect().top)")
+    assert len(set(tops)) == 1  # all tabs are in one row
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator(".shown-clip .stage")).to_be_in_viewport()  # it is below the form
 
 
 def test_clips_are_compared_within_one_frame(server: StudioServer, open_page: Opening) -> None:

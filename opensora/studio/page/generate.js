@@ -47,6 +47,8 @@ export async function show(root) {
     submit.disabled = true;
     try {
       await send(frames);
+      const isBelow = place.getBoundingClientRect().left < form.getBoundingClientRect().right;
+      if (isBelow) place.scrollIntoView(); // on a phone
     } catch (error) {
       showError(form, error instanceof Refused ? error : { message: text("server.away") });
     } finally {
