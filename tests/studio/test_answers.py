@@ -33,6 +33,7 @@ def test_a_sketch_tells_what_is_left_out() -> None:
     assert "offload networks" in [way["choices"] for way in told["plan"]["ways"]]
 
 
+@pytest.mark.slow
 def test_a_sketch_tells_what_does_not_fit() -> None:
     told = sketch({"model": "toybox", "height": 72, "width": 72}, **{**PLAN, "max_memory_bytes": 2**20})
     assert not told["plan"]["fits"] and told["plan"]["device_memory_bytes"] == 2**20
