@@ -124,6 +124,7 @@ def _media() -> None:
 def _texts() -> None:
     Path("prompts.txt").write_text(f"{PROMPT}\na large blue square rolls right\n")
     Path("key.txt").write_text("secret\n")
+    Path("times.txt").write_text("1.5\n0.25\n3\n")
     Path("buckets.json").write_text(json.dumps(BUCKETS))
     captions = {"0.mp4": "a clip", "1.mp4": "another", "still.jpg": "a picture"}
     rows = [{"file_name": name, "text": text} for name, text in captions.items()]

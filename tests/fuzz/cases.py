@@ -100,6 +100,8 @@ COMMANDS: dict[str, list[str]] = {
     "convert zipped": ["convert", "zipped/weights.pt", "out/model", "--model", "opensora-1.2"],
     "convert lone": ["convert", "lone", "out/model", "--max-shard-size", "100KB"],
     "plan": ["plan", "--model", "tiny", "--device", "cpu"],
+    "plan serving": ["plan", "serving", "--times", "times.txt", "--clips-per-day", "9000", "--workers", "3"],
+    "push": ["push", "tiny", "someone/tiny", "--dry-run"],
     "manifest": ["data", "manifest", "clips", "--output", "out/m.csv"],
     "manifest captions": ["data", "manifest", "clips", "--output", "out/m.csv", "--captions", "captions.csv"],
     "manifest notes": ["data", "manifest", "clips", "--output", "out/m.csv", "--captions", "metadata.jsonl"],
@@ -143,7 +145,7 @@ OPTIONS += [
     "latents audit",
     "latents measure",
 ]
-OPTIONS += ["compare", "compare clips", "evaluate prompts", "evaluate compare"]
+OPTIONS += ["plan serving", "compare", "compare clips", "evaluate prompts", "evaluate compare"]
 
 # Which inputs each of them reads; a folder stands for all files in it.
 INPUTS: dict[str, list[str]] = {
@@ -189,6 +191,8 @@ INPUTS: dict[str, list[str]] = {
     "convert zipped": ["zipped"],
     "convert lone": ["lone"],
     "plan": ["tiny"],
+    "plan serving": ["times.txt"],
+    "push": ["tiny"],
     "manifest": ["clips"],
     "manifest captions": ["captions.csv"],
     "manifest notes": ["metadata.jsonl"],
@@ -249,7 +253,7 @@ def _options(number: int, rng: random.Random, base: Path) -> Case:
     """Options that are wrong, missing, twice, or given to something else."""
     name = rng.choice(OPTIONS)
     args = list(COMMANDS[name])
-    depth = 2 if args[0] in ("data", "evaluate", "latents") else 1
+    depth = 2 if args[0] in ("data", "evaluate", "latents") or args[:2] == ["plan", "serving"] else 1
     flags = _flags(" ".join(args[:depth]))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         how, files = rng.random(), sorted(path.name for path in base.iterdir())
