@@ -178,7 +178,7 @@ class JobService:
 
     def _derive(self, owner: str | None, parent: Job, kind: Kind, request: ClipRequest, variation: Variation) -> Job:
         now = variation
-        request = replace(request, refined_prompt=None, **{**now.changes, "prompt": now.prompt})
+        request = replace(request, **{"refined_prompt": None, **now.changes, "prompt": now.prompt})
         new = NewJob(request, now.format or parent.format, now.priority, now.idempotency_key, kind, parent.id)
         return self.create(owner, new)
 

@@ -98,7 +98,8 @@ class Worker:
                 if self.stopped.is_set():
                     self._surely(lambda: self.store.put_back(job))
             except OpenSoraError as error:
-                self._fail(job, "invalid_request", " ".join(str(error).split()))
+                here = f"{self.folder.inputs_of(job.id)}/"  # which is nobody's business
+                self._fail(job, "invalid_request", " ".join(str(error).split()).replace(here, ""))
             except Exception:
                 traceback.print_exc()
                 self._fail(job, "internal_error", "the worker made a mistake; its log tells which")

@@ -59,6 +59,7 @@ class Api:
         result = JobResult(path.name, path.stat().st_size, height, width, num_frames, FPS, 0.5)
         self.folder.record(result).write_text(json.dumps({"prompt": job.request.prompt}))
         write_pictures(frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
+        Image.new("L", (8, 8)).save(self.folder.channels(result))
         assert self.store.complete(job, result)
         done = self.store.get(job.id)
         assert done is not None

@@ -32,7 +32,7 @@ def test_a_video_tells_how_far_it_is(api: Api, client: TestClient) -> None:
     video = done.json()
     assert (video["status"], video["progress"], video["seconds"], video["size"]) == ("completed", 100, "0.625", "32x32")
     assert video["result"]["num_frames"] == 5 and video["completed_at"] and "openai-poll-after-ms" not in done.headers
-    assert set(video["links"]) == {"self", "content", "thumbnail", "spritesheet", "metadata"}
+    assert set(video["links"]) == {"self", "content", "thumbnail", "spritesheet", "channels", "metadata"}
     assert all(client.get(link).status_code == 200 for link in video["links"].values())
 
 
@@ -121,7 +121,7 @@ def test_what_is_deleted_leaves_nothing(api: Api, client: TestClient) -> None:
     answer = client.post("/v1/videos", data={"prompt": PROMPT}, files={"image": picture()})
     video_id = answer.json()["id"]
     api.make_all()
-    assert len(api.files()) == 6
+    assert len(api.files()) == 7
     gone = client.delete(f"/v1/videos/{video_id}")
     assert gone.json() == {"id": video_id, "object": "video.deleted", "deleted": True}
     assert api.files() == set()
@@ -177,6 +177,11 @@ def test_a_remix_is_the_same_with_another_prompt(api: Api, client: TestClient) -
     assert request.image.read_bytes() == picture()
     changed = client.post(f"/v1/videos/{remix['id']}/remix", json={"prompt": PROMPT, "seed": 8, "format": "gif"}).json()
     assert (changed["request"], changed["format"], changed["inputs"]) == ({"seed": 8}, "gif", ["image"])
+    refined = {"prompt": PROMPT, "refined_prompt": OTHER_PROMPT}
+    again = client.post(f"/v1/videos/{remix['id']}/remix", json=refined).json()
+    assert again["request"] == {"seed": 7, "refined_prompt": OTHER_PROMPT}
+    last = client.post(f"/v1/videos/{again['id']}/remix", json={"prompt": PROMPT}).json()
+    assert last["request"] == {"seed": 7}
     assert error_of(client.post(f"/v1/videos/{remix['id']}/remix", json={}))[0] == 400
 
 

@@ -146,9 +146,8 @@ def install(app: FastAPI) -> None:
 
 
 def _methods_at(path: str, document: Mapping[str, Any]) -> list[str]:
-    """All that an address takes, whichever endpoints they are of."""
-    methods: set[str] = set()
-    for template, endpoints in document["paths"].items():
-        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
-            methods |= {method.upper() for method in endpoints}
-    return sorted(methods)
+    """All that an address takes, whichever endpoints they are of; one that is named as it stands comes first."""
+    paths = document["paths"]
+    named = [template for template in paths if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path)]
+    own = [template for template in named if template == path] or named
+    return sorted({method.upper() for template in own for method in paths[template]})
