@@ -120,9 +120,9 @@ def _ready(served: Served) -> None:
         time.sleep(0.1)
 
 
-def measure_status(served: Served, num_clients: int, duration_s: float) -> str:
+def measure_status(served: Served, num_clients: int, duration_s: float, num_jobs: int = 200) -> str:
     """How long answers take while clips are made."""
-    ids = [served.add(num_inference_steps=20, seed=seed) for seed in range(20)]
+    ids = [served.add(num_inference_steps=20, seed=seed) for seed in range(num_jobs)]
     until, took = time.monotonic() + duration_s, []
 
     def poll(number: int) -> None:

@@ -171,7 +171,7 @@ def test_only_what_waits_can_be_moved_or_held(store: JobStore) -> None:
     ):
         with pytest.raises(NotPossible):
             change()
-    with pytest.raises(OpenSoraError, match="there is no job"):
+    with pytest.raises(OpenSoraError, match="there is no video"):
         store.cancel(new_id())
 
 
