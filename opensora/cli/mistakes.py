@@ -103,7 +103,7 @@ def describe_unknown(name: str, known: Sequence[str], prog: str) -> str:
     if near is not None:
         return f"unknown option {name}; did you mean {near}?"
     elsewhere = [command for command, kind in _commands() if command != prog.split()[-1] and name in options_of(kind)]
-    return f"unknown option {name}" + (f"; it is one of opensora {elsewhere[0]}" if elsewhere else "")
+    return f"unknown option {name}" + (f"; it is one of opensora {' and '.join(elsewhere)}" if elsewhere else "")
 
 
 def nearest_option(name: str, known: Sequence[str]) -> str | None:

@@ -74,7 +74,7 @@ class Watch:
     def step_done(self, pipe: "OpenSoraPipeline", step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline calls after each step."""
         num_steps = pipe.num_timesteps or 0
-        self.tell("denoising", step + 1, num_steps, values["latents"])
+        self.tell("denoising", step + 1, num_steps, values.get("latents"))
         if step + 1 == num_steps:
             self.tell("decoding", num_steps, num_steps)
         return values

@@ -64,7 +64,7 @@ WRONG = [
     (["generate", BALL, "--duration", "2s"], "--num-frames 2s"),
     (["generate", BALL, "--steps", "10"], "write --num-inference-steps N"),
     (["generate", BALL, "--Seed", "3"], "did you mean --seed?"),
-    (["generate", BALL, "--dry-run"], "unknown option --dry-run; it is one of opensora train"),
+    (["generate", BALL, "--dry-run"], "unknown option --dry-run; it is one of opensora push and train"),
     (["generate", BALL, "--llm-refine"], "--refine-endpoint URL --refine-model NAME"),
     (["data", "plan", "clips.csv", "--output", "x"], "unknown option --output"),
     # files
