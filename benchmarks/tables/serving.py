@@ -29,7 +29,7 @@ import psutil
 
 from opensora.planning.serving import DAY_S, forecast
 from opensora.server.jobs import Job
-from opensora.server.settings import ServerSettings
+from opensora.server.settings import IDLE_S, ServerSettings
 from opensora.server.store import store_of
 
 PARTS = ("status", "events", "memory", "queue")
@@ -218,7 +218,7 @@ def measure_queue(served: Served, num_jobs: int, load: float, seed: int) -> str:
     responses = [(jobs[job_id].finished_at or 0) - jobs[job_id].created_at for job_id in ids]
     half, nearly_all = np.percentile(responses, (50, 99))
     rate = (len(ids) - 1) / (max(came) - min(came)) * DAY_S
-    told = forecast(_service_s(list(jobs.values()), ids), rate, 1)
+    told = forecast(_service_s(list(jobs.values()), ids), rate, 1, IDLE_S)
     return (
         f"queue: {num_jobs} jobs, a worker busy {told.load:.0%} of the time: there within p50 {half:.2f} s, "
         f"p99 {nearly_all:.2f} s; forecast {told.response_s[0]:.2f} s, {told.response_s[1]:.2f} s"

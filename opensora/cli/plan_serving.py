@@ -39,14 +39,15 @@ class PlanServing:
         import numpy as np
 
         from opensora.planning.serving import forecast, workers_needed
+        from opensora.server.settings import IDLE_S
 
         service_s = np.array(self._service_s())
         if self.within is not None:
-            told = workers_needed(service_s, self.clips_per_day, self.within)
+            told = workers_needed(service_s, self.clips_per_day, self.within, IDLE_S)
         else:
             assert self.workers is not None
             check_count("--workers", self.workers)
-            told = forecast(service_s, self.clips_per_day, self.workers)
+            told = forecast(service_s, self.clips_per_day, self.workers, IDLE_S)
         if self.json:
             print(json.dumps({**asdict(told), "clips_per_day": self.clips_per_day, "measured_clips": len(service_s)}))
             return

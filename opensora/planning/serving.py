@@ -37,13 +37,16 @@ class QueueForecast:
     response_s: tuple[float, float]
 
 
-def forecast(service_s: np.ndarray, clips_per_day: float, num_workers: int, seed: int = 0) -> QueueForecast:
+def forecast(
+    service_s: np.ndarray, clips_per_day: float, num_workers: int, look_s: float = 0.0, seed: int = 0
+) -> QueueForecast:
     """What becomes of a queue.
 
     Args:
         service_s: seconds that clips took, as they were measured; some dozens at least tell of the slow ones.
         clips_per_day: that are asked for.
         num_workers: at work.
+        look_s: a worker that has nothing to do looks into the queue so often.
         seed: of the day.
 
     Raises:
@@ -59,12 +62,15 @@ def forecast(service_s: np.ndarray, clips_per_day: float, num_workers: int, seed
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(DAY_S / clips_per_day, NUM_CLIPS))
     took = random.choice(service_s, NUM_CLIPS)
-    waits = _waits(arrivals, took, num_workers)[WARM_UP:]
+    until_seen = random.uniform(0, look_s, NUM_CLIPS)
+    waits = _waits(arrivals, took, until_seen, num_workers)[WARM_UP:]
     responses = waits + took[WARM_UP:]
     return QueueForecast(num_workers, load, _percentiles(waits), _percentiles(responses))
 
 
-def workers_needed(service_s: np.ndarray, clips_per_day: float, most_s: float, seed: int = 0) -> QueueForecast:
+def workers_needed(
+    service_s: np.ndarray, clips_per_day: float, most_s: float, look_s: float = 0.0, seed: int = 0
+) -> QueueForecast:
     """The fewest workers with which 99 of 100 clips are there within `most_s` seconds of being asked for.
 
     Raises:
@@ -78,17 +84,17 @@ def workers_needed(service_s: np.ndarray, clips_per_day: float, most_s: float, s
         )
     few = least_workers(service_s, clips_per_day)
     many = few
-    while forecast(service_s, clips_per_day, many, seed).response_s[1] > most_s:
+    while forecast(service_s, clips_per_day, many, look_s, seed).response_s[1] > most_s:
         few, many = many + 1, many * 2
         if many > MOST_WORKERS:
             raise OpenSoraError(f"more than {MOST_WORKERS:,} workers would be needed; allow more than {most_s:g} s")
     while few < many:
         middle = (few + many) // 2
-        if forecast(service_s, clips_per_day, middle, seed).response_s[1] > most_s:
+        if forecast(service_s, clips_per_day, middle, look_s, seed).response_s[1] > most_s:
             few = middle + 1
         else:
             many = middle
-    return forecast(service_s, clips_per_day, many, seed)
+    return forecast(service_s, clips_per_day, many, look_s, seed)
 
 
 def least_workers(service_s: np.ndarray, clips_per_day: float) -> int:
@@ -96,11 +102,12 @@ def least_workers(service_s: np.ndarray, clips_per_day: float) -> int:
     return math.floor(clips_per_day / DAY_S * float(service_s.mean())) + 1
 
 
-def _waits(arrivals: np.ndarray, took: np.ndarray, num_workers: int) -> np.ndarray:
+def _waits(arrivals: np.ndarray, took: np.ndarray, until_seen: np.ndarray, num_workers: int) -> np.ndarray:
     free = [0.0] * num_workers  # when each worker is, the first one first
     waits = np.empty(len(arrivals))
-    for number, (arrival, seconds) in enumerate(zip(arrivals.tolist(), took.tolist(), strict=True)):
-        begin = max(arrival, free[0])
+    clips = zip(arrivals.tolist(), took.tolist(), until_seen.tolist(), strict=True)
+    for number, (arrival, seconds, unseen) in enumerate(clips):
+        begin = max(arrival + unseen, free[0])  # who has just finished takes the next at once
         heapq.heapreplace(free, begin + seconds)
         waits[number] = begin - arrival
     return waits

@@ -12,6 +12,8 @@ from opensora.generation.request import DEFAULT_MODEL
 from opensora.limits import check_count
 from opensora.server.jobs import QueueLimits
 
+IDLE_S = 0.2
+"""A worker that has nothing to do looks into the queue so often."""
 LEAST_SECRET = 16
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -20,14 +20,12 @@ from opensora.server.child import REFUSED, ChildSettings, told_settings, told_to
 from opensora.server.database import StoreAway
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobError, JobResult
-from opensora.server.settings import ServerSettings
+from opensora.server.settings import IDLE_S, ServerSettings
 from opensora.server.store import JobStore, store_of
 from opensora.server.watch import JobWatch
 
 Result = TypeVar("Result")
 
-IDLE_S = 0.2
-"""Between two looks at an empty queue."""
 AWAY_S = 1.0
 """Until a store that is away is asked again."""
 NICE = 5

@@ -47,6 +47,11 @@ def test_equal_times_wait_half_as_long() -> None:
     assert equal.wait_s[1] < 0.7 * spread.wait_s[1]
 
 
+def test_a_worker_with_nothing_to_do_takes_a_moment_to_see_a_clip() -> None:
+    rarely = forecast(np.ones(10), clips_per_day=100, num_workers=1, look_s=0.2)
+    assert rarely.wait_s[0] == pytest.approx(0.1, rel=0.05)
+
+
 def test_the_fewest_workers_are_found() -> None:
     service_s = exponential(10.0)
     found = workers_needed(service_s, clips_per_day=20_000, most_s=60)
