@@ -99,7 +99,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary = workplace / "file.part"
         yield temporary
         temporary.chmod(stat.S_IMODE((workplace / _LOCK).stat().st_mode))  # safetensors writes for the owner alone
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
 
 
@@ -334,10 +334,11 @@ def flush_folder(folder: Path) -> None:
     """Returns when the files in and below a folder, and their names, are on the disk."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file() or path.is_dir():
-            _flush(path)
+            flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,6 @@
 No name that came from outside is ever part of a path.
 """
 
-import os
 import re
 import shutil
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opensora.files import remove_left_overs
+from opensora.files import flush, remove_left_overs
 from opensora.generation.record import sidecar_path
 from opensora.generation.request import ClipRequest
 from opensora.server.jobs import Job, JobResult
@@ -121,11 +120,7 @@ class ServerFolder:
 
     def flush(self) -> None:
         """Returns when the names of clips are on the disk, as their contents are."""
-        descriptor = os.open(self.clips, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(self.clips)
 
     def remove_parts(self) -> None:
         """Removes what killed processes had begun to write."""

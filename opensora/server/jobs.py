@@ -1,7 +1,7 @@
 """What a queue holds: a clip that somebody asked for, from the moment it is accepted until it expires."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from opensora.generation.request import ClipRequest
 
@@ -160,12 +160,3 @@ class QueueSummary:
     is_paused: bool
     oldest_waiting_at: float | None
     version: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "states": self.states,
-            "is_paused": self.is_paused,
-            "oldest_waiting_at": self.oldest_waiting_at,
-            "version": self.version,
-        }
