@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import re
 import secrets
@@ -37,7 +38,7 @@ def check_writable(path: str | Path) -> None:
         for name in path.absolute().relative_to(nearest).parts:
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(nearest / name)  # which knows what may be a name
-        remove_left_overs(nearest)
+        _tidy(nearest)
         probe = nearest / _temporary_path(path).name
         try:
             probe.touch()
@@ -170,6 +171,12 @@ def remove_left_overs(folder: Path) -> list[Path]:
     return alive
 
 
+@functools.lru_cache(maxsize=1024)
+def _tidy(folder: Path) -> None:
+    """Removes left-overs, once in a process: a folder of very many files takes long to list."""
+    remove_left_overs(folder)
+
+
 _TEMPORARY = re.compile(r"\.(.+?)\.(\d{1,18})(?:-[0-9a-f]+)?\.part", re.S)
 _LOCK = "lock"
 _MOST_OF_A_NAME = 200
@@ -192,7 +199,7 @@ def _workplace(path: Path) -> Iterator[Path]:
     workplace = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(path.parent)
+        _tidy(path.parent.absolute())
         try:
             workplace.mkdir()
             with (workplace / "new").open("w") as lock:

@@ -56,10 +56,11 @@ class StandIn:
         frames, path = frames_of(job.request), self.folder.new_clip(job)
         write_video(path, frames, FPS)
         num_frames, height, width, _ = frames.shape
-        result = JobResult(path.name, path.stat().st_size, height, width, num_frames, FPS, NUM_STEPS * STEP_S)
+        name, num_bytes = self.folder.name_of(path), path.stat().st_size
+        result = JobResult(name, num_bytes, height, width, num_frames, FPS, NUM_STEPS * STEP_S)
         self.folder.record(result).write_text('{"prompt": "noise"}')
         write_pictures(frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
-        self.folder.flush()
+        self.folder.flush(job)
         return result
 
 

@@ -92,11 +92,9 @@ class StudioServer:
         """Jobs that are done, whose clips are copies of another one's."""
         made = self.store.get(like.id)
         assert made is not None and made.result is not None
-        stem = Path(made.result.file).stem
         for number in range(num):
             job = self.store.add(Job(new_id(), ClipRequest(f"copy {number} of a clip", model="toybox"), is_held=True))
-            for path in self.folder.clips.glob(f"{stem}.*"):
-                shutil.copy(path, self.folder.clips / path.name.replace(stem, f"{job.id}-1"))
-            result = JobResult(**{**vars(made.result), "file": f"{job.id}-1.mp4"})
+            shutil.copytree(self.folder.clips_of(like.id), self.folder.clips_of(job.id))
+            result = JobResult(**{**vars(made.result), "file": made.result.file.replace(like.id, job.id)})
             done = {"state": "completed", "result": result, "progress": JobProgress("completed"), "attempt": 1}
             self.store.change(job.id, lambda held, now, done=done: Job(**{**vars(held), **done, "finished_at": now}))

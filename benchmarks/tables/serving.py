@@ -205,14 +205,14 @@ def _resident_mb(served: Served) -> dict[str, float]:
 
 def measure_queue(served: Served, num_jobs: int, load: float, seed: int) -> str:
     """Waits of jobs that come at random, beside the forecast from their own times."""
-    probes = [served.add(seed=number, num_inference_steps=4) for number in range(10)]
+    probes = [served.add(seed=number) for number in range(20)]
     service_s = _service_s(served.wait(), probes)
     random = np.random.default_rng(seed)
     gap_s = float(service_s.mean()) / load
-    ids = []
-    for number in range(num_jobs):
-        ids.append(served.add(seed=number, num_inference_steps=4))
-        time.sleep(random.exponential(gap_s))
+    ids, began = [], time.monotonic()
+    for number, at_s in enumerate(np.cumsum(random.exponential(gap_s, num_jobs))):
+        time.sleep(max(0.0, began + at_s - time.monotonic()))
+        ids.append(served.add(seed=number))
     jobs = {job.id: job for job in served.wait()}
     came = [jobs[job_id].created_at for job_id in ids]
     responses = [(jobs[job_id].finished_at or 0) - jobs[job_id].created_at for job_id in ids]

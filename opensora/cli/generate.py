@@ -46,7 +46,7 @@ from opensora.generation.batch import (
 from opensora.generation.inputs import InputFiles, find_files
 from opensora.generation.loading import locate_model
 from opensora.generation.record import Record, changed_versions, read_record, request_of, sidecar_path
-from opensora.generation.request import DEFAULT_SEED, ClipRequest, split_paths
+from opensora.generation.request import DEFAULT_SEED, FILES, ClipRequest, split_paths
 from opensora.generation.resolve import describe_size
 from opensora.generation.words import check_bundled_words
 from opensora.geometry import VideoSize
@@ -61,14 +61,13 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = "outputs/"
 
 # What may stand beside --from: where things are and go, not what they are.
-_FILES_WITH_FROM = ("image", "last_image", "extend", "edit", "reference_path")
 _FREE_WITH_FROM = (
     "from_",
     *("model", "download", *PARTS, "adapter"),
     *("output", "format", "no_metadata", "device", "dtype"),
     *("max_memory", "offload", "sequential_guidance", "micro_batch_size", "tile_frames"),
     *("sequence_parallel", "parallel_guidance"),
-    *_FILES_WITH_FROM,
+    *FILES,
 )
 
 
@@ -260,7 +259,7 @@ class Generate:
 
     def _request_of(self, record: Record, clip: Path) -> ClipRequest:
         """What a record says, of files and a model that may be elsewhere now."""
-        where = [value for name, value in given_options(self) if name in _FILES_WITH_FROM]
+        where = [value for name, value in given_options(self) if name in FILES]
         places = [path for value in where for path in split_paths(str(value))]
         request = request_of(record, find_files(record, places, clip))
         device, dtype = self.machine.device or own_device(record.device), self.machine.dtype or record.dtype

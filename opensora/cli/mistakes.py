@@ -102,7 +102,7 @@ def describe_unknown(name: str, known: Sequence[str], prog: str) -> str:
     near = nearest_option(name, known)
     if near is not None:
         return f"unknown option {name}; did you mean {near}?"
-    elsewhere = [command for command, kind in _commands() if command != prog.split()[-1] and name in options_of(kind)]
+    elsewhere = [command for command, kind in _commands() if prog != f"opensora {command}" and name in options_of(kind)]
     return f"unknown option {name}" + (f"; it is one of opensora {' and '.join(elsewhere)}" if elsewhere else "")
 
 
@@ -167,6 +167,7 @@ def _subcommand_of(member: Any) -> str:
 def _commands() -> Iterator[tuple[str, Any]]:
     """Every command and its dataclass, or union of dataclasses: see `main.py`."""
     for module in pkgutil.iter_modules(importlib.import_module("opensora.cli").__path__):
-        kind = getattr(importlib.import_module(f"opensora.cli.{module.name}"), module.name.capitalize(), None)
+        name = "".join(word.capitalize() for word in module.name.split("_"))
+        kind = getattr(importlib.import_module(f"opensora.cli.{module.name}"), name, None)
         if dataclasses.is_dataclass(kind) or typing.get_args(kind):
-            yield module.name, kind
+            yield module.name.replace("_", " "), kind

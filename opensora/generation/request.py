@@ -9,6 +9,7 @@ show its own names for them.
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,6 +40,8 @@ AskedDType = Literal[DType, "auto"]
 DTYPES: tuple[str, ...] = get_args(AskedDType)
 OF_THE_MODEL = ("model", "components", "adapters", "latent_space", "device", "dtype")
 """Fields that a model is loaded for."""
+FILES = ("image", "last_image", "extend", "edit", "reference_path")
+"""Fields that name files; the last one any number of them."""
 _MOST_CHARACTERS = 1_000  # of a text that says numbers
 _LIMITS = {
     "num_frames": limits.FRAMES,
@@ -241,6 +244,13 @@ class ClipRequest:
             OpenSoraError: no JSON, an unknown field (names the nearest), or a value of the wrong type.
         """
         return from_dict(cls, parse_json(text, "the request"), where="the request")
+
+    def with_files(self, place: Callable[[str, Path], Path]) -> "ClipRequest":
+        """The same with its files elsewhere: `place` is told the field and the path, and says the path instead."""
+        one = {name: getattr(self, name) for name in FILES if name != "reference_path"}
+        placed = {name: place(name, path) for name, path in one.items() if path is not None}
+        references = tuple(place("reference_path", path) for path in self.reference_path)
+        return replace(self, **placed, reference_path=references)
 
     def separated(self) -> "ClipRequest":
         """The same with what the JSON object at the end of the prompt says in the fields, and a prompt without it.

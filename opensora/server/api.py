@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from opensora.server.app import create_app
 from opensora.server.child import told_settings, told_to_stop
+from opensora.server.http.connections import connections_of
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
 
@@ -22,7 +23,13 @@ class ApiServer(uvicorn.Server):
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
             uvicorn.Config(
-                app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=ENDING_S
+                app,
+                http=connections_of(app.state.service.settings.inputs.head_s),
+                ws="none",
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=ENDING_S,
             )
         )
         self._changes = app.state.changes

@@ -46,6 +46,8 @@ JOBS = sql.Table(
     sql.UniqueConstraint("owner", "idempotency_key"),
     sql.Index("jobs_waiting", "state", "priority", "position"),
     sql.Index("jobs_of_owner", "owner", "created_at"),
+    sql.Index("jobs_by_time", "created_at", "id"),
+    sql.Index("jobs_expiring", "expires_at"),
 )
 QUEUE = sql.Table(
     "queue",
@@ -55,7 +57,7 @@ QUEUE = sql.Table(
     sql.Column("is_paused", sql.Boolean, nullable=False),
     sql.Column("schema", sql.Integer, nullable=False),
 )
-SCHEMA = 1
+SCHEMA = 2
 
 
 class StoreAway(OpenSoraError):

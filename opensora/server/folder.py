@@ -2,17 +2,19 @@
 
     uploads/            what is being sent
     inputs/ID/          what a job is made from, named by its content, whatever it was called
-    clips/ID-1.mp4      of its first attempt, with its record, a thumbnail and a sheet of its frames beside it
+    clips/ID/1.mp4      of its first attempt, with its record, a thumbnail and a sheet of its frames beside it
     previews/ID.webp    while it is being made
 
-No name that came from outside is ever part of a path.
+No name that came from outside is ever part of a path. What is done for one job takes as long as ever, however many
+others there are.
 """
 
+import itertools
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from opensora.files import flush, remove_left_overs
@@ -23,7 +25,6 @@ from opensora.server.jobs import Job, JobResult
 _ID = re.compile(r"video_[0-9a-f]{32}")
 UPLOADS_S = 3600.0
 """What was sent may lie so long before its job is there."""
-_INPUTS = ("image", "last_image", "extend", "edit")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class ServerFolder:
 
     def new_clip(self, job: Job) -> Path:
         """Where this attempt writes its clip; another attempt writes elsewhere."""
-        return self.clips / f"{job.id}-{job.attempt}.{job.format}"
+        return self.clips_of(job.id) / f"{job.attempt}.{job.format}"
 
     def clip(self, result: JobResult) -> Path:
         """The clip that was made."""
         return self.clips / result.file
+
+    def name_of(self, clip: Path) -> str:
+        """What a result calls it."""
+        return clip.relative_to(self.clips).as_posix()
 
     def record(self, result: JobResult) -> Path:
         """How it was made."""
@@ -98,66 +103,75 @@ class ServerFolder:
         """What a job is made from."""
         return self.inputs / _checked(job_id)
 
+    def clips_of(self, job_id: str) -> Path:
+        """What was made of a job, with its pictures."""
+        return self.clips / _checked(job_id)
+
     def rooted(self, request: ClipRequest) -> ClipRequest:
         """The request with files as they are named here; stored ones are relative to the folder."""
-        return _with_paths(request, lambda path: self.path / path)
+        return request.with_files(lambda _, path: self.path / path)
 
     def relative(self, request: ClipRequest) -> ClipRequest:
         """The other way round."""
-        return _with_paths(request, lambda path: path.relative_to(self.path))
+        return request.with_files(lambda _, path: path.relative_to(self.path))
 
-    def remove(self, job: Job) -> None:
-        """Everything of a job."""
-        shutil.rmtree(self.inputs_of(job.id), ignore_errors=True)
+    def remove(self, job: Job) -> int:
+        """Everything of a job; returns how many bytes it was."""
+        folders = (self.inputs_of(job.id), self.clips_of(job.id))
+        size = sum(_num_bytes(folder) for folder in folders)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
         self.preview(job.id).unlink(missing_ok=True)
-        for path in self.clips.glob(f"{_checked(job.id)}-*"):
-            path.unlink(missing_ok=True)
+        return size
 
     def remove_attempt(self, job: Job) -> None:
         """What this attempt wrote, which came too late."""
-        for path in self.clips.glob(f"{_checked(job.id)}-{job.attempt}.*"):
-            path.unlink(missing_ok=True)
+        for path in _entries(self.clips_of(job.id)):
+            if _attempt_of(path) == job.attempt:
+                path.unlink(missing_ok=True)
 
-    def flush(self) -> None:
-        """Returns when the names of clips are on the disk, as their contents are."""
+    def flush(self, job: Job) -> None:
+        """Returns when the names of its clips are on the disk, as their contents are."""
+        flush(self.clips_of(job.id))
         flush(self.clips)
 
-    def remove_parts(self) -> None:
-        """Removes what killed processes had begun to write."""
-        for folder in (self.clips, self.previews, self.colours):
-            remove_left_overs(folder)
-
-    def remove_strays(self, is_known: Callable[[str], bool], is_result: Callable[[str, int], bool]) -> list[str]:
-        """Removes what no job knows: of processes that were killed between a file and its job.
+    def remove_strays(self, attempts_of: Callable[[Sequence[str]], Mapping[str, int | None]]) -> list[str]:
+        """Removes what no job knows: of processes that were killed between a file and its job, or amid a file.
 
         Args:
-            is_known: whether there is a job of that id.
-            is_result: whether a job of that id has, or is making, its clip in that attempt.
+            attempts_of: of ids, those that jobs have, each with the attempt that has made its clip, or is about to.
 
         Returns:
             Names of what was removed.
         """
-        gone = []
-        for path in _entries(self.inputs, self.previews):
-            job_id = path.name.removesuffix(".webp")
-            if _ID.fullmatch(job_id) and _is_old(path) and not is_known(job_id):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-                gone.append(path.name)
-        for path in _entries(self.uploads):
-            if _is_old(path):
-                shutil.rmtree(path, ignore_errors=True)
-                gone.append(path.name)
-        for path in _entries(self.clips):
-            match = re.match(rf"({_ID.pattern})-(\d{{1,9}})\.", path.name)
-            if match and not is_result(match[1], int(match[2])):
-                path.unlink(missing_ok=True)
-                gone.append(path.name)
-        return gone
+        for folder in (self.previews, self.colours):
+            remove_left_overs(folder)
+        gone = [path for path in _entries(self.uploads) if _is_old(path)]
+        for some in _batches(path for path in _entries(self.inputs, self.previews) if is_id(path.stem)):
+            known = attempts_of([path.stem for path in some])
+            gone += [path for path in some if path.stem not in known and _is_old(path)]
+        for some in _batches(path for path in _entries(self.clips) if is_id(path.name)):
+            # What is listed before the store is asked is of jobs that it knows.
+            files = {folder.name: _entries(folder) for folder in some}
+            known = attempts_of(list(files))
+            for folder in some:
+                if folder.name in known:
+                    remove_left_overs(folder)
+                    made = known[folder.name]
+                    gone += [path for path in files[folder.name] if _attempt_of(path) not in (None, made)]
+                else:
+                    gone.append(folder)
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        return [path.name for path in gone]
 
     def num_bytes(self) -> int:
         """Of what was sent and made; the database is beside it."""
-        folders = (self.inputs, self.clips, self.previews)
-        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+        return sum(_num_bytes(folder) for folder in (self.inputs, self.clips, self.previews))
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _is_old(path: Path) -> bool:
@@ -179,11 +193,18 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _entries(*folders: Path) -> Iterable[Path]:
+def _entries(*folders: Path) -> list[Path]:
     return [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
 
 
-def _with_paths(request: ClipRequest, place: Callable[[Path], Path]) -> ClipRequest:
-    paths = {name: getattr(request, name) for name in _INPUTS}
-    named = {name: place(path) for name, path in paths.items() if path is not None}
-    return replace(request, **named, reference_path=tuple(place(path) for path in request.reference_path))
+def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Some at a time, as many as a store is asked about at once."""
+    left = iter(paths)
+    while some := list(itertools.islice(left, 500)):
+        yield some
+
+
+def _attempt_of(path: Path) -> int | None:
+    """Whose file that is; None for what is no attempt's."""
+    number = path.name.split(".")[0]
+    return int(number) if number.isdecimal() else None

@@ -72,9 +72,10 @@ class ClipMaker:
     def _write(self, job: Job, clip: Clip, latents: Tensor | None, making_s: float) -> JobResult:
         path = clip.save(self.folder.new_clip(job))
         num_frames, height, width, _ = clip.frames.shape
-        result = JobResult(path.name, path.stat().st_size, height, width, num_frames, clip.fps, making_s)
+        name, num_bytes = self.folder.name_of(path), path.stat().st_size
+        result = JobResult(name, num_bytes, height, width, num_frames, clip.fps, making_s)
         write_pictures(clip.frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
         if latents is not None:
             write_channels(latents[0], self.folder.channels(result))
-        self.folder.flush()
+        self.folder.flush(job)
         return result

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from opensora.checkpoints.published import BUNDLED, published_name
 from opensora.contents import describe_kind, kind_of, shown
 from opensora.errors import OpenSoraError
-from opensora.generation.request import ClipRequest
+from opensora.generation.request import FILES, ClipRequest
 from opensora.generation.words import check_bundled_words
 from opensora.media.write import FORMATS
 from opensora.server.database import NoJob
@@ -36,8 +36,6 @@ EDIT_STRENGTH = 0.6
 """Of a clip that is edited by those who name none."""
 REFUSED = ("components", "adapters", "device", "calibration", "image_origin")
 """Fields of a request that are the server's: they name its files and devices, or say where a file came from."""
-FILES = ("image", "last_image", "extend", "edit", "reference_path")
-"""Fields of a request that are files."""
 Variant = Literal["video", "thumbnail", "spritesheet", "channels", "metadata"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
@@ -329,14 +327,7 @@ class JobService:
 
     def _with_files(self, request: ClipRequest, job_id: str) -> ClipRequest:
         """Its files as copies of the job's own, so that nothing else is needed any more."""
-
-        def own(name: str, path: Path) -> Path:
-            return self._take(name, path, self.folder.inputs_of(job_id))
-
-        files = {name: getattr(request, name) for name in FILES if name != "reference_path"}
-        own_files = {name: own(name, path) for name, path in files.items() if path is not None}
-        references = tuple(own("reference_path", path) for path in request.reference_path)
-        return replace(request, **own_files, reference_path=references)
+        return request.with_files(lambda name, path: self._take(name, path, self.folder.inputs_of(job_id)))
 
     def _take(self, name: str, path: Path, folder: Path) -> Path:
         """Links or copies a file under the name of its content, which tells repeated requests from others."""

@@ -45,7 +45,8 @@ class InputLimits:
         pixels: of a frame that is sent.
         clip_pixels: height x width x frames of a clip that is made.
         read_s: that a worker may take to read the files of a job.
-        body_s: that the body of a request may take to arrive.
+        head_s: that the first line and the headers of a request may take to arrive.
+        body_s: that its body may take.
     """
 
     image_bytes: int = 20 * 10**6
@@ -58,6 +59,7 @@ class InputLimits:
     pixels: int = 50 * 10**6
     clip_pixels: int = 500 * 10**6
     read_s: float = 60.0
+    head_s: float = 20.0
     body_s: float = 60.0
 
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from opensora.errors import OpenSoraError
 from opensora.server.child import REFUSED, ChildSettings, own_name, start_child
 from opensora.server.folder import ServerFolder
-from opensora.server.housekeeping import keep_house
+from opensora.server.housekeeping import keep_house, remove_strays
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore
 
 LOOK_S = 0.1
 """Between two looks at the processes."""
 HOUSEKEEPING_S = 30.0
+STRAYS_S = 3600.0
+"""Between two searches for files that no job knows."""
 STOPPING_S = 20.0
 """A process has so long to end in order."""
 _QUICK_END_S, _LONGEST_PAUSE_S = 10.0, 30.0
@@ -75,7 +77,7 @@ class Supervisor:
         Returns:
             `child.REFUSED`, when one of them cannot work with its settings, which it has said.
         """
-        cleaned = float("-inf")
+        cleaned = searched = float("-inf")
         try:
             for place in self._places:
                 self._start(place)
@@ -89,6 +91,10 @@ class Supervisor:
                     cleaned = time.monotonic()
                     with _told():
                         keep_house(self.store, self.folder, self.settings)
+                if time.monotonic() - searched > STRAYS_S:
+                    searched = time.monotonic()
+                    with _told():
+                        remove_strays(self.store, self.folder)
                 time.sleep(LOOK_S)
         finally:
             self._stop()

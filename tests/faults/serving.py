@@ -35,7 +35,7 @@ import stand_in_worker
 
 from opensora.media.frames import ClipFile
 from opensora.server.folder import ServerFolder
-from opensora.server.housekeeping import keep_house
+from opensora.server.housekeeping import remove_strays
 from opensora.server.jobs import Job, QueueLimits
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
@@ -195,11 +195,13 @@ def check(jobs: list[Job], ids: list[str], folder: ServerFolder, verdict: Verdic
         if job.result is None:
             verdict.faults.append(f"{job.id} is {job.state}: {job.error}")
             continue
-        files = (folder.clip, folder.record, folder.thumbnail, folder.spritesheet)
+        files = [folder.clip, folder.record, folder.thumbnail, folder.spritesheet]
+        if not are_noise:
+            files.append(folder.channels)
         wanted |= {file(job.result) for file in files}
         verdict.faults += [f"{file(job.result).name} is missing" for file in files if not file(job.result).exists()]
         verdict.faults += [f"{job.id}: {fault}" for fault in _faults_of(job, folder, are_noise=are_noise)]
-    there = {path for own in (folder.clips, folder.previews) for path in own.iterdir() if path.is_file()}
+    there = {path for own in (folder.clips, folder.previews) for path in own.rglob("*") if path.is_file()}
     verdict.faults += [f"{path.name} is left over" for path in sorted(there - wanted)]
     verdict.faults += [f"{path.name} is half a file" for path in folder.path.rglob("*.part*")]
 
@@ -245,7 +247,7 @@ def run(
     finally:
         server.stop()
     server_folder = ServerFolder(settings.folder)
-    keep_house(store, server_folder, settings)
+    remove_strays(store, server_folder)
     check(store.jobs(limit=10 * num_jobs), ids, server_folder, verdict, are_noise=not with_model)
     store.close()
     return verdict

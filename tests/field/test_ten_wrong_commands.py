@@ -65,6 +65,7 @@ WRONG = [
     (["generate", BALL, "--steps", "10"], "write --num-inference-steps N"),
     (["generate", BALL, "--Seed", "3"], "did you mean --seed?"),
     (["generate", BALL, "--dry-run"], "unknown option --dry-run; it is one of opensora push and train"),
+    (["generate", BALL, "--clips-per-day", "9"], "unknown option --clips-per-day; it is one of opensora plan serving"),
     (["generate", BALL, "--llm-refine"], "--refine-endpoint URL --refine-model NAME"),
     (["data", "plan", "clips.csv", "--output", "x"], "unknown option --output"),
     # files

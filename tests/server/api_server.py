@@ -56,7 +56,7 @@ class Api:
         frames, path = frames_of(job.request), self.folder.new_clip(job)
         write_video(path, frames, FPS, format=job.format)
         num_frames, height, width, _ = frames.shape
-        result = JobResult(path.name, path.stat().st_size, height, width, num_frames, FPS, 0.5)
+        result = JobResult(self.folder.name_of(path), path.stat().st_size, height, width, num_frames, FPS, 0.5)
         self.folder.record(result).write_text(json.dumps({"prompt": job.request.prompt}))
         write_pictures(frames, self.folder.thumbnail(result), self.folder.spritesheet(result))
         Image.new("L", (8, 8)).save(self.folder.channels(result))

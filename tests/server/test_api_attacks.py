@@ -1,5 +1,6 @@
 """What the API is sent by those who mean it no good: every one is answered, and nothing of it stays."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -17,7 +18,14 @@ from opensora.generation.request import ClipRequest
 from opensora.server.settings import InputLimits, ServerSettings
 
 LIMITS = InputLimits(
-    image_bytes=2_000, clip_bytes=20_000, field_bytes=500, num_fields=8, num_files=2, body_bytes=30_000, body_s=0.5
+    image_bytes=2_000,
+    clip_bytes=20_000,
+    field_bytes=500,
+    num_fields=8,
+    num_files=2,
+    body_bytes=30_000,
+    head_s=0.5,
+    body_s=0.5,
 )
 TIMEOUT_S = 20
 
@@ -247,6 +255,37 @@ def said(base: str, *pieces: bytes) -> bytes:
 
 START = "POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {}\r\n"
 HEAD = START + "Content-Length: {}\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_a_head_that_never_comes(small: Api, sent: bytes) -> None:
+    whole = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with live(small) as base:
+        assert said(base, sent) == b""
+        answer = said(base, whole, sent)  # nor a second one on a connection that has been answered
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_an_answer_may_take_longer_than_a_head(small: Api) -> None:
+    with live(small) as base:
+        host, port = base.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as stream:
+            stream.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert said(base, b"GET") == b""  # begun later, and closed
+            TestClient(small.app, base_url="http://localhost").post("/v1/videos", json={"prompt": PROMPT})
+            heard = b""
+            while b"queued" not in heard:
+                piece = stream.recv(65536)
+                assert piece, heard
+                heard += piece
+
+
+def test_heads_that_are_none(small: Api) -> None:
+    with live(small) as base:
+        head, _, body = said(base, b"nonsense\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "invalid_request"
+        with contextlib.suppress(ConnectionError):  # of which no more is read
+            assert said(base, b"GET / HTTP/1.1\r\nX: " + b"x" * 10_000_000).startswith(b"HTTP/1.1 400")
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])

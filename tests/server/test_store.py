@@ -38,6 +38,12 @@ def test_ids_cannot_be_guessed_and_others_are_none(store: JobStore) -> None:
     assert len({new_id() for _ in range(100)}) == 100
 
 
+def test_jobs_of_one_instant_are_listed_in_the_order_they_came(store: JobStore, clock) -> None:
+    ids = [store.add(job()).id for _ in range(5)]
+    assert [one.id for one in store.jobs()] == ids[::-1]
+    assert [one.id for one in store.jobs(newest_first=False, after=ids[2])] == ids[3:]
+
+
 def test_jobs_are_begun_in_the_order_they_came_and_by_priority(store: JobStore, clock) -> None:
     added = []
     for priority in (0, 0, 5):

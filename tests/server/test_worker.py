@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,9 @@ class Server:
             self.thread.join()
 
     def files(self) -> set[str]:
-        return {path.name for path in self.folder.path.rglob("*") if path.is_file() and "sqlite" not in path.name}
+        """Below its folder, the database aside."""
+        paths = (path.relative_to(self.folder.path) for path in self.folder.path.rglob("*") if path.is_file())
+        return {path.as_posix() for path in paths if "sqlite" not in path.name}
 
 
 @pytest.fixture
@@ -147,19 +149,45 @@ def test_files_that_no_job_knows_go_and_others_stay(server: Server, monkeypatch:
     job = server.add()
     server.work()
     kept = server.files()
-    stranger, lost_attempt = new_id(), server.folder.clips / f"{job.id}-7.mp4"
-    (server.folder.clips / f"{stranger}-1.mp4").touch()
-    lost_attempt.touch()
+    stranger = new_id()
+    server.folder.clips_of(stranger).mkdir()
+    (server.folder.clips_of(stranger) / "1.mp4").touch()
+    (server.folder.clips_of(job.id) / "7.mp4").touch()
     server.folder.inputs_of(stranger).mkdir()
     (server.folder.inputs_of(stranger) / "0.png").touch()
     (server.folder.clips / "notes.txt").write_text("not ours")
-    housekeeping.keep_house(server.store, server.folder, server.settings)
+    housekeeping.remove_strays(server.store, server.folder)
     # What was sent may still be waiting for the rest of its request.
-    assert server.files() == kept | {"notes.txt", "0.png"}
+    assert server.files() == kept | {"clips/notes.txt", f"inputs/{stranger}/0.png"}
     now = time.time()
     monkeypatch.setattr("opensora.server.folder.time.time", lambda: now + UPLOADS_S + 1)
-    housekeeping.keep_house(server.store, server.folder, server.settings)
-    assert server.files() == kept | {"notes.txt"}
+    housekeeping.remove_strays(server.store, server.folder)
+    assert server.files() == kept | {"clips/notes.txt"}
+
+
+def test_a_clip_of_another_job_that_is_written_meanwhile_stays(server: Server) -> None:
+    job = server.add()
+
+    def asked(ids: Sequence[str]) -> dict[str, int | None]:
+        known = server.store.attempts(ids)
+        (server.folder.clips_of(job.id) / "1.mp4").touch()  # its worker claims it, and is quick
+        return known
+
+    server.folder.clips_of(job.id).mkdir()
+    assert server.folder.remove_strays(asked) == []
+    assert server.files() == {f"clips/{job.id}/1.mp4"}
+
+
+def test_the_store_is_asked_as_seldom_about_many_clips_as_about_few(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    attempts = server.store.attempts
+    monkeypatch.setattr(server.store, "attempts", lambda ids: asked.append(len(ids)) or attempts(ids))
+    for _ in range(300):
+        server.folder.clips_of(new_id()).mkdir()
+    assert len(housekeeping.remove_strays(server.store, server.folder)) == 300
+    assert asked == [300]
 
 
 def test_names_from_outside_are_no_paths(server: Server) -> None:

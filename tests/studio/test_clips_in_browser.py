@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import expect
+from running_server import ENVIRONMENT
 from studio_server import StudioServer
 
 from opensora.media.frames import ClipFile
@@ -62,6 +65,22 @@ def test_a_clip_is_seen_while_it_is_made_and_plays_then(server: StudioServer, op
     page.get_by_role("tab", name="Plan").click()
     expect(page.locator(".plan-tab dl")).to_contain_text("17 frames of 64x64")
     expect(page.locator(".ways tbody tr")).not_to_have_count(0)
+
+
+def test_a_clip_of_the_page_is_the_clip_of_the_command_line(
+    server: StudioServer, open_page: Opening, tmp_path: Path
+) -> None:
+    page = open_page(server.url)
+    page.get_by_label("Seed", exact=True).fill("11")
+    ask(page, steps="3")
+    page.locator(".stage video").wait_for(timeout=180_000)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    output = tmp_path / "command.mp4"
+    options = ["--seed", "11", "--num-inference-steps", "3", "--output", str(output)]
+    subprocess.run([sys.executable, "-m", "opensora", "generate", PROMPT, *options], check=True, env=ENVIRONMENT)
+    by_page, by_command = (list(ClipFile(path).frames(range(17))) for path in (download.value.path(), output))
+    assert np.array_equal(by_page, by_command)
 
 
 def test_a_picture_is_dropped_and_its_frames_are_marked(

@@ -4,8 +4,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from opensora.generation.request import FILES
 from opensora.server.http.fields import HINTS, OF_THE_JOB, OPENAI, OWN
-from opensora.server.service import CLIP_FORMATS, FILES, MOST_PRIORITY
+from opensora.server.service import CLIP_FORMATS, MOST_PRIORITY
 
 _FILE = {"type": "string", "format": "binary"}
 _URL = {"type": "string", "format": "uri", "pattern": "^(https://|data:)"}

@@ -8,12 +8,12 @@ from typing import Any, get_type_hints
 
 from opensora.contents import describe_value, shown
 from opensora.errors import OpenSoraError
-from opensora.generation.request import ClipRequest
+from opensora.generation.request import FILES, ClipRequest
 from opensora.overrides import build_from_text
 from opensora.server.http.bodies import Sent
 from opensora.server.http.errors import Refused
 from opensora.server.http.fetching import Fetcher
-from opensora.server.service import FILES, REFUSED
+from opensora.server.service import REFUSED
 from opensora.settings import build_value, nearest_name
 
 HINTS: dict[str, Any] = get_type_hints(ClipRequest)

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from opensora.generation.request import ClipRequest
+from opensora.generation.request import FILES, ClipRequest
 from opensora.server.defaults import asked_fps, asked_frames, asked_size
 from opensora.server.jobs import Job, Kind
-from opensora.server.service import FILES, VARIANTS
+from opensora.server.service import VARIANTS
 from opensora.settings import to_dict
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
