@@ -129,9 +129,10 @@ def setup_of(task: Regression) -> TrainingSetup:
 
 
 def recipe(steps: int = 12, poison_steps: tuple[int, ...] = (), **settings) -> Recipe:
-    """Settings are those of the loop, and `critic`, `dropout`, `matrices` (which optimiser takes them)."""
+    """Settings are those of the loop, and `critic`, `dropout`, `matrices` and `state_bits` of its optimiser."""
     of_objective = {name: settings.pop(name) for name in ("critic", "dropout") if name in settings}
-    optimizer = OptimizerConfig(matrices=settings.pop("matrices", "muon"), warmup_steps=5)
+    of_optimizer = {name: settings.pop(name) for name in ("matrices", "state_bits") if name in settings}
+    optimizer = OptimizerConfig(**of_optimizer, warmup_steps=5)
     loop = {"checkpoint_every": 3, "log_every": 1, "precision": "fp32", "microbatches": 2, "optimizer": optimizer}
     objective = RegressionConfig(poison_steps, **of_objective)
     return Recipe("regression", objective, LoopConfig(steps=steps, **loop | settings))

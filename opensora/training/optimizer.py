@@ -7,13 +7,14 @@ models of this package Muon needs about a quarter of AdamW's samples for the sam
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from opensora.distributed.shards import whole
 from opensora.errors import OpenSoraError
+from opensora.training.adamw8 import AdamW8
 from opensora.training.muon import Muon
 
 
@@ -30,6 +31,7 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay of matrices (vectors are never decayed).
         warmup_steps: linear warm-up from 0.
         decay: fraction of the run, at its end, over which the rate falls to 0 along a cosine.
+        state_bits: 8 keeps what AdamW accumulates for matrices in eight bits each, see `adamw8`; None in float32.
     """
 
     matrices: Literal["muon", "adamw"] = "muon"
@@ -40,6 +42,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 50
     decay: float = 0.4
+    state_bits: Literal[8] | None = None
 
     def __post_init__(self) -> None:
         for name in ("muon_lr", "lr", "eps"):
@@ -53,6 +56,10 @@ class OptimizerConfig:
             )
         if not 0 <= self.decay <= 1:
             raise OpenSoraError(f"optimizer.decay is {self.decay}; give a share of the run, from 0 to 1")
+        if self.state_bits is not None and self.matrices != "adamw":
+            raise OpenSoraError(
+                f"optimizer.state_bits is {self.state_bits}, which is for AdamW; give optimizer.matrices=adamw, too"
+            )
 
     def idle(self) -> dict[str, str]:
         """Settings that change nothing, and why; see `overrides.apply_overrides`."""
@@ -88,19 +95,17 @@ class Optimizer:
 
         matrices = [p for n, p in named_parameters if is_matrix(n)]
         others = [p for n, p in named_parameters if not is_matrix(n)]
-        groups = [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
+        decayed = {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay}
+        groups = [decayed, {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+        rates: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
         self.parts: dict[str, torch.optim.Optimizer] = {}
-        if groups:
-            self.parts["adamw"] = torch.optim.AdamW(
-                groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-            )
+        if config.state_bits == 8 and decayed["params"]:
+            self.parts["adamw8"] = AdamW8([groups.pop(0)], **rates)
+        if groups := [group for group in groups if group["params"]]:
+            self.parts["adamw"] = torch.optim.AdamW(groups, **rates, fused=True)
         if matrices:
             self.parts["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
-        self.peak_rates = {"adamw": config.lr, "muon": config.muon_lr}
+        self.peak_rates = {"adamw": config.lr, "adamw8": config.lr, "muon": config.muon_lr}
 
     def step(self, factor: float) -> None:
         """Updates every weight at `factor` times its peak rate."""
@@ -128,9 +133,13 @@ class Optimizer:
                 continue
             parameter = self.named_parameters[name]
             for part in self.parts.values():
-                if any(parameter is p for group in part.param_groups for p in group["params"]):
+                if not any(parameter is p for group in part.param_groups for p in group["params"]):
+                    continue
+                if isinstance(part, AdamW8):
+                    empty = part.empty_state(parameter)[key]
+                else:
                     empty = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
-                    part.state[parameter][key] = empty.detach()
+                part.state[parameter][key] = empty.detach()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -154,7 +154,7 @@ class TrainingPlan:
             gradients += trained  # unsharded until the last microbatch
         state = {
             "weights": round(networks.module_bytes * share),
-            "optimizer": round(networks.optimizer_numbers(loop) * FLOAT32 * share),
+            "optimizer": round(networks.optimizer_bytes(loop) * share),
             "average": round(trained * share),
             "critic": networks.critic_bytes,
             "frozen": networks.frozen_bytes,

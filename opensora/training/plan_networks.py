@@ -17,6 +17,7 @@ from opensora.planning.autocast import MetaAutocast
 from opensora.planning.frozen import FrozenNetworks
 from opensora.planning.step import Step, Work, count_work, layers_of, trace_step
 from opensora.planning.tracing import weight_bytes
+from opensora.training.adamw8 import BYTES_OF_A_NUMBER
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.parallel import wrap_blocks
 from opensora.training.task import PlannableConfig
@@ -85,13 +86,18 @@ class PlannedNetworks:
 
         return of(self.module), [of(block) for block in self.blocks]
 
-    def optimizer_numbers(self, loop: LoopConfig) -> int:
+    def optimizer_bytes(self, loop: LoopConfig) -> int:
         """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest."""
-        numbers = 0
+        total = 0.0
         for name, parameter in self.module.named_parameters():
-            muon = loop.optimizer.matrices == "muon" and parameter.ndim >= 2 and name not in self.setup.not_matrices
-            numbers += parameter.numel() * (1 if muon else 2) if parameter.requires_grad else 0
-        return numbers
+            is_matrix = parameter.ndim >= 2
+            if loop.optimizer.state_bits == 8 and is_matrix:
+                of_one = BYTES_OF_A_NUMBER
+            else:
+                muon = loop.optimizer.matrices == "muon" and is_matrix and name not in self.setup.not_matrices
+                of_one = 4 * (1 if muon else 2)
+            total += parameter.numel() * of_one if parameter.requires_grad else 0
+        return round(total)
 
     @cached_property
     def largest(self) -> list[BatchShape]:
