@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from opensora.errors import OpenSoraError
 from opensora.models.network import VideoTransformer, blocks_of
 from opensora.models.offload_hooks import merge_tied_layers
+from opensora.tuning import give_memory_back
 from opensora.weights import load_weights, make_room
 
 Offload: TypeAlias = Literal["networks", "blocks"]
@@ -59,6 +60,8 @@ class Offloader:
             raise OpenSoraError(f"no files are known for {', '.join(kept)}, and on the CPU nothing else saves memory")
         self.device = device
         self._networks, self._loaders = dict(networks), dict(loaders)
+        if device.type == "cpu":
+            give_memory_back()
         self._users = Counter[str]()
         self._lock = threading.Lock()
         for name in self._networks:

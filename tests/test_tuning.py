@@ -42,6 +42,38 @@ def test_what_a_user_has_set_stays() -> None:
     assert environment_of("models", **given).items() >= given.items()
 
 
+COMES_AND_GOES = """
+import re, sys
+from opensora.tuning import give_memory_back
+
+def own_mb():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+if sys.argv[1] == "give back":
+    give_memory_back()
+b"x" * (30 << 20)  # from which glibc learns to keep what is smaller
+before, kept = own_mb(), []
+for _ in range(20):
+    weights = [b"x" * (8 << 20) for _ in range(4)]
+    kept.append(b"x" * (1 << 16))
+    weights.pop(2)
+    weights = None
+    held = [b"x" * (5 << 20) for _ in range(4)]
+    kept.append(held.pop())
+    held = None
+print(own_mb() - before - sum(len(one) for one in kept) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="of glibc")
+def test_what_is_freed_is_given_back() -> None:
+    held = {
+        way: float(subprocess.run([sys.executable, "-c", COMES_AND_GOES, way], capture_output=True, check=True).stdout)
+        for way in ("give back", "keep")
+    }
+    assert held["give back"] < 5 < 20 < held["keep"]
+
+
 @pytest.mark.parametrize(
     ("files", "cores"),
     [
