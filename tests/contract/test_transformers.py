@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks.hooks import HookRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_transformers import MODELS, SIZES, build, channels, inputs, some_frames_kept
 from torch import Tensor, nn
 
@@ -483,6 +484,9 @@ def test_two_adapters_are_added_up(model):
 
 def test_attention_backends(model, monkeypatch):
     """The backend that is chosen computes; here on a CPU, where short sequences would do without."""
+    # diffusers sets one for the whole process besides, and does not take it back.
+    active = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
     monkeypatch.setattr(attention, "SHORT_KEYS", 0)
     expected, chosen = predict(model), []
     dispatch = attention.dispatch_attention_fn
