@@ -105,7 +105,7 @@ class Optimizer:
             self.parts["adamw"] = torch.optim.AdamW(groups, **rates, fused=True)
         if matrices:
             self.parts["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
-        self.peak_rates = {"adamw": config.lr, "adamw8": config.lr, "muon": config.muon_lr}
+        self.peak_rates = {name: config.muon_lr if name == "muon" else config.lr for name in self.parts}
 
     def step(self, factor: float) -> None:
         """Updates every weight at `factor` times its peak rate."""

@@ -112,6 +112,7 @@ def test_clips_that_are_made_worse_are_encoded_twice():
     assert encoding(Degradation()) == pytest.approx(2 * encoding(None), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_smaller_batches_fit():
     tight = TrainingPlan(on_clips(400), replace(H100, memory_bytes=6 * 2**30))
     assert not tight.fits()

@@ -217,6 +217,7 @@ def latents_of(model: Path | OpenSoraPipeline, **options: Any) -> Tensor:
     return pipeline(PROMPTS * 4, generator=seeded(*range(50, 58)), output_type="latent", **options).frames
 
 
+@pytest.mark.slow
 def test_a_student_is_nearer_to_its_teachers_end_than_the_teacher_in_as_few_steps(
     teacher: Path, tmp_path: Path
 ) -> None:
