@@ -245,6 +245,7 @@ def test_a_gallery_of_500_clips_scrolls(server: StudioServer, open_page: Opening
         """() => { window.scrollTo(0, document.body.scrollHeight);
           return document.querySelectorAll('.gallery > li').length >= 500 }""",
         polling=50,
+        timeout=180_000,
     )
     found.scroll_into_view_if_needed()
     expect(found).to_be_in_viewport()
