@@ -21,7 +21,7 @@ from opensora.errors import OpenSoraError
 def check_writable(path: str | Path) -> None:
     """Proves, before the work starts, that a file can be written there, in a folder that may still have to be made.
 
-    What killed processes left in that folder is removed.
+    What killed processes left in that folder is removed, once in a process.
 
     Raises:
         OpenSoraError: it is a folder or a device, no file can be called so, or the folder cannot be made or written to.
@@ -88,9 +88,9 @@ def owned(folder: Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` on success and removed on any failure, interruption included.
 
-    The folder is made if there is none, and what killed processes left in it is removed. The temporary file lies in a
-    folder of its own beside `path`, which also takes what libraries put down on the way; its name begins with a dot and
-    ends in `.part`, so no pattern that matches `path` by its ending finds half a file.
+    The folder is made if there is none, and what killed processes left in it is removed, once in a process. The
+    temporary file lies in a folder of its own beside `path`, which also takes what libraries put down on the way; its
+    name begins with a dot and ends in `.part`, so no pattern that matches `path` by its ending finds half a file.
 
     Raises:
         OpenSoraError: the disk is full, or the place cannot be written to.

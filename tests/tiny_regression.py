@@ -11,6 +11,7 @@ from opensora.distributed.seeding import BatchKey
 from opensora.training.config import LoopConfig, Recipe
 from opensora.training.optimizer import OptimizerConfig
 from opensora.training.task import Critic, Partition, Preview, TrainingData, TrainingSetup, TrainingTask
+from opensora.training.trainer import Trainer
 
 
 class Block(nn.Module):
@@ -136,6 +137,21 @@ def recipe(steps: int = 12, poison_steps: tuple[int, ...] = (), **settings) -> R
     loop = {"checkpoint_every": 3, "log_every": 1, "precision": "fp32", "microbatches": 2, "optimizer": optimizer}
     objective = RegressionConfig(poison_steps, **of_objective)
     return Recipe("regression", objective, LoopConfig(steps=steps, **loop | settings))
+
+
+def run_until(recipe: Recipe, folder: Path, stop_after: int | None = None) -> None:
+    """A run, or its first steps; on any rank."""
+    torch.set_num_threads(1)
+    trainer = Trainer(recipe, folder)
+
+    def on_step(step: int, steps: int, figures: dict[str, float]) -> None:
+        trainer.stop_requested = step == stop_after and trainer.mesh.is_first
+
+    trainer.on_step = on_step
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        assert stop_after is not None
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ called, and should import what is heavy only in `run()`.
 
 import contextlib
 import errno
-import importlib
 import sys
 from collections.abc import Sequence
 
@@ -134,12 +133,11 @@ def _run(args: list[str]) -> int:
         known = ["--help", "--version"] if command.startswith("-") else COMMANDS
         raise OpenSoraError(f"unknown {what} {command!r}{nearest_name(command, known)}")
     check_working_folder()
+    from opensora.cli.mistakes import kind_of
     from opensora.cli.options import with_flags
     from opensora.cli.parsing import parse
 
-    module = importlib.import_module(f"opensora.cli.{command.replace(' ', '_')}")
-    kind = getattr(module, command.title().replace(" ", ""))
-    options = parse(kind, [with_home(word) for word in args[words:]], f"opensora {command}")
+    options = parse(kind_of(command), [with_home(word) for word in args[words:]], f"opensora {command}")
     try:
         return options.run() or 0
     except OpenSoraError as error:

@@ -42,6 +42,12 @@ class Option:
         return self.metavar.startswith("TEXT")
 
 
+def kind_of(command: str) -> Any:
+    """A command's dataclass, or union of dataclasses: `PlanServing` of "plan serving"; None if its module has none."""
+    module = importlib.import_module(f"opensora.cli.{command.replace(' ', '_')}")
+    return getattr(module, command.title().replace(" ", ""), None)
+
+
 def commands_of(kind: Any) -> dict[str, Any]:
     """The members of a union of commands by their names; empty for a single command."""
     names = ((_subcommand_of(member), _class_of(member)) for member in typing.get_args(kind))
@@ -167,7 +173,7 @@ def _subcommand_of(member: Any) -> str:
 def _commands() -> Iterator[tuple[str, Any]]:
     """Every command and its dataclass, or union of dataclasses: see `main.py`."""
     for module in pkgutil.iter_modules(importlib.import_module("opensora.cli").__path__):
-        name = "".join(word.capitalize() for word in module.name.split("_"))
-        kind = getattr(importlib.import_module(f"opensora.cli.{module.name}"), name, None)
+        command = module.name.replace("_", " ")
+        kind = kind_of(command)
         if dataclasses.is_dataclass(kind) or typing.get_args(kind):
-            yield module.name.replace("_", " "), kind
+            yield command, kind

@@ -1,4 +1,4 @@
-"""Keeps the folder of a server small: expired clips, the oldest beyond the quota, files that no job knows."""
+"""Keeps the folder of a server small: expired clips, and the oldest beyond the quota."""
 
 from contextlib import suppress
 
@@ -25,15 +25,6 @@ def keep_house(store: JobStore, folder: ServerFolder, settings: ServerSettings) 
         gone += _within(settings.quota_bytes, store, folder)
     store.forget_deleted()
     return gone
-
-
-def remove_strays(store: JobStore, folder: ServerFolder) -> list[str]:
-    """Removes files that no job knows, which killed processes leave; looks through all there are.
-
-    Returns:
-        Names of files that are gone.
-    """
-    return folder.remove_strays(store.attempts)
 
 
 def remove_job(store: JobStore, folder: ServerFolder, job: Job) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from opensora.errors import OpenSoraError
 from opensora.server.child import REFUSED, ChildSettings, own_name, start_child
 from opensora.server.folder import ServerFolder
-from opensora.server.housekeeping import keep_house, remove_strays
+from opensora.server.housekeeping import keep_house
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore
 
@@ -94,7 +94,7 @@ class Supervisor:
                 if time.monotonic() - searched > STRAYS_S:
                     searched = time.monotonic()
                     with _told():
-                        remove_strays(self.store, self.folder)
+                        self.folder.remove_strays(self.store.attempts)
                 time.sleep(LOOK_S)
         finally:
             self._stop()

@@ -136,10 +136,10 @@ class Optimizer:
                 if not any(parameter is p for group in part.param_groups for p in group["params"]):
                     continue
                 if isinstance(part, AdamW8):
-                    empty = part.empty_state(parameter)[key]
+                    part.state[parameter] = part.state[parameter] or part.empty_state(parameter)
                 else:
                     empty = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
-                part.state[parameter][key] = empty.detach()
+                    part.state[parameter][key] = empty.detach()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -87,7 +87,10 @@ class PlannedNetworks:
         return of(self.module), [of(block) for block in self.blocks]
 
     def optimizer_bytes(self, loop: LoopConfig) -> int:
-        """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest."""
+        """What the optimiser accumulates: Muon one number for each of a matrix, AdamW two for each of the rest.
+
+        They are float32, or in eight bits where that is asked for.
+        """
         total = 0.0
         for name, parameter in self.module.named_parameters():
             is_matrix = parameter.ndim >= 2
@@ -95,7 +98,7 @@ class PlannedNetworks:
                 of_one = BYTES_OF_A_NUMBER
             else:
                 muon = loop.optimizer.matrices == "muon" and is_matrix and name not in self.setup.not_matrices
-                of_one = 4 * (1 if muon else 2)
+                of_one = torch.float32.itemsize * (1 if muon else 2)
             total += parameter.numel() * of_one if parameter.requires_grad else 0
         return round(total)
 

@@ -35,7 +35,6 @@ import stand_in_worker
 
 from opensora.media.frames import ClipFile
 from opensora.server.folder import ServerFolder
-from opensora.server.housekeeping import remove_strays
 from opensora.server.jobs import Job, QueueLimits
 from opensora.server.settings import ServerSettings
 from opensora.server.store import JobStore, store_of
@@ -247,7 +246,7 @@ def run(
     finally:
         server.stop()
     server_folder = ServerFolder(settings.folder)
-    remove_strays(store, server_folder)
+    server_folder.remove_strays(store.attempts)
     check(store.jobs(limit=10 * num_jobs), ids, server_folder, verdict, are_noise=not with_model)
     store.close()
     return verdict

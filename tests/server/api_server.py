@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from opensora.media.write import write_video
 from opensora.server.api import ApiServer
 from opensora.server.app import create_app
+from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job, JobProgress, JobResult
 from opensora.server.pictures import write_pictures
 from opensora.server.service import JobService
@@ -71,9 +72,14 @@ class Api:
             self.finish(self.begin())
 
     def files(self) -> set[str]:
-        """Below its folder, the database aside."""
-        paths = (path.relative_to(self.folder.path) for path in self.folder.path.rglob("*") if path.is_file())
-        return {path.as_posix() for path in paths if "sqlite" not in path.name}
+        """See `files_of`."""
+        return files_of(self.folder)
+
+
+def files_of(folder: ServerFolder) -> set[str]:
+    """All below a server's folder, the database aside."""
+    paths = (path.relative_to(folder.path) for path in folder.path.rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if "sqlite" not in path.name}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from server.api_server import files_of
 from stand_in_worker import StandIn, frames_of
 
 from opensora.generation.request import ClipRequest
@@ -58,9 +59,8 @@ class Server:
             self.thread.join()
 
     def files(self) -> set[str]:
-        """Below its folder, the database aside."""
-        paths = (path.relative_to(self.folder.path) for path in self.folder.path.rglob("*") if path.is_file())
-        return {path.as_posix() for path in paths if "sqlite" not in path.name}
+        """See `files_of`."""
+        return files_of(self.folder)
 
 
 @pytest.fixture
@@ -156,12 +156,12 @@ def test_files_that_no_job_knows_go_and_others_stay(server: Server, monkeypatch:
     server.folder.inputs_of(stranger).mkdir()
     (server.folder.inputs_of(stranger) / "0.png").touch()
     (server.folder.clips / "notes.txt").write_text("not ours")
-    housekeeping.remove_strays(server.store, server.folder)
+    server.folder.remove_strays(server.store.attempts)
     # What was sent may still be waiting for the rest of its request.
     assert server.files() == kept | {"clips/notes.txt", f"inputs/{stranger}/0.png"}
     now = time.time()
     monkeypatch.setattr("opensora.server.folder.time.time", lambda: now + UPLOADS_S + 1)
-    housekeeping.remove_strays(server.store, server.folder)
+    server.folder.remove_strays(server.store.attempts)
     assert server.files() == kept | {"clips/notes.txt"}
 
 
@@ -186,7 +186,7 @@ def test_the_store_is_asked_as_seldom_about_many_clips_as_about_few(
     monkeypatch.setattr(server.store, "attempts", lambda ids: asked.append(len(ids)) or attempts(ids))
     for _ in range(300):
         server.folder.clips_of(new_id()).mkdir()
-    assert len(housekeeping.remove_strays(server.store, server.folder)) == 300
+    assert len(server.folder.remove_strays(server.store.attempts)) == 300
     assert asked == [300]
 
 

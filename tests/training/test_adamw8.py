@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_regression import assert_equal_weights, final_weights, recipe
+from tiny_regression import assert_equal_weights, final_weights, recipe, run_until
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
@@ -127,26 +127,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_equal_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut"))
 
 
-def train(recipe, folder: Path, stop_after: int | None = None) -> None:
-    torch.set_num_threads(1)
-    trainer = Trainer(recipe, folder)
-
-    def on_step(step: int, *_) -> None:
-        trainer.stop_requested = step == stop_after and trainer.mesh.is_first
-
-    trainer.on_step = on_step
-    try:
-        trainer.run()
-    except KeyboardInterrupt:
-        assert stop_after is not None
-
-
 @pytest.mark.multi
 def test_ranks_train_what_one_rank_trains_and_go_on_on_another_number(tmp_path: Path) -> None:
-    train(small(microbatches=4), tmp_path / "one")
+    run_until(small(microbatches=4), tmp_path / "one")
     one = final_weights(tmp_path / "one")
-    run_ranks(2, train, small(microbatches=2), tmp_path / "ranks")
-    run_ranks(2, train, small(microbatches=2), tmp_path / "cut", 5)
-    run_ranks(4, train, small(microbatches=1), tmp_path / "cut")
+    run_ranks(2, run_until, small(microbatches=2), tmp_path / "ranks")
+    run_ranks(2, run_until, small(microbatches=2), tmp_path / "cut", 5)
+    run_ranks(4, run_until, small(microbatches=1), tmp_path / "cut")
     for name in ("ranks", "cut"):
         torch.testing.assert_close(final_weights(tmp_path / name), one, rtol=1e-3, atol=1e-4)

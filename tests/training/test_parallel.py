@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_regression import Block, assert_equal_weights, final_weights, recipe
+from tiny_regression import Block, assert_equal_weights, final_weights, recipe, run_until
 
 import opensora.training.muon
 from opensora.errors import OpenSoraError
@@ -25,18 +25,8 @@ float32_muon = mock.patch.object(
 
 @float32_muon
 def train(recipe: Recipe, folder: Path, stop_after: int | None = None) -> None:
-    """A run, or its first steps."""
-    torch.set_num_threads(1)
-    trainer = Trainer(recipe, folder)
-
-    def on_step(step: int, steps: int, figures: dict[str, float]) -> None:
-        trainer.stop_requested = step == stop_after and trainer.mesh.is_first
-
-    trainer.on_step = on_step
-    try:
-        trainer.run()
-    except KeyboardInterrupt:
-        assert stop_after is not None
+    """See `run_until`."""
+    run_until(recipe, folder, stop_after)
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
