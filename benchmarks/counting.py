@@ -81,7 +81,8 @@ class Counted(TorchDispatchMode):
         if func.is_view or packet in _FREE:
             return result
         self.flops += operation_flops(func, args, kwargs, result)
-        self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, read, result)) if isinstance(leaf, Tensor))
         self.operations += 1
         self.copies += packet in _COPIES
         self.made += sum(returned.alias_info is None for returned in func._schema.returns)

@@ -13,6 +13,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from opensora.models.fused import FusedLinear
 from opensora.models.pieces import in_cache, is_hooked
 
 # Within these bounds two batched products and a softmax take the place of the fused kernel on a CPU. Measured without
@@ -159,10 +160,10 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.processor = AttentionBackend()
         self.num_heads, self.rotate_before_norm = num_heads, rotate_before_norm
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = FusedLinear(hidden_size, 3 * hidden_size)
         self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = FusedLinear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, dim: int = 1, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend along axis `dim`.
@@ -215,9 +216,9 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.processor = AttentionBackend()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(hidden_size, hidden_size)
-        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.q_linear = FusedLinear(hidden_size, hidden_size)
+        self.kv_linear = FusedLinear(hidden_size, 2 * hidden_size)
+        self.proj = FusedLinear(hidden_size, hidden_size)
 
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> keys and values, (B, H, L, d) each."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
-from opensora.models.fused import GELULinear, gelu_mlp
+from opensora.models.fused import FusedLinear, gelu_mlp
 
 MAX_PERIOD = 10_000.0
 
@@ -161,8 +161,8 @@ class MLP(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, exact: bool = False) -> None:
         super().__init__()
         self.approximate = "none" if exact else "tanh"
-        self.fc1 = GELULinear(in_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, out_dim)
+        self.fc1 = FusedLinear(in_dim, hidden_dim)
+        self.fc2 = FusedLinear(hidden_dim, out_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""

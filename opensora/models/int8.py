@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from opensora.models.fused import GELULinear
+from opensora.models.fused import FusedLinear
 from opensora.models.network import blocks_of
 
 _SCALE = "weight_scale"
-_LINEAR = (nn.Linear, GELULinear)
+_LINEAR = (nn.Linear, FusedLinear)
 
 
 class Int8Linear(nn.Linear):

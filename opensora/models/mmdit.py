@@ -35,6 +35,7 @@ from opensora.models.caching import CacheIdentifiers
 from opensora.models.channel_conditioning import ChannelConditioning
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.embeddings import sinusoid
+from opensora.models.fused import FusedLinear, gelu_mlp
 from opensora.models.network import VideoTransformer
 from opensora.models.text.t5_clip import T5ClipConditioner
 from opensora.models.transformer import modulate, values_per_sample
@@ -173,19 +174,35 @@ class StreamAttention(nn.Module):
         super().__init__()
         self.fused = fused
         if fused:
-            self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+            self.qkv = FusedLinear(hidden_size, 3 * hidden_size, bias=bias)
         else:
-            self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-            self.k_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-            self.v_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+            self.q_proj = FusedLinear(hidden_size, hidden_size, bias=bias)
+            self.k_proj = FusedLinear(hidden_size, hidden_size, bias=bias)
+            self.v_proj = FusedLinear(hidden_size, hidden_size, bias=bias)
         self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = FusedLinear(hidden_size, hidden_size)
 
     def queries_keys_values(self, tokens: Tensor) -> QueriesKeysValues:
         """(B, N, D) -> (B, H, N, d) each."""
         if self.fused:
             return self.norm(*self.qkv(tokens).chunk(3, dim=-1))
         return self.norm(self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens))
+
+
+class StreamMLP(nn.Sequential):
+    """Linear, GELU (tanh), linear, under the numbers that the published weights give them.
+
+    Args:
+        hidden_size: D, in and out.
+        inner: width between the two.
+    """
+
+    def __init__(self, hidden_size: int, inner: int) -> None:
+        super().__init__(FusedLinear(hidden_size, inner), nn.GELU(approximate="tanh"), FusedLinear(inner, hidden_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return gelu_mlp(input, self[0], self[2], "tanh")
 
 
 class DoubleStreamBlock(nn.Module):
@@ -214,10 +231,10 @@ class DoubleStreamBlock(nn.Module):
         _tell_caches(type(self))
         self.img_mod = Modulation(hidden_size, 6)
         self.img_attn = StreamAttention(hidden_size, num_heads, bias=qkv_bias, fused=fused_qkv)
-        self.img_mlp = _mlp(hidden_size, mlp_ratio)
+        self.img_mlp = StreamMLP(hidden_size, int(hidden_size * mlp_ratio))
         self.txt_mod = Modulation(hidden_size, 6)
         self.txt_attn = StreamAttention(hidden_size, num_heads, bias=qkv_bias, fused=fused_qkv)
-        self.txt_mlp = _mlp(hidden_size, mlp_ratio)
+        self.txt_mlp = StreamMLP(hidden_size, int(hidden_size * mlp_ratio))
         self.attn = JointAttention(interleaved=interleaved_rope)
 
     def forward(
@@ -276,12 +293,12 @@ class SingleStreamBlock(nn.Module):
         self.hidden_size, self.fused = hidden_size, fused_qkv
         self.mlp_size = int(hidden_size * mlp_ratio)
         if fused_qkv:
-            self.linear1 = nn.Linear(hidden_size, 3 * hidden_size + self.mlp_size)
+            self.linear1 = FusedLinear(hidden_size, 3 * hidden_size + self.mlp_size)
         else:
-            self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-            self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-            self.v_mlp = nn.Linear(hidden_size, hidden_size + self.mlp_size)
-        self.linear2 = nn.Linear(hidden_size + self.mlp_size, hidden_size)
+            self.q_proj = FusedLinear(hidden_size, hidden_size, bias=qkv_bias)
+            self.k_proj = FusedLinear(hidden_size, hidden_size, bias=qkv_bias)
+            self.v_mlp = FusedLinear(hidden_size, hidden_size + self.mlp_size)
+        self.linear2 = FusedLinear(hidden_size + self.mlp_size, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, 3)
         self.attn = JointAttention(interleaved=interleaved_rope)
@@ -415,12 +432,12 @@ class MMDiT(VideoTransformer):
         self.gradient_checkpointing = False
 
         cells = patch_size**2
-        self.img_in = nn.Linear(in_channels * cells, hidden_size)
+        self.img_in = FusedLinear(in_channels * cells, hidden_size)
         self.time_in = VectorEmbedder(_TIME_FEATURES, hidden_size)
         self.vector_in = VectorEmbedder(pooled_channels, hidden_size)
         self.guidance_in = VectorEmbedder(_TIME_FEATURES, hidden_size) if guidance_embed else None
         self.cond_in = nn.Linear((in_channels + 1) * cells, hidden_size) if cond_embed else None
-        self.txt_in = nn.Linear(caption_channels, hidden_size)
+        self.txt_in = FusedLinear(caption_channels, hidden_size)
         self.rope = AxialRotaryEmbedding(axes_dim, theta, interleaved=interleaved_rope)
         sizes = (hidden_size, num_heads, mlp_ratio)
         kind = {"qkv_bias": qkv_bias, "fused_qkv": fused_qkv, "interleaved_rope": interleaved_rope}
@@ -586,11 +603,6 @@ class MMDiT(VideoTransformer):
 
 
 _TIME_FEATURES = 256
-
-
-def _mlp(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
-    inner = int(hidden_size * mlp_ratio)
-    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size))
 
 
 def _tell_caches(block: type[nn.Module]) -> None:

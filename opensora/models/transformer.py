@@ -60,7 +60,9 @@ class TextContext:
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift; shift and scale are (B, 1 or T, 1, D)."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale)
+    # Without gradients nobody reads `normed` any more: what is made of it needs no new memory.
+    is_free = not torch.is_grad_enabled() and normed.dtype == shift.dtype
+    return torch.addcmul(shift, normed, 1 + scale, out=normed if is_free else None)
 
 
 def frame_modulation(

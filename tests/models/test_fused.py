@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from opensora.models.embeddings import MLP
-from opensora.models.fused import ROWS
+from opensora.models.fused import ROWS, FusedLinear
+from opensora.models.mmdit import StreamMLP
+from opensora.models.transformer import modulate
 
 
 @pytest.fixture
@@ -50,6 +52,36 @@ def test_half_precision_is_no_further_from_full_than_the_plain_one() -> None:
     wanted = full(x.float())
     own, usual = ((made.float() - wanted).square().mean() for made in (half(x), plain(half, x)))
     assert own <= 1.02 * usual
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_in_the_same_pass_changes_no_bit(bias: bool, products: list[int]) -> None:
+    torch.manual_seed(0)
+    layer, x = FusedLinear(48, 96, bias=bias).bfloat16(), torch.randn(3, 70, 48).bfloat16()
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert products == ([210] if bias and torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])
+    FusedLinear(48, 96, bias=bias)(x.float())
+    assert len(products) <= 1
+
+
+@torch.no_grad()
+def test_the_mlp_of_a_stream_is_fused_too(products: list[int]) -> None:
+    torch.manual_seed(0)
+    mlp, x = StreamMLP(48, 96), torch.randn(2, 9, 48)
+    torch.testing.assert_close(mlp(x), mlp[2](mlp[1](F.linear(x, mlp[0].weight, mlp[0].bias))), rtol=1e-5, atol=1e-6)
+    assert products == [18]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modulation_without_new_memory_changes_no_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, shift, scale = torch.randn(2, 3, 5, 48).to(dtype), *torch.randn(2, 2, 1, 1, 48).to(dtype)
+    kept, with_gradients = x.clone(), modulate(x, shift, scale)
+    with torch.no_grad():
+        assert torch.equal(modulate(x, shift, scale), with_gradients)
+        assert modulate(x, shift.float(), scale.float()).dtype == torch.float32
+    assert torch.equal(x, kept)
 
 
 def test_gradients_and_other_layers_are_computed_plainly(products: list[int]) -> None:
