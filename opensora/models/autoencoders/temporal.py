@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
+from opensora.models.autoencoders.layout import for_convolution, is_reordered
 from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.pieces import is_hooked
+
+_SHORT = 10
+"""Frames of up to so many in a chunk are convolved without the zeros in front: of 5 frames a fifth of the work is
+theirs, of 20 a twentieth, which is less than what joining the frames takes."""
 
 
 class CausalConv3d(nn.Module):
@@ -43,9 +49,27 @@ class CausalConv3d(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, C_in, T, h, w) -> (B, C_out, ceil(T / time_stride), h, w)."""
-        if self.front > 0:  # in time only: the convolution itself pads height and width without a copy
-            hidden_states = F.pad(hidden_states, (0, 0, 0, 0, self.front, 0))
-        return self.conv(hidden_states)
+        hidden_states = for_convolution(hidden_states)
+        if self.front == 0:
+            return self.conv(hidden_states)
+        if self._leaves_out_zeros(hidden_states):
+            return self._without_zeros(hidden_states)
+        # In time only: the convolution itself pads height and width without a copy.
+        return self.conv(F.pad(hidden_states, (0, 0, 0, 0, self.front, 0)))
+
+    def _leaves_out_zeros(self, hidden_states: Tensor) -> bool:
+        """Whether what the zeros in front would take is worth two convolutions more; in float32 it is not."""
+        is_short = self.front < hidden_states.shape[2] <= _SHORT and self.conv.stride[0] == 1
+        return is_short and is_reordered(hidden_states) and not torch.is_grad_enabled() and not is_hooked(self.conv)
+
+    def _without_zeros(self, hidden_states: Tensor) -> Tensor:
+        """The first frames see none in front of them, so they are convolved with the end of the kernel."""
+        conv = self.conv
+        first = [
+            F.conv3d(hidden_states[:, :, :seen], conv.weight[:, :, -seen:], conv.bias, padding=conv.padding)
+            for seen in range(1, self.front + 1)
+        ]
+        return torch.cat([*first, conv(hidden_states)], dim=2)
 
 
 class ResBlock(nn.Module):

