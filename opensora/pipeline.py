@@ -4,7 +4,7 @@ Text is encoded once and turned into every layer's keys and values once; noise i
 each step on the conditional and the unconditional branch in one batch; the autoencoder turns latents into pixels.
 Latents stay in float32 whatever precision the networks run in. What a model samples best with (guidance, steps, size,
 frame rate) and how its prompts are spelled stand in the pipeline's own `model_index.json`, so a folder is complete in
-itself; only the bundled toybox-iddpm uses toybox's autoencoder, and has none of its own until it is saved.
+itself; only the bundled models share parts with toybox, and have none of their own until they are saved.
 
 Letters: B videos, C latent channels, T' latent frames, (H', W') latent size, T frames, (H, W) pixels.
 """

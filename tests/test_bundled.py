@@ -26,6 +26,7 @@ from opensora.evaluation.toybox import (
     share_right,
 )
 from opensora.media.read import read_metadata, read_video
+from opensora.weights import fingerprint
 
 PROMPT = "a small red ball rolls left over the grass"
 PACKAGE = Path(opensora.__file__).parent
@@ -75,6 +76,25 @@ def test_it_draws_what_it_is_told(name, language):
 
 
 @pytest.mark.slow
+def test_few_steps_are_read_nearly_as_well_as_many():
+    """Two points of 1,500 clips were allowed; of these few clips three may be lost by chance."""
+    read, samples = {}, held_out_samples(150, seed=3)
+    for name in ("toybox", "toybox-fast"):
+        pipe = opensora.load_pipeline(name)
+        pipe.set_progress_bar_config(disable=True)
+        read[name] = share_right([sample.wanted for sample in samples], load_judge().read(generate(pipe, samples)))
+    assert read["toybox-fast"]["all"] > read["toybox"]["all"] - 0.04
+
+
+def test_few_steps_say_what_they_were_learnt_from():
+    pipe = opensora.load_pipeline("toybox-fast")
+    said = pipe.config["distilled_from"]
+    assert (pipe.config["num_inference_steps"], pipe.config["guidance_scale"]) == (said["num_steps"], 1) == (4, 1)
+    teacher = opensora.load_pipeline("toybox", dtype=torch.bfloat16).transformer  # as it taught
+    assert said["fingerprint"] == fingerprint(teacher.state_dict())
+
+
+@pytest.mark.slow
 def test_the_autoencoder_is_crisp():
     autoencoder = opensora.load_pipeline("toybox").autoencoder
     assert reconstruction_psnr(autoencoder, 40) > 33
@@ -95,7 +115,7 @@ def test_the_judge_is_there():
 def test_the_weights_are_small():
     sizes = {path: path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
     assert max(sizes.values()) < 16 * 2**20
-    assert sum(sizes.values()) < 50e6
+    assert sum(sizes.values()) < 60e6
 
 
 @pytest.mark.slow

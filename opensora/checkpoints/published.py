@@ -61,6 +61,11 @@ BUNDLED: dict[str, BundledModel] = {
         "the same world, IDDPM with learned variance, 3 latent channels guided",
         shared={"autoencoder": "toybox"},
     ),
+    "toybox-fast": BundledModel(
+        _WEIGHTS / "toybox-fast",
+        "toybox in four evaluations: four steps without guidance, distilled from it",
+        shared={"autoencoder": "toybox", "text_encoder": "toybox", "tokenizer": "toybox"},
+    ),
 }
 
 
