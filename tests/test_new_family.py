@@ -230,6 +230,7 @@ def train(*settings: str) -> int:
     return opensora(["train", "v1_2_debug", *given, *settings, "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_it_is_trained_resumed_and_evaluated(folder, capsys):
     assert train("loop.steps=2", "--output", "whole") == 0
     shutil.copytree("whole", "parts", ignore=shutil.ignore_patterns("model", "step-*2"))  # as if killed after a step
@@ -243,6 +244,7 @@ def test_it_is_trained_resumed_and_evaluated(folder, capsys):
     assert json.loads(Path("loss.json").read_text())["figures"]["loss_16x24_7f"]["clips"] == 2
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_beside_it(folder):
     lora = json.dumps({"type": "LoRAConfig", "rank": 2})
     assert train("loop.steps=2", f"objective.train={lora}", "--output", "adapted") == 0

@@ -83,6 +83,7 @@ def test_known_frames_are_guided_by_three_branches(model):
     assert (from_image.frames - plain.frames).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it(model, capsys, tmp_path):
     """It is listed, planned, inspected, converted; clips are made by it, made again, and made by what was converted."""
     name, _ = model

@@ -31,6 +31,7 @@ def needed_mb(model: str, capsys: pytest.CaptureFixture) -> list[float]:
     return [way["needed_bytes"] / 2**20 for way in ways]
 
 
+@pytest.mark.slow
 def test_choices_are_made_where_memory_is_short_and_change_no_pixel(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

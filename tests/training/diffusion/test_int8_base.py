@@ -81,6 +81,7 @@ def changes(adapter: Path) -> torch.Tensor:
     return torch.cat([(layers[name][1] @ layers[name][0]).flatten() for name in sorted(layers)])
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_what_it_learns_beside_the_base_as_it_is(place, tmp_path):
     made = {dtype: train(recipe(place, dtype, steps=40), tmp_path / str(dtype)) for dtype in (None, "int8")}
     one, other = (losses(tmp_path / str(dtype)) for dtype in made)
