@@ -115,7 +115,7 @@ def test_the_judge_is_there():
 def test_the_weights_are_small():
     sizes = {path: path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
     assert max(sizes.values()) < 16 * 2**20
-    assert sum(sizes.values()) < 60e6
+    assert sum(sizes.values()) < 51e6
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ video tokens, L text tokens, D hidden size, d = D / heads, D_c and P widths of t
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,11 +199,13 @@ class StreamMLP(nn.Sequential):
     """
 
     def __init__(self, hidden_size: int, inner: int) -> None:
-        super().__init__(FusedLinear(hidden_size, inner), nn.GELU(approximate="tanh"), FusedLinear(inner, hidden_size))
+        layers = {"0": FusedLinear(hidden_size, inner), "2": FusedLinear(inner, hidden_size)}
+        super().__init__(OrderedDict(layers))
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return gelu_mlp(input, self[0], self[2], "tanh")
+        first, last = self
+        return gelu_mlp(input, first, last, "tanh")
 
 
 class DoubleStreamBlock(nn.Module):

@@ -18,17 +18,12 @@ def test_only_half_precision_on_a_cpu_is_put_in_another_order() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels", [1, 3, 4, 16, 48])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("frames", "stride"), [(1, 1), (2, 1), (5, 1), (2, 2), (5, 2)])
 def test_convolutions_read_zeros_in_front_and_nothing_else(channels: int, frames: int, stride: int) -> None:
     """Kernels of torch for bfloat16 have been seen to read memory that was never written."""
     torch.manual_seed(0)
-    layer, x = (
-        CausalConv3d(channels, 16, time_stride=stride).bfloat16(),
-        torch.randn(2, channels, frames, 5, 7).bfloat16(),
-    )
-    if frames + layer.front < 3:
-        return
+    layer = CausalConv3d(channels, 16, time_stride=stride).bfloat16()
+    x = torch.randn(2, channels, frames, 5, 7).bfloat16()
     for size in (1_000, 30_000, 300_000):
         torch.full((size,), float("nan"))
     full = CausalConv3d(channels, 16, time_stride=stride)
@@ -43,10 +38,10 @@ def test_the_first_frames_are_as_with_zeros_in_front(frames: int) -> None:
     torch.manual_seed(0)
     layer, x = CausalConv3d(4, 6).bfloat16(), torch.randn(2, 4, frames, 5, 7).bfloat16()
     convolved: list[int] = []
-    layer.conv.register_forward_pre_hook(lambda _, given: convolved.append(given[0].shape[2]))
+    hook = layer.conv.register_forward_pre_hook(lambda _, given: convolved.append(given[0].shape[2]))
     expected = layer(x)
     assert convolved == [frames + 2]
-    layer.conv._forward_pre_hooks.clear()
+    hook.remove()
     torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)
 
 
