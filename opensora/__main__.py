@@ -1,6 +1,7 @@
 """The program: `opensora`, or `python -m opensora`. It knows Ctrl-C before anything else is imported.
 
-`--no-tuning` anywhere on the command line leaves threads and memory to the libraries' own defaults, see `tuning`.
+`--no-tuning` anywhere on the command line leaves threads and memory to the libraries' and Python's own defaults, see
+`tuning`.
 """
 
 import sys
@@ -27,10 +28,11 @@ def _tune() -> None:
     if "--no-tuning" in sys.argv:
         sys.argv.remove("--no-tuning")
     elif len(sys.argv) > 1 and sys.argv[1] not in QUICK:
-        from opensora.tuning import tune, use_large_pages
+        from opensora.tuning import collect_less_often, tune, use_large_pages
 
         use_large_pages()
         tune()
+        collect_less_often()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,28 @@ def test_what_a_user_has_set_stays() -> None:
     assert environment_of("models", **given).items() >= given.items()
 
 
+SEARCHES = """
+import gc, sys
+from opensora.__main__ import main
+import opensora.cli.main
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(info["generation"]))
+def work():
+    import opensora.pipeline
+    print(searches.count(2))
+opensora.cli.main.main = work
+main()
+"""
+
+
+def test_what_is_imported_is_not_searched_for_garbage_again_and_again() -> None:
+    searches = {
+        args: int(subprocess.run([sys.executable, "-c", SEARCHES, *args], capture_output=True, check=True).stdout)
+        for args in (("models",), ("models", "--no-tuning"))
+    }
+    assert searches["models",] == 0 < searches["models", "--no-tuning"]
+
+
 COMES_AND_GOES = """
 import re, sys
 from opensora.tuning import give_memory_back
