@@ -66,7 +66,7 @@ def use_large_pages() -> None:
 
 
 def collect_less_often() -> None:
-    """Has Python look for garbage once in `NEW_OBJECTS`. Modules and classes are hundreds of thousands, and none of it."""
+    """Has Python look for garbage once in `NEW_OBJECTS`: of the objects of modules, nearly all, none is any."""
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
 
 
