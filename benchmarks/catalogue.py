@@ -8,7 +8,7 @@ from opensora.settings import nearest_name
 
 CASES = {
     "step": "a layer pair of a denoising step: ours, the plain rendition, diffusers' nearest layers",
-    "autoencoder": "encoding and decoding over time, decoding frames: ours and plain",
+    "autoencoder": "encoding and decoding over time and by frames: ours and plain",
     "text": "the text encoder on a short prompt: ours and plain",
     "train": "forward and backward of a layer pair: ours and plain",
     "kernels": "MLPs and attention, each way between which the networks choose",

@@ -1,14 +1,15 @@
-"""The autoencoder of Open-Sora 1.2 in its parts: encoding and decoding over time, decoding frames."""
+"""The autoencoder of Open-Sora 1.2 in its parts: encoding and decoding over time, encoding and decoding frames."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.cases.layers import fill
 from benchmarks.comparison import OURS, PLAIN, Comparison, Run, Setting
-from benchmarks.plain.frame_decoder import FrameDecoder
+from benchmarks.plain.frame_autoencoder import FrameAutoencoder as PlainFrameAutoencoder
 from benchmarks.plain.temporal_autoencoder import TemporalAutoencoder as PlainTemporalAutoencoder
 from opensora.checkpoints.published import PUBLISHED
 from opensora.models.autoencoders.frames import FrameAutoencoder
@@ -51,7 +52,7 @@ def comparisons(setting: Setting) -> Iterator[Comparison]:
     size, dtype = SIZES[setting.size], getattr(torch, setting.dtype)
     torch.manual_seed(0)
     yield from _over_time(size, dtype)
-    yield _of_frames(size, dtype)
+    yield from _of_frames(size, dtype)
 
 
 def _over_time(size: AutoencoderSize, dtype: torch.dtype) -> Iterator[Comparison]:
@@ -68,22 +69,25 @@ def _over_time(size: AutoencoderSize, dtype: torch.dtype) -> Iterator[Comparison
         yield Comparison(name, ways, [(OURS, PLAIN)], counted=(OURS, PLAIN))
 
 
-def _of_frames(size: AutoencoderSize, dtype: torch.dtype) -> Comparison:
+def _of_frames(size: AutoencoderSize, dtype: torch.dtype) -> Iterator[Comparison]:
+    """One micro batch."""
     config = SPATIAL | size.spatial
-    ours, plain = FrameAutoencoder(config), FrameDecoder(**config)
-    decoder = {name: value for name, value in ours.module.state_dict().items() if name in plain.state_dict()}
-    plain.load_state_dict(decoder)
+    ours, plain = FrameAutoencoder(config), PlainFrameAutoencoder(**config)
+    plain.load_state_dict(ours.module.state_dict())
     ours, plain = ours.to(dtype).eval(), plain.to(dtype).eval()
     latents = torch.randn(1, 4, size.frames, size.height, size.width, dtype=dtype)
-    return Comparison(
-        f"decoding {size.frames} frames of {size.height}x{size.width} latents",
-        {
-            OURS: lambda: ours.decode(latents, MICRO_BATCH),
-            PLAIN: lambda: plain(latents, MICRO_BATCH),
-        },
-        [(OURS, PLAIN)],
-        counted=(OURS, PLAIN),
-    )
+    height, width = size.height * ours.spatial_factor, size.width * ours.spatial_factor
+    video = torch.randn(1, 3, size.frames, height, width, dtype=dtype)
+
+    both = {OURS: ours, PLAIN: plain}
+    encode: dict[str, Run] = {name: partial(model.encode, video, MICRO_BATCH) for name, model in both.items()}
+    decode: dict[str, Run] = {name: partial(model.decode, latents, MICRO_BATCH) for name, model in both.items()}
+    of = f"{size.frames} frames of"
+    for name, ways in (
+        (f"encoding {of} {height}x{width} pixels", encode),
+        (f"decoding {of} {size.height}x{size.width} latents", decode),
+    ):
+        yield Comparison(name, ways, [(OURS, PLAIN)], counted=(OURS, PLAIN))
 
 
 def _alike(ours: Any, plain: Any, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -1,9 +1,10 @@
-"""How clips lie in memory where they are convolved over time."""
+"""How frames and clips lie in memory where they are convolved."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from opensora.models.autoencoders.frames import FrameAutoencoder
 from opensora.models.autoencoders.layout import for_convolution
 from opensora.models.autoencoders.temporal import CausalConv3d, TemporalAutoencoder
 
@@ -14,6 +15,8 @@ def test_only_half_precision_on_a_cpu_is_put_in_another_order() -> None:
     half = for_convolution(clip.bfloat16())
     assert half.is_contiguous(memory_format=torch.channels_last_3d) and torch.equal(half, clip.bfloat16())
     assert for_convolution(half) is half
+    frames = for_convolution(clip[:, :, 0].bfloat16())
+    assert frames.is_contiguous(memory_format=torch.channels_last) and torch.equal(frames, half[:, :, 0])
 
 
 @torch.no_grad()
@@ -55,5 +58,20 @@ def test_half_precision_is_no_further_from_full_than_in_the_usual_order(monkeypa
     wanted, own = full.decode(latents.float(), 17), half.decode(latents, 17)
     monkeypatch.setattr("opensora.models.autoencoders.temporal.for_convolution", lambda clip: clip)
     usual = half.decode(latents, 17)
+    own_error, usual_error = ((made.float() - wanted).square().mean() for made in (own, usual))
+    assert own_error <= 1.1 * usual_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_frames_are_encoded_in_that_order(micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    half = FrameAutoencoder({"block_out_channels": [16, 32], "norm_num_groups": 4}).bfloat16()
+    full = FrameAutoencoder({"block_out_channels": [16, 32], "norm_num_groups": 4})
+    full.load_state_dict({name: weight.float() for name, weight in half.state_dict().items()})
+    video = torch.randn(1, 3, 3, 16, 24).bfloat16()
+    wanted, own = full.encode(video.float(), micro_batch_size).mean, half.encode(video, micro_batch_size).mean
+    monkeypatch.setattr("opensora.models.autoencoders.frames.for_convolution", lambda frames: frames)
+    usual = half.encode(video, micro_batch_size).mean
     own_error, usual_error = ((made.float() - wanted).square().mean() for made in (own, usual))
     assert own_error <= 1.1 * usual_error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.layers import SIZES, Pair, fill
-from benchmarks.plain.frame_decoder import FrameDecoder
+from benchmarks.plain.frame_autoencoder import FrameAutoencoder as PlainFrameAutoencoder
 from benchmarks.plain.temporal_autoencoder import TemporalAutoencoder as PlainTemporalAutoencoder
 from benchmarks.plain.transformer import STDiT3 as PlainSTDiT3
 from opensora.models.autoencoders.frames import FrameAutoencoder
@@ -99,15 +99,18 @@ def test_the_autoencoder_over_time(num_frames: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_the_decoder_of_frames(micro_batch_size: int) -> None:
+def test_the_autoencoder_of_frames(micro_batch_size: int) -> None:
     torch.manual_seed(0)
-    ours, plain = FrameAutoencoder(SPATIAL), FrameDecoder(**SPATIAL)
-    names = plain.state_dict().keys()
-    plain.load_state_dict({name: tensor for name, tensor in ours.module.state_dict().items() if name in names})
-    latents = torch.randn(2, 4, 3, 4, 6)
-    made, expected = ours.decode(latents, micro_batch_size), plain(latents, micro_batch_size)
-    assert expected.shape == (2, 3, 3, 16, 24)
+    ours, plain = FrameAutoencoder(SPATIAL), PlainFrameAutoencoder(**SPATIAL)
+    plain.load_state_dict(ours.module.state_dict())
+    video, latents = torch.randn(2, 3, 3, 16, 24), torch.randn(2, 4, 3, 4, 6)
+    posterior, (mean, log_variance) = ours.encode(video, micro_batch_size), plain.encode(video, micro_batch_size)
+    assert mean.shape == latents.shape
+    assert_close(posterior.mean, mean)
+    assert_close(posterior.logvar, log_variance)
+    made, expected = ours.decode(latents, micro_batch_size), plain.decode(latents, micro_batch_size)
+    assert expected.shape == video.shape
     assert_close(made, expected)
-    for output in (made, expected):
-        output.square().sum().backward()
+    (posterior.mean.square().sum() + posterior.logvar.sum() + made.square().sum()).backward()
+    (mean.square().sum() + log_variance.sum() + expected.square().sum()).backward()
     assert_same_gradients(ours.module, plain)

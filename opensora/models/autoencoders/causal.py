@@ -29,6 +29,7 @@ from opensora.models.autoencoders.joint import JointCodec, JointFormat
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.autoencoders.statistics_v1_3 import STATISTICS
+from opensora.models.autoencoders.strided import StridedConv3d
 from opensora.models.autoencoders.temporal import Levels, ResBlocks
 from opensora.models.format import REFERENCE_OPTIONS, TensorShapes, known_keywords, known_values
 from opensora.models.offload_hooks import apply_offload_hooks
@@ -123,7 +124,7 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
         super().__init__()
         side = kernel_size // 2
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding=(0, side, side))
+        self.conv = StridedConv3d(in_channels, out_channels, kernel_size, stride, padding=(0, side, side))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         size = self.micro_batch_size if self.conv.stride[0] == 1 else None

@@ -29,7 +29,9 @@ from opensora.errors import OpenSoraError
 from opensora.geometry import VideoSize
 from opensora.models.autoencoders.joint import JointFormat
 from opensora.models.autoencoders.latent_space import LatentSpace
+from opensora.models.autoencoders.layout import for_convolution
 from opensora.models.autoencoders.posterior import Certain, Posterior
+from opensora.models.autoencoders.strided import StridedConv3d, conv3d
 from opensora.models.autoencoders.temporal import Levels
 from opensora.models.autoencoders.tiles import TiledCodec, in_tiles
 from opensora.models.format import TensorShapes, known_values
@@ -85,7 +87,7 @@ class RMSNorm3d(nn.Module):
         return (values * weight + bias).to(hidden_states.dtype)
 
 
-class PaddedConv3d(nn.Conv3d):
+class PaddedConv3d(StridedConv3d):
     """3D convolution of odd kernels with zeros on all sides.
 
     Of a single frame only the middle of a kernel meets anything but zeros, so the rest is left out: a third of the
@@ -96,11 +98,12 @@ class PaddedConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, **options)
 
     def forward(self, input: Tensor) -> Tensor:
+        input = for_convolution(input)
         if input.shape[2] > 1:
             return super().forward(input)
         middle = self.kernel_size[0] // 2
         padding = (0, middle, middle)
-        return F.conv3d(input, self.weight[:, :, middle, None], self.bias, self.stride, padding, groups=self.groups)
+        return conv3d(input, self.weight[:, :, middle, None], self.bias, self.stride, padding, self.groups)
 
 
 class ConvLayer(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
 from opensora.keywords import check_keywords
+from opensora.models.autoencoders.layout import for_convolution
 from opensora.models.autoencoders.posterior import Posterior
 
 
@@ -61,7 +62,8 @@ class FrameAutoencoder(nn.Module):
         batch = video.shape[0]
         means, logvars = [], []
         for frames in _micro_batches(video, micro_batch_size):
-            predicted = self.module.encode(F.pixel_unshuffle(frames, self.patch_size)).latent_dist  # type: ignore
+            patches = for_convolution(F.pixel_unshuffle(frames, self.patch_size))
+            predicted = self.module.encode(patches).latent_dist  # type: ignore
             means.append(predicted.mean)
             logvars.append(predicted.logvar)
         return Posterior(_to_clips(means, batch), _to_clips(logvars, batch))

@@ -27,6 +27,7 @@ from opensora.geometry import VideoSize
 from opensora.models.autoencoders.joint import JointFormat
 from opensora.models.autoencoders.latent_space import LatentSpace
 from opensora.models.autoencoders.posterior import Posterior
+from opensora.models.autoencoders.strided import StridedConv3d
 from opensora.models.autoencoders.tiles import TiledCodec, in_tiles
 from opensora.models.format import TensorShapes, known_keywords, known_values
 from opensora.models.offload_hooks import apply_offload_hooks
@@ -86,6 +87,7 @@ class HunyuanVideoAutoencoder(TiledCodec):
             spatial_compression_ratio=spatial_compression_ratio,
             mid_block_add_attention=mid_block_add_attention,
         )
+        _keep_narrow_clips_right(network)
         if temporal_compression_ratio == spatial_compression_ratio:
             _resample_time_everywhere(network)
         elif temporal_compression_ratio != network.temporal_compression_ratio:
@@ -123,6 +125,13 @@ class HunyuanVideoAutoencoder(TiledCodec):
 
     def _decode_tile(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
+
+
+def _keep_narrow_clips_right(network: AutoencoderKLHunyuanVideo) -> None:
+    """Convolutions of a stride, see `strided`, with the weights that are there."""
+    for module in network.modules():
+        if isinstance(module, HunyuanVideoDownsampleCausal3D):
+            module.conv.conv = StridedConv3d.like(module.conv.conv)
 
 
 def _resample_time_everywhere(network: AutoencoderKLHunyuanVideo) -> None:

@@ -1,4 +1,4 @@
-"""The decoder of Stable Diffusion's image autoencoder as it is described, applied to the frames of a video.
+"""The image autoencoder of Stable Diffusion as it is described, applied to the frames of a video.
 
 Letters: B batch, C channels of a frame latent, T frames, h, w latent height and width, D channels inside.
 """
@@ -54,6 +54,49 @@ class MiddleBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
+class Downsampler(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class DownBlock(nn.Module):
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, *, downsample: bool
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + num_layers * [out_channels]
+        self.resnets = nn.ModuleList(ResnetBlock(*ends, num_groups) for ends in pairwise(channels))
+        self.downsamplers = nn.ModuleList([Downsampler(out_channels)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, latent_channels: int, channels: Sequence[int], layers_per_block: int, num_groups: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(*ends, layers_per_block, num_groups, downsample=level < len(channels) - 1)
+            for level, ends in enumerate(pairwise([channels[0], *channels]))
+        )
+        self.mid_block = MiddleBlock(channels[-1], num_groups)
+        self.conv_norm_out = nn.GroupNorm(num_groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
 class Upsampler(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -98,20 +141,36 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class FrameDecoder(nn.Module):
-    """Loads `decoder` and `post_quant_conv` of diffusers' AutoencoderKL with these sizes."""
+class FrameAutoencoder(nn.Module):
+    """Loads the weights of diffusers' AutoencoderKL with these sizes."""
 
     def __init__(
         self, block_out_channels: Sequence[int], layers_per_block: int, norm_num_groups: int, latent_channels: int = 4
     ) -> None:
         super().__init__()
+        sizes = (latent_channels, block_out_channels, layers_per_block, norm_num_groups)
+        self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, block_out_channels, layers_per_block, norm_num_groups)
 
-    def forward(self, frame_latents: Tensor, micro_batch_size: int) -> Tensor:
+    def encode(self, video: Tensor, micro_batch_size: int) -> tuple[Tensor, Tensor]:
+        """(B, 3, T, H, W) -> mean and log-variance (B, C, T, h, w), so many frames at once."""
+        parts = _frames(video).split(micro_batch_size)
+        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
+        mean, log_variance = _clips(moments, len(video)).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, frame_latents: Tensor, micro_batch_size: int) -> Tensor:
         """(B, C, T, h, w) -> (B, 3, T, H, W), so many frames at once."""
-        batch, channels, num_frames, h, w = frame_latents.shape
-        frames = frame_latents.transpose(1, 2).reshape(-1, channels, h, w)
-        made = [self.decoder(self.post_quant_conv(part)) for part in frames.split(micro_batch_size)]
-        video = torch.cat(made)
-        return video.view(batch, num_frames, 3, *video.shape[2:]).transpose(1, 2)
+        parts = _frames(frame_latents).split(micro_batch_size)
+        return _clips(torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]), len(frame_latents))
+
+
+def _frames(clips: Tensor) -> Tensor:
+    """(B, C, T, h, w) -> (B T, C, h, w)."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(frames: Tensor, batch: int) -> Tensor:
+    """Inverse of `_frames`."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
