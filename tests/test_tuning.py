@@ -47,21 +47,21 @@ import gc, sys
 from opensora.__main__ import main
 import opensora.cli.main
 searches = []
-gc.callbacks.append(lambda phase, info: searches.append(info["generation"]))
+gc.callbacks.append(lambda phase, info: searches.append(phase))
 def work():
-    import opensora.pipeline
-    print(searches.count(2))
+    kept = [[] for _ in range(200_000)]  # as many as a library makes
+    print(searches.count("start"))
 opensora.cli.main.main = work
 main()
 """
 
 
-def test_what_is_imported_is_not_searched_for_garbage_again_and_again() -> None:
+def test_what_stays_is_not_searched_for_garbage_again_and_again() -> None:
     searches = {
         args: int(subprocess.run([sys.executable, "-c", SEARCHES, *args], capture_output=True, check=True).stdout)
         for args in (("models",), ("models", "--no-tuning"))
     }
-    assert searches["models",] == 0 < searches["models", "--no-tuning"]
+    assert 10 * searches["models",] < searches["models", "--no-tuning"]
 
 
 COMES_AND_GOES = """
