@@ -66,7 +66,7 @@ def use_large_pages() -> None:
 
 
 def collect_less_often() -> None:
-    """Has Python look for garbage once in `NEW_OBJECTS`: of the objects of modules, nearly all, none is any."""
+    """Has Python look for garbage once in `NEW_OBJECTS`; nearly all objects are those of modules, which never are."""
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
 
 

@@ -63,31 +63,35 @@ def _over_time(size: AutoencoderSize, dtype: torch.dtype) -> Iterator[Comparison
     latents = torch.randn(1, 4, ours.latent_frames(CHUNK), size.height, size.width, dtype=dtype)
 
     of = f"{CHUNK} frames of {size.height}x{size.width} latents"
-    encode: dict[str, Run] = {OURS: lambda: ours.encode(frames), PLAIN: lambda: plain.encode(frames)}
-    decode: dict[str, Run] = {OURS: lambda: ours.decode(latents, CHUNK), PLAIN: lambda: plain.decode(latents, CHUNK)}
-    for name, ways in ((f"encoding over time, {of}", encode), (f"decoding over time, {of}", decode)):
-        yield Comparison(name, ways, [(OURS, PLAIN)], counted=(OURS, PLAIN))
+    yield _against_plain(f"encoding over time, {of}", partial(ours.encode, frames), partial(plain.encode, frames))
+    yield _against_plain(
+        f"decoding over time, {of}", partial(ours.decode, latents, CHUNK), partial(plain.decode, latents, CHUNK)
+    )
 
 
 def _of_frames(size: AutoencoderSize, dtype: torch.dtype) -> Iterator[Comparison]:
     """One micro batch."""
     config = SPATIAL | size.spatial
-    ours, plain = FrameAutoencoder(config), PlainFrameAutoencoder(**config)
-    plain.load_state_dict(ours.module.state_dict())
-    ours, plain = ours.to(dtype).eval(), plain.to(dtype).eval()
+    ours = FrameAutoencoder(config)
+    _, plain = _alike(ours.module, PlainFrameAutoencoder(**config), dtype)
     latents = torch.randn(1, 4, size.frames, size.height, size.width, dtype=dtype)
     height, width = size.height * ours.spatial_factor, size.width * ours.spatial_factor
     video = torch.randn(1, 3, size.frames, height, width, dtype=dtype)
 
-    both = {OURS: ours, PLAIN: plain}
-    encode: dict[str, Run] = {name: partial(model.encode, video, MICRO_BATCH) for name, model in both.items()}
-    decode: dict[str, Run] = {name: partial(model.decode, latents, MICRO_BATCH) for name, model in both.items()}
-    of = f"{size.frames} frames of"
-    for name, ways in (
-        (f"encoding {of} {height}x{width} pixels", encode),
-        (f"decoding {of} {size.height}x{size.width} latents", decode),
-    ):
-        yield Comparison(name, ways, [(OURS, PLAIN)], counted=(OURS, PLAIN))
+    yield _against_plain(
+        f"encoding {size.frames} frames of {height}x{width} pixels",
+        partial(ours.encode, video, MICRO_BATCH),
+        partial(plain.encode, video, MICRO_BATCH),
+    )
+    yield _against_plain(
+        f"decoding {size.frames} frames of {size.height}x{size.width} latents",
+        partial(ours.decode, latents, MICRO_BATCH),
+        partial(plain.decode, latents, MICRO_BATCH),
+    )
+
+
+def _against_plain(name: str, ours: Run, plain: Run) -> Comparison:
+    return Comparison(name, {OURS: ours, PLAIN: plain}, [(OURS, PLAIN)], counted=(OURS, PLAIN))
 
 
 def _alike(ours: Any, plain: Any, dtype: torch.dtype) -> tuple[Any, Any]:

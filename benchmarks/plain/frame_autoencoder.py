@@ -3,8 +3,8 @@
 Letters: B batch, C channels of a frame latent, T frames, h, w latent height and width, D channels inside.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,24 @@ class MiddleBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
+class Level(nn.Module):
+    """Residual blocks, then what changes height and width, under the name that is given."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, **resamplers: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + num_layers * [out_channels]
+        self.resnets = nn.ModuleList(ResnetBlock(*ends, num_groups) for ends in pairwise(channels))
+        for name, layers in resamplers.items():
+            self.add_module(name, nn.ModuleList(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in chain.from_iterable(self.children()):
+            x = layer(x)
+        return x
+
+
 class Downsampler(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -63,28 +81,13 @@ class Downsampler(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class DownBlock(nn.Module):
-    def __init__(
-        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, *, downsample: bool
-    ) -> None:
-        super().__init__()
-        channels = [in_channels] + num_layers * [out_channels]
-        self.resnets = nn.ModuleList(ResnetBlock(*ends, num_groups) for ends in pairwise(channels))
-        self.downsamplers = nn.ModuleList([Downsampler(out_channels)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
 class Encoder(nn.Module):
     def __init__(self, latent_channels: int, channels: Sequence[int], layers_per_block: int, num_groups: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(*ends, layers_per_block, num_groups, downsample=level < len(channels) - 1)
-            for level, ends in enumerate(pairwise([channels[0], *channels]))
+            Level(*ends, layers_per_block, num_groups, downsamplers=[Downsampler(ends[1])] if more else [])
+            for ends, more in _levels(channels)
         )
         self.mid_block = MiddleBlock(channels[-1], num_groups)
         self.conv_norm_out = nn.GroupNorm(num_groups, channels[-1], eps=1e-6)
@@ -106,21 +109,6 @@ class Upsampler(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class UpBlock(nn.Module):
-    def __init__(
-        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, *, upsample: bool
-    ) -> None:
-        super().__init__()
-        channels = [in_channels] + num_layers * [out_channels]
-        self.resnets = nn.ModuleList(ResnetBlock(*ends, num_groups) for ends in pairwise(channels))
-        self.upsamplers = nn.ModuleList([Upsampler(out_channels)] if upsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
-
-
 class Decoder(nn.Module):
     def __init__(self, latent_channels: int, channels: Sequence[int], layers_per_block: int, num_groups: int) -> None:
         super().__init__()
@@ -128,8 +116,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MiddleBlock(widths[0], num_groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(*ends, layers_per_block + 1, num_groups, upsample=level < len(widths) - 1)
-            for level, ends in enumerate(pairwise([widths[0], *widths]))
+            Level(*ends, layers_per_block + 1, num_groups, upsamplers=[Upsampler(ends[1])] if more else [])
+            for ends, more in _levels(widths)
         )
         self.conv_norm_out = nn.GroupNorm(num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -164,6 +152,12 @@ class FrameAutoencoder(nn.Module):
         """(B, C, T, h, w) -> (B, 3, T, H, W), so many frames at once."""
         parts = _frames(frame_latents).split(micro_batch_size)
         return _clips(torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]), len(frame_latents))
+
+
+def _levels(widths: Sequence[int]) -> Iterator[tuple[tuple[int, int], bool]]:
+    """Channels in and out of every level, and whether there is one after it, in another size."""
+    for number, ends in enumerate(pairwise([widths[0], *widths]), start=1):
+        yield ends, number < len(widths)
 
 
 def _frames(clips: Tensor) -> Tensor:

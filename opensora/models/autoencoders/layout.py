@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-def is_reordered(hidden_states: Tensor) -> bool:
-    """Whether `for_convolution` changes the order in memory."""
+def is_half_on_cpu(hidden_states: Tensor) -> bool:
+    """Whether oneDNN's kernels for bfloat16 compute with it."""
     return hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
 
 
 def for_convolution(hidden_states: Tensor) -> Tensor:
     """The same (B, D, h, w) or (B, D, T, h, w), in the order in memory in which it is convolved soonest."""
-    if not is_reordered(hidden_states):
+    if not is_half_on_cpu(hidden_states):
         return hidden_states
     is_clip = hidden_states.dim() == 5
     return hidden_states.contiguous(memory_format=torch.channels_last_3d if is_clip else torch.channels_last)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.models.autoencoders.layout import is_reordered
+from opensora.models.autoencoders.layout import is_half_on_cpu
 
 
 def conv3d(
@@ -24,7 +24,7 @@ def conv3d(
 ) -> Tensor:
     """`F.conv3d` of (B, D, T, h, w); its arguments."""
     columns = (clip.shape[4] + 2 * padding[2] - weight.shape[4]) // stride[2] + 1
-    if columns > 1 or stride[2] == 1 or not is_reordered(clip):
+    if columns > 1 or stride[2] == 1 or not is_half_on_cpu(clip):
         return F.conv3d(clip, weight, bias, stride, padding, groups=groups)
     bias = None if bias is None else bias.float()
     return F.conv3d(clip.float(), weight.float(), bias, stride, padding, groups=groups).to(clip.dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.errors import OpenSoraError
-from opensora.models.autoencoders.layout import for_convolution, is_reordered
+from opensora.models.autoencoders.layout import for_convolution, is_half_on_cpu
 from opensora.models.autoencoders.posterior import Posterior
 from opensora.models.pieces import is_hooked
 
@@ -60,7 +60,7 @@ class CausalConv3d(nn.Module):
     def _leaves_out_zeros(self, hidden_states: Tensor) -> bool:
         """Whether what the zeros in front would take is worth two convolutions more; in float32 it is not."""
         is_short = self.front < hidden_states.shape[2] <= _SHORT and self.conv.stride[0] == 1
-        return is_short and is_reordered(hidden_states) and not torch.is_grad_enabled() and not is_hooked(self.conv)
+        return is_short and is_half_on_cpu(hidden_states) and not torch.is_grad_enabled() and not is_hooked(self.conv)
 
     def _without_zeros(self, hidden_states: Tensor) -> Tensor:
         """The first frames see none in front of them, so they are convolved with the end of the kernel."""
