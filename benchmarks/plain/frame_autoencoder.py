@@ -4,7 +4,7 @@ Letters: B batch, C channels of a frame latent, T frames, h, w latent height and
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +62,13 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         channels = [in_channels] + num_layers * [out_channels]
-        self.resnets = nn.ModuleList(ResnetBlock(*ends, num_groups) for ends in pairwise(channels))
+        self.resnets = nn.Sequential(*(ResnetBlock(*ends, num_groups) for ends in pairwise(channels)))
         for name, layers in resamplers.items():
-            self.add_module(name, nn.ModuleList(layers))
+            self.add_module(name, nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in chain.from_iterable(self.children()):
-            x = layer(x)
+        for layers in self.children():
+            x = layers(x)
         return x
 
 
