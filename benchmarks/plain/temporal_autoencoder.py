@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.block_res_blocks, self.conv_blocks = nn.ModuleList(), nn.ModuleList()
         dim = filters
         for level, multiplier in enumerate(channel_multipliers):
-            blocks = nn.ModuleList()
+            blocks = nn.Sequential()
             for _ in range(num_res_blocks):
                 blocks.append(ResBlock(dim, filters * multiplier, num_groups))
                 dim = filters * multiplier
@@ -64,19 +64,17 @@ class Encoder(nn.Module):
             if level < len(temporal_downsample):
                 halve = temporal_downsample[level]
                 self.conv_blocks.append(CausalConv3d(dim, dim, time_stride=2) if halve else nn.Identity())
-        self.res_blocks = nn.ModuleList(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks))
+        self.res_blocks = nn.Sequential(*(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks)))
         self.norm1 = nn.GroupNorm(num_groups, dim)
         self.conv2 = CausalConv3d(dim, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level, blocks in enumerate(self.block_res_blocks):
-            for block in blocks:
-                x = block(x)
+            x = blocks(x)
             if level < len(self.conv_blocks):
                 x = self.conv_blocks[level](x)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(x)
         return self.conv2(F.silu(self.norm1(x)))
 
 
@@ -96,11 +94,11 @@ class Decoder(nn.Module):
         super().__init__()
         dim = filters * channel_multipliers[-1]
         self.conv1 = CausalConv3d(in_channels, dim)
-        self.res_blocks = nn.ModuleList(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks))
+        self.res_blocks = nn.Sequential(*(ResBlock(dim, dim, num_groups) for _ in range(num_res_blocks)))
         levels: list[nn.Module] = []
         convolutions: list[nn.Module] = []
         for level in reversed(range(len(channel_multipliers))):
-            blocks = nn.ModuleList()
+            blocks = nn.Sequential()
             for _ in range(num_res_blocks):
                 blocks.append(ResBlock(dim, filters * channel_multipliers[level], num_groups))
                 dim = filters * channel_multipliers[level]
@@ -115,12 +113,9 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dim, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(self.conv1(x))
         for level in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[level]:
-                x = block(x)
+            x = self.block_res_blocks[level](x)
             if level > 0:
                 x = self.conv_blocks[level - 1](x)
                 if self.doubles[level - 1]:

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from opensora.distributed.sequence_parallel import Shards, bytes_switched
 from opensora.models.clip_conditions import ClipConditions
 from opensora.models.stdit3 import STDiT3
+from opensora.weights import cast_weights
 
 
 def median_s(work: Callable[[], None], runs: int) -> float:
@@ -38,7 +39,7 @@ def measure(rank: int, args: argparse.Namespace, port: int) -> None:
     torch.manual_seed(0)
     model = STDiT3(hidden_size=args.width, depth=args.depth, num_heads=6, caption_channels=128).train()
     if args.bf16:
-        model.to(dtype)
+        cast_weights(model, dtype)
     latents, text = torch.randn(1, 4, args.frames, args.side, args.side), torch.randn(1, 32, 128)
 
     def step() -> None:
@@ -47,10 +48,12 @@ def measure(rank: int, args: argparse.Namespace, port: int) -> None:
 
     alone = median_s(step, args.runs) if rank == 0 else 0.0
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)
-    model.enable_sequence_parallel(dist.group.WORLD)
+    everybody = dist.group.WORLD
+    assert everybody is not None
+    model.enable_sequence_parallel(everybody)
     shared = median_s(step, args.runs)
 
-    shards = Shards(dist.group.WORLD, (args.side // 2) ** 2)
+    shards = Shards(everybody, (args.side // 2) ** 2)
     tokens = torch.randn(1, args.frames, shards.patches_per_rank, args.width, dtype=dtype)
 
     def switches() -> None:

@@ -29,6 +29,7 @@ from opensora.server.settings import ServerSettings
 
 TOMBSTONES_S = 86_400.0
 """For so long what was deleted is told to those who ask what changed."""
+_WAITS = (JOBS.c.state == "queued") & ~JOBS.c.is_held
 
 
 class QueueFull(OpenSoraError):
@@ -273,13 +274,14 @@ class JobStore(Database):
             lease_s: how long nobody else will, unless it says that it lives.
             models: only clips of these; None for all.
         """
+        if not self._has_work():  # idle workers ask often, and only one at a time may write
+            return None
         with self.writing() as connection:
             now = self.now(connection)
-            self._give_up_lost(connection, now, JOBS.c.lease_until < now)
+            self._give_up_lost(connection, now, _is_lost(now))
             if connection.execute(sql.select(QUEUE.c.is_paused)).scalar():
                 return None
-            waits = (JOBS.c.state == "queued") & ~JOBS.c.is_held
-            query = sql.select(JOBS).where(waits)
+            query = sql.select(JOBS).where(_WAITS)
             query = query.order_by(JOBS.c.priority.desc(), JOBS.c.position, JOBS.c.id)
             for row in connection.execute(query.with_for_update(skip_locked=True).limit(1 if models is None else 100)):
                 job = job_of(row)
@@ -296,6 +298,13 @@ class JobStore(Database):
                 )
                 return self.put(connection, taken)
             return None
+
+    def _has_work(self) -> bool:
+        """Whether a job waits, or was lost: what `claim` may change."""
+        with self.reading() as connection:
+            waits = _WAITS & ~sql.select(QUEUE.c.is_paused).scalar_subquery()
+            work = sql.exists().where(waits | _is_lost(self.now(connection)))
+            return bool(connection.execute(sql.select(work)).scalar())
 
     def renew(self, job: Job, lease_s: float, progress: JobProgress | None = None) -> bool:
         """Puts off the end of a lease, and tells how far the job is.
@@ -381,6 +390,10 @@ class JobStore(Database):
                 again = replace(again, state="failed", error=JobError("worker_lost", lost_it), finished_at=now)
             self.put(connection, again)
         return len(lost)
+
+
+def _is_lost(now: float) -> sql.ColumnElement[bool]:
+    return (JOBS.c.state == "in_progress") & (JOBS.c.lease_until < now)
 
 
 def _waiting_again(job: Job) -> Job:

@@ -259,6 +259,17 @@ def test_workers_at_once_share_the_jobs(open_store: Callable[..., JobStore], num
     assert versions == sorted(set(versions))
 
 
+def test_a_worker_without_work_does_not_wait_for_whoever_writes(store: JobStore) -> None:
+    store.hold(store.add(job()).id)
+    store.pause()
+    store.add(job())
+    asked = threading.Thread(target=store.claim, args=("w", LEASE_S), daemon=True)
+    with store.writing():
+        asked.start()
+        asked.join(timeout=10)
+        assert not asked.is_alive()
+
+
 def test_the_same_key_at_once_is_one_job(open_store: Callable[..., JobStore]) -> None:
     stores = [open_store() for _ in range(6)]
     begin = threading.Barrier(len(stores))
