@@ -13,6 +13,7 @@ does. After each case the same command runs to its end. The verdict on a case is
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -303,6 +304,7 @@ def run_campaign(folder: Path, moments: int, sizes: int, cold: int, seed: int, n
 
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.freeze()  # else every process copies what it looks through for garbage
     torch.set_num_threads(1)
     jobs = []
     for job in range(num_jobs):

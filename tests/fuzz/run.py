@@ -10,6 +10,7 @@ refused nothing at all. The same seed makes the same cases.
 """
 
 import argparse
+import gc
 import importlib
 import os
 import pkgutil
@@ -55,6 +56,7 @@ def import_everything() -> None:
     from transformers import AutoTokenizer, T5EncoderModel
 
     assert AutoTokenizer and T5EncoderModel
+    gc.freeze()  # else every process copies what it looks through for garbage
 
 
 def run_case(number: int, seed: int, base: Path, folder: Path, wall_s: int = WALL_S) -> Verdict:

@@ -1,5 +1,6 @@
 """Figures of real clips move as they must, step by step, while the clips are made worse in known ways."""
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -26,12 +27,17 @@ def metric_of(figure: str) -> Metric:
     return next(metric for metric in METRICS if figure in [one.name for one in metric.figures])
 
 
+@functools.cache
+def measured(measure: Metric | None, worse: str, video: Tensor) -> list[dict[str, Tensor]]:
+    """All figures of a metric, or of fidelity to the clip as it was, for each strength; moves of several read them."""
+    clips = WORSE[worse].clips(video)
+    return [fidelity(clip, video) if measure is None else measure_all(clip, 25.0, [measure]) for clip in clips]
+
+
 def figures_of(move: Move, video: Tensor) -> list[float]:
     """One for each strength."""
-    clips = WORSE[move.worse].clips(video)
-    if move.figure in [figure.name for figure in FIGURES]:
-        return [float(fidelity(clip, video)[move.figure]) for clip in clips]
-    return [float(measure_all(clip, 25.0, [metric_of(move.figure)])[move.figure]) for clip in clips]
+    metric = None if move.figure in [figure.name for figure in FIGURES] else metric_of(move.figure)
+    return [float(figures[move.figure]) for figures in measured(metric, move.worse, video)]
 
 
 @pytest.mark.parametrize("move", (*MOVES, *DECEIVED), ids=lambda move: f"{move.figure} {move.way} by {move.worse}")
