@@ -142,7 +142,7 @@ class Part:
             return {**own, **{file.name: file for file in weight_files(self.path)}}
         if not self.path.is_dir() and not self.is_network:
             return {}
-        suffixes = (*WEIGHT_SUFFIXES, *_DESCRIPTIONS) if self.is_network else (*_DESCRIPTIONS, ".txt")
+        suffixes = _DESCRIPTIONS if self.is_network else (*_DESCRIPTIONS, ".txt")
         weights = weight_files(self.path) if self.is_network else []  # which may lie in folders below
         found = own | {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
         for file in weights:

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 from tiny_pipeline import make_pipeline
 
 from opensora.checkpoints.loading import load_pipeline
+from opensora.checkpoints.publishing import prepare_upload
 from opensora.checkpoints.source import ModelSource
 from opensora.cli.main import main
 from opensora.errors import OpenSoraError
@@ -110,6 +111,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
     out, err = capsys.readouterr()
     assert out == ""
     return err.splitlines()[-1]
+
+
+def test_weights_that_are_not_read_are_no_part_of_a_model(folder: Path):
+    """As of repositories that hold the same weights twice, as safetensors and pickled."""
+    before = ModelSource.find(str(folder)).hash()
+    for name in ("pytorch_model.bin", "model.fp16.safetensors"):
+        (folder / "text_encoder" / name).write_bytes(b"other weights")
+    assert ModelSource.find(str(folder)).hash() == before
+    left_out = prepare_upload(folder, "somebody/model").left_out
+    assert left_out == ("text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin")
 
 
 # --- push -------------------------------------------------------------------------------------------------------------
