@@ -268,6 +268,17 @@ def _is_locked(lock: Path) -> bool | None:
     return None if taken is None else not taken
 
 
+@contextlib.contextmanager
+def holding(lock: Path) -> Iterator[bool]:
+    """Locks a file, so that of processes that do the same work one does at a time.
+
+    Yields:
+        Whether nobody else holds it; True where there are no locks.
+    """
+    with lock.open("a") as file:
+        yield _take(file) is not False
+
+
 def _take(lock: IO[str]) -> bool | None:
     """Locks a file until it is closed, by the end of the process at the latest; whether that was possible.
 

@@ -4,6 +4,7 @@
     inputs/ID/          what a job is made from, named by its content, whatever it was called
     clips/ID/1.mp4      of its first attempt, with its record, a thumbnail and a sheet of its frames beside it
     previews/ID.webp    while it is being made
+    housekeeping.lock   held by the host that removes what is too old or too much
 
 No name that came from outside is ever part of a path. What is done for one job takes as long as ever, however many
 others there are.
@@ -61,6 +62,11 @@ class ServerFolder:
     def colours(self) -> Path:
         """What latents look like, see `colours`."""
         return self.path / "colours"
+
+    @property
+    def housekeeping_lock(self) -> Path:
+        """Held by whoever removes clips."""
+        return self.path / "housekeeping.lock"
 
     def make(self) -> None:
         """Makes the folders, where they are not there."""

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+from opensora.files import holding
 from opensora.server.database import NoJob
 from opensora.server.folder import ServerFolder
 from opensora.server.jobs import Job
@@ -10,15 +11,22 @@ from opensora.server.store import JobStore
 
 
 def keep_house(store: JobStore, folder: ServerFolder, settings: ServerSettings) -> list[str]:
-    """Removes clips whose time is over, or that are too many; several hosts may at once.
+    """Removes clips whose time is over, or that are too many.
+
+    Of hosts that share a folder one does so at a time, lest each remove as much as is too much for all.
 
     Returns:
-        Ids of jobs that are gone.
+        Ids of jobs that are gone; of none while another host is at it.
     """
+    with holding(folder.housekeeping_lock) as is_held:
+        return _keep_house(store, folder, settings) if is_held else []
+
+
+def _keep_house(store: JobStore, folder: ServerFolder, settings: ServerSettings) -> list[str]:
     gone = []
     while expired := store.expired():
         for job in expired:
-            with suppress(NoJob):  # another host removed it
+            with suppress(NoJob):  # somebody removed it meanwhile
                 remove_job(store, folder, job)
             gone.append(job.id)
     if settings.quota_bytes is not None:
@@ -44,6 +52,9 @@ def _within(quota_bytes: int, store: JobStore, folder: ServerFolder) -> list[str
         oldest = store.jobs(states=["completed", "failed", "cancelled"], newest_first=False, limit=1)
         if not oldest:
             break
-        too_much -= remove_job(store, folder, oldest[0])
+        try:
+            too_much -= remove_job(store, folder, oldest[0])
+        except NoJob:  # somebody removed it meanwhile
+            too_much = folder.num_bytes() - quota_bytes
         gone.append(oldest[0].id)
     return gone

@@ -77,9 +77,9 @@ class Api:
 
 
 def files_of(folder: ServerFolder) -> set[str]:
-    """All below a server's folder, the database aside."""
+    """All below a server's folder, the database and locks aside."""
     paths = (path.relative_to(folder.path) for path in folder.path.rglob("*") if path.is_file())
-    return {path.as_posix() for path in paths if "sqlite" not in path.name}
+    return {path.as_posix() for path in paths if "sqlite" not in path.name and path.suffix != ".lock"}
 
 
 @contextmanager

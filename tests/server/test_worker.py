@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from server.api_server import files_of
 from stand_in_worker import StandIn, frames_of
 
+from opensora.files import holding
 from opensora.generation.request import ClipRequest
 from opensora.media.frames import ClipFile
 from opensora.server import housekeeping
@@ -142,6 +144,33 @@ def test_the_oldest_clips_go_when_there_are_too_many(server: Server) -> None:
     quota = server.folder.num_bytes() - 1
     gone = housekeeping.keep_house(server.store, server.folder, replace(server.settings, quota_bytes=quota))
     assert gone == [jobs[0].id] and sizes[0] > 1
+    assert [job.id for job in server.store.jobs(newest_first=False)] == [jobs[1].id, jobs[2].id]
+
+
+def test_hosts_keep_house_one_at_a_time(server: Server) -> None:
+    """Each would remove as much as is too much for all."""
+    jobs = [server.add(seed=seed) for seed in range(2)]
+    server.work()
+    full = replace(server.settings, quota_bytes=server.folder.num_bytes() - 1)
+    with holding(server.folder.housekeeping_lock) as is_held:
+        assert is_held and housekeeping.keep_house(server.store, server.folder, full) == []
+    assert housekeeping.keep_house(server.store, server.folder, full) == [jobs[0].id]
+
+
+def test_a_clip_that_is_deleted_meanwhile_costs_no_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [server.add(seed=seed) for seed in range(3)]
+    server.work()
+    listed = server.store.jobs
+
+    def deleted_meanwhile(*args: Any, **kwargs: Any) -> list[Job]:
+        oldest = listed(*args, **kwargs)
+        monkeypatch.setattr(server.store, "jobs", listed)
+        housekeeping.remove_job(server.store, server.folder, oldest[0])
+        return oldest
+
+    full = replace(server.settings, quota_bytes=server.folder.num_bytes() - 1)
+    monkeypatch.setattr(server.store, "jobs", deleted_meanwhile)
+    assert housekeeping.keep_house(server.store, server.folder, full) == [jobs[0].id]
     assert [job.id for job in server.store.jobs(newest_first=False)] == [jobs[1].id, jobs[2].id]
 
 
