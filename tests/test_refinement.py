@@ -49,7 +49,7 @@ class LanguageModel:
 def language_model(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     model = LanguageModel()
-    threading.Thread(target=model.server.serve_forever, daemon=True).start()
+    threading.Thread(target=model.server.serve_forever, args=(0.01,), daemon=True).start()
     yield model
     model.server.shutdown()
     model.server.server_close()
