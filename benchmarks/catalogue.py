@@ -31,6 +31,7 @@ TABLES = {
     "million-rows": "memory and time of `opensora data` for very many clips (docs/memory.md)",
     "metrics": "what metrics of clips cost, and how they move (docs/metrics.md)",
     "fast": "what generate --fast costs: evaluations, decibels, what the judge reads (docs/performance.md)",
+    "fast-full-size": "evaluations and operations that --fast saves of a released model (docs/performance.md)",
     "serving": "a server under load: answers, streams, memory, waits (docs/serving.md)",
     "counts": "work of small networks and clips, as a test holds it",
 }
