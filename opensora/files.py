@@ -85,6 +85,17 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def holding(lock: Path) -> Iterator[bool]:
+    """Locks a file, so that of processes that do the same work one does at a time.
+
+    Yields:
+        Whether nobody else holds it; True where there are no locks.
+    """
+    with lock.open("a") as file:
+        yield _take(file) is not False
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` on success and removed on any failure, interruption included.
 
@@ -266,17 +277,6 @@ def _is_locked(lock: Path) -> bool | None:
     except OSError:
         return None
     return None if taken is None else not taken
-
-
-@contextlib.contextmanager
-def holding(lock: Path) -> Iterator[bool]:
-    """Locks a file, so that of processes that do the same work one does at a time.
-
-    Yields:
-        Whether nobody else holds it; True where there are no locks.
-    """
-    with lock.open("a") as file:
-        yield _take(file) is not False
 
 
 def _take(lock: IO[str]) -> bool | None:

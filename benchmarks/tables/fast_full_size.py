@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables.max_memory import SMALL_TEXT, fill
-from benchmarks.tables.memory import PROMPT, Row, write_configurations
+from benchmarks.tables.full_size_step import size_of
+from benchmarks.tables.max_memory import SMALL_TEXT, write_model
+from benchmarks.tables.memory import PROMPT, Row
 from opensora.generation.engine import Engine
 from opensora.generation.request import ClipRequest
 from opensora.planning.flops import CountedFlops
@@ -28,17 +29,16 @@ def main(argv: Sequence[str]) -> None:
         "python -m benchmarks fast-full-size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--size", default="17x144x256", metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--size", type=size_of, default="17x144x256", metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--depth", type=int, default=28, help="layer pairs; fewer for a quick look")
     args = parser.parse_args(argv)
-    frames, height, width = map(int, args.size.split("x"))
+    frames, height, width = args.size
     changes = {"transformer": {"depth": args.depth}, "text_encoder": SMALL_TEXT}
     row = Row("opensora-1.2", "clip", (frames, height, width), "bfloat16", changes=changes)
     with tempfile.TemporaryDirectory() as name:
-        write_configurations(row, Path(name))
-        fill(Path(name))
-        request = ClipRequest(PROMPT, model=name, dtype="bfloat16", seed=0, num_inference_steps=args.steps)
-        request = dataclasses.replace(request, num_frames=frames, height=height, width=width)
+        write_model(row, Path(name))
+        size = {"num_frames": frames, "height": height, "width": width}
+        request = ClipRequest(PROMPT, model=name, dtype="bfloat16", seed=0, num_inference_steps=args.steps, **size)
         engine = Engine.load(request)
         print("| | evaluations | TFLOP | of the exact clip | s |\n|---|---|---|---|---|", flush=True)
         exact = 0

@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="the first may pay for what later ones find ready")
-    parser.add_argument("--size", type=_size, metavar="FRAMESxHEIGHTxWIDTH", help="instead of the model's own")
+    parser.add_argument("--size", type=size_of, metavar="FRAMESxHEIGHTxWIDTH", help="instead of the model's own")
     parser.add_argument("--depth", type=int, nargs="+", default=[], help="blocks instead of the released number")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, as JSON
     args = parser.parse_args(argv)
@@ -148,5 +148,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"| {name} | {sizes} | {clock} | {cpu} | {row['peak_bytes'] / 1e9:.2f} |", flush=True)
 
 
-def _size(text: str) -> list[int]:
+def size_of(text: str) -> list[int]:
+    """Frames, height and width of an option."""
     return [int(part) for part in text.split("x")]

@@ -47,6 +47,12 @@ ROWS = [
 """Configurations and what they are allowed."""
 
 
+def write_model(row: Row, folder: Path) -> None:
+    """A pipeline's folder with random weights."""
+    write_configurations(row, folder)
+    fill(folder)
+
+
 def fill(folder: Path) -> None:
     """Writes random weights beside the configurations of a folder."""
     index = json.loads((folder / "model_index.json").read_text())
@@ -124,8 +130,7 @@ def main(argv: Sequence[str]) -> None:
             if made is not None:
                 made[1].cleanup()
             made = one, tempfile.TemporaryDirectory()
-            write_configurations(one, Path(made[1].name))
-            fill(Path(made[1].name))
+            write_model(one, Path(made[1].name))
         folder = Path(made[1].name)
         command = [sys.executable, "-m", "opensora", "generate", PROMPT, "--model", folder, "--dtype", one.dtype]
         command += [*options(one.size), "--max-memory", allowed, "--output", folder / "clip.mp4"]

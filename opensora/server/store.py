@@ -29,7 +29,8 @@ from opensora.server.settings import ServerSettings
 
 TOMBSTONES_S = 86_400.0
 """For so long what was deleted is told to those who ask what changed."""
-_WAITS = (JOBS.c.state == "queued") & ~JOBS.c.is_held
+_RUNS = JOBS.c.state == "in_progress"
+_MAY_BEGIN = (JOBS.c.state == "queued") & ~JOBS.c.is_held & ~sql.select(QUEUE.c.is_paused).scalar_subquery()
 
 
 class QueueFull(OpenSoraError):
@@ -279,9 +280,7 @@ class JobStore(Database):
         with self.writing() as connection:
             now = self.now(connection)
             self._give_up_lost(connection, now, _is_lost(now))
-            if connection.execute(sql.select(QUEUE.c.is_paused)).scalar():
-                return None
-            query = sql.select(JOBS).where(_WAITS)
+            query = sql.select(JOBS).where(_MAY_BEGIN)
             query = query.order_by(JOBS.c.priority.desc(), JOBS.c.position, JOBS.c.id)
             for row in connection.execute(query.with_for_update(skip_locked=True).limit(1 if models is None else 100)):
                 job = job_of(row)
@@ -300,10 +299,9 @@ class JobStore(Database):
             return None
 
     def _has_work(self) -> bool:
-        """Whether a job waits, or was lost: what `claim` may change."""
+        """Whether a job may begin, or was lost: what `claim` changes."""
         with self.reading() as connection:
-            waits = _WAITS & ~sql.select(QUEUE.c.is_paused).scalar_subquery()
-            work = sql.exists().where(waits | _is_lost(self.now(connection)))
+            work = sql.exists().where(_MAY_BEGIN | _is_lost(self.now(connection)))
             return bool(connection.execute(sql.select(work)).scalar())
 
     def renew(self, job: Job, lease_s: float, progress: JobProgress | None = None) -> bool:
@@ -357,7 +355,7 @@ class JobStore(Database):
     def give_up(self, worker: str) -> int:
         """What a worker that is gone held waits again, at once; returns how many jobs that are."""
         with self.writing() as connection:
-            return self._give_up_lost(connection, self.now(connection), JOBS.c.worker == worker)
+            return self._give_up_lost(connection, self.now(connection), _RUNS & (JOBS.c.worker == worker))
 
     # What keeps the store small.
 
@@ -380,8 +378,8 @@ class JobStore(Database):
         if connection.execute(count.where(JOBS.c.owner == owner)).scalar_one() >= self.limits.most_of_owner:
             raise QueueFull(f"{self.limits.most_of_owner} jobs of yours wait already, as many as may; try again later")
 
-    def _give_up_lost(self, connection: sql.Connection, now: float, whose: sql.ColumnElement[bool]) -> int:
-        query = sql.select(JOBS).where((JOBS.c.state == "in_progress") & whose).order_by(JOBS.c.id)
+    def _give_up_lost(self, connection: sql.Connection, now: float, which: sql.ColumnElement[bool]) -> int:
+        query = sql.select(JOBS).where(which).order_by(JOBS.c.id)
         lost = [job_of(row) for row in connection.execute(query.with_for_update(skip_locked=True))]
         for job in lost:
             again = replace(_waiting_again(job), num_lost=job.num_lost + 1)
@@ -393,7 +391,7 @@ class JobStore(Database):
 
 
 def _is_lost(now: float) -> sql.ColumnElement[bool]:
-    return (JOBS.c.state == "in_progress") & (JOBS.c.lease_until < now)
+    return _RUNS & (JOBS.c.lease_until < now)
 
 
 def _waiting_again(job: Job) -> Job:
