@@ -143,8 +143,9 @@ class Part:
         if not self.path.is_dir() and not self.is_network:
             return {}
         suffixes = _DESCRIPTIONS if self.is_network else (*_DESCRIPTIONS, ".txt")
+        weights = weight_files(self.path) if self.is_network else []  # which may lie in folders below
         found = own | {file.name: file for file in self.path.iterdir() if file.is_file() and file.suffix in suffixes}
-        for file in weight_files(self.path) if self.is_network else []:  # which may lie in folders below
+        for file in weights:
             found[file.name if file.name not in found else file.relative_to(self.path).as_posix()] = file
         return found
 
